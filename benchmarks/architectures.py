@@ -50,7 +50,7 @@ from calmix.evaluation.scorer import Scorer
 from calmix.models import find_blocks, open_model
 from calmix.models.blocks import Prunable
 from calmix.pruning import Unstructured, budget, checkpoint, engine, get_method
-from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.report import PruneReport
 from calmix.pruning.trace import first_tensor
 from calmix.pruning.work import States
@@ -349,9 +349,7 @@ class Sweep:
         )
         few = mock.patch.object(budget, "tokens_at_once", return_value=5 * LENGTH)
         with room if files else mock.MagicMock(), few:
-            return prune_checkpoints(
-                str(self.dense), {output: request}, dtype=dtype, started=drawn
-            )[0]
+            return prune_checkpoint(str(self.dense), output, request, dtype=dtype, started=drawn)
 
     def masks(self) -> None:
         """A prune to 50 % with SparseGPT in float32 makes at least 99.5 % of the mask that a plain

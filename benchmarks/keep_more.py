@@ -36,7 +36,7 @@ import numpy as np
 from common import HERE, Readout, commit, data_file, machine, means
 
 from calmix.models import resolve_model
-from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.recovery import recover
 from calmix.specs import prune_request, recover_request
 
@@ -76,7 +76,7 @@ def make(options: argparse.Namespace, cell: dict[str, Any], text: str) -> dict[s
     if way not in AFTER:
         began = spent()
         how = request(way, cell["target"], text, cell["rows"], cell["draw"])
-        (report,) = prune_checkpoints(cell["model"], {folder: how}, overwrite=True)
+        report = prune_checkpoint(cell["model"], folder, how, overwrite=True)
         error = float(np.mean([layer.error or 0 for layer in report.layers]))
         note = {"of": of, "error": error, "seconds": spent() - began}
     else:

@@ -65,17 +65,6 @@ class PruneRequest(Pruning):
 
         return Look() if self.method == NONE else get_method(self.method, **self.options)
 
-    @property
-    def name(self) -> str:
-        """A folder name for the target, such as `sparsegpt-0.6` or `wanda-2of4`.
-
-        Non-default options are included: `sparsegpt-damping=0.1-0.6`.
-        """
-        if self.method == NONE:
-            return f"drop-{self.drop_experts:g}"
-        method = self.chosen.text.replace(",", "-").replace("/", "_")
-        return f"{method}-{str(self.target).replace(':', 'of').replace(' ', '')}"
-
 
 @dataclass(frozen=True)
 class How:
@@ -206,43 +195,6 @@ def _unread(method: Method, names: Collection[str]) -> set[str]:
     return set(names) & CALIBRATED - (SCORED if "drop_experts" in names else set())
 
 
-def requests(
-    *,
-    method: str | None = None,
-    sparsity: str | None = None,
-    pattern: str | None = None,
-    bits: str | None = None,
-    **options: Any,
-) -> list[PruneRequest]:
-    """Return the checked requests for every combination of the comma-separated methods, sparsities
-    or patterns, and bits."""
-    from calmix.pruning.methods import get_method
-
-    present = _given(options)
-    shares, patterns = _listed("sparsity", sparsity), _listed("pattern", pattern)
-    rates = [{} if each is None else {"bits": each} for each in _listed("bits", bits)]
-    pruning_requests, unused = [], set(present)
-    # A comma separates methods, unless an option of the same method follows.
-    for name in _listed("method", method, r",(?![^,]*=)"):
-        unread = set[str]()
-        if name is not None:
-            joint = rates[0] if "bits" in get_method(name).options else {}
-            unread = _unread(get_method(name, **joint), present)
-        unused &= unread
-        own = {key: value for key, value in present.items() if key not in unread}
-        pruning_requests += [
-            prune_request(method=name, sparsity=share, pattern=shape, **rate, **own)
-            for share in shares
-            for shape in patterns
-            for rate in rates
-        ]
-    _check_unused(unused, f"with method {method}: leave it out")
-    names = [one.name for one in pruning_requests]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise InputError(f"two targets are the same, {twice}: leave one out")
-    return pruning_requests
-
-
 def recover_request(**options: Any) -> Recovering:
     """Check the options of a recovery, `calmix.options.Recovering`, and fill in the method's
     defaults; an InputError for an unknown option or a value out of range."""
@@ -256,15 +208,3 @@ def recovery_of(text: str) -> Recovering:
         hint = nearest(min(unknown), RECOVERY_OPTIONS)
         raise InputError(f"{min(unknown)} has no effect with recovery {method}: {hint}")
     return recover_request(method=method, calibration="", **settings)
-
-
-def _listed(option: str, text: str | None, between: str = ",") -> list[str] | list[None]:
-    """Split a comma-separated option; a part given twice is an error. [None] if not given."""
-    if text is None:
-        return [None]
-    parts = [part.strip() for part in re.split(between, text)]
-    if "" in parts:
-        raise InputError(f"--{option} '{text}' has an empty part between commas")
-    if twice := next((part for part in parts if parts.count(part) > 1), None):
-        raise InputError(f"--{option} names {twice} twice")
-    return parts

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.cli.common import line, not_here, note, print_costs, print_json, print_layers
 from calmix.cli.verbs import verb
-from calmix.errors import InputError
 from calmix.files import check_apart, size_text
 from calmix.options import (
     BITS_METHOD,
@@ -27,7 +26,7 @@ from calmix.options import (
     path_option,
 )
 from calmix.progress import Progress
-from calmix.specs import recover_request, requests
+from calmix.specs import prune_request, recover_request
 
 if TYPE_CHECKING:
     from calmix.calibration import CalibrationSet
@@ -78,56 +77,41 @@ def prune(
     pruning: Pruning,
     work: WorkOptions,
     model: str = option(..., MODEL, argument=True),
-    output: Path = path_option(..., "Folder to write; several targets get folders inside it."),
-    method: str | None = option(None, "Methods, e.g. admm or wanda,refit=10.", shown=METHOD),
-    sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%; or 0.5,0.6."),
+    output: Path = path_option(..., "Folder to write."),
+    method: str | None = option(None, "Method, e.g. admm or wanda,refit=10.", shown=METHOD),
+    sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%."),
     pattern: str | None = option(None, "N:M, keep N of every M inputs, e.g. 2:4."),
-    bits: str | None = option(None, "Bits per weight, e.g. 2.8; or 2.4,3."),
+    bits: str | None = option(None, "Bits per weight, e.g. 2.8."),
     dry_run: bool = option(False, "Print memory and disk; write nothing."),
 ) -> None:
-    """Prune or quantise a model in one shot and write a checkpoint that loads anywhere.
-
-    Several methods, sparsities or patterns share one calibration set; each target gets its own
-    folder.
-    """
-    wanted = requests(
+    """Prune or quantise a model in one shot and write a checkpoint that loads anywhere."""
+    request = prune_request(
         method=method, sparsity=sparsity, pattern=pattern, bits=bits, **work.options_of(Pruning)
     )
-    from calmix.pruning.checkpoint import prune_checkpoints
+    from calmix.pruning.checkpoint import prune_checkpoint
 
-    several = len(wanted) > 1
-    if several and (output / "config.json").is_file():
-        raise InputError(f"{output} is a model folder: name another folder for several checkpoints")
-    targets = {output / one.name if several else output: one for one in wanted}
-    for target in targets:
-        check_apart(target, [work.sources])
+    check_apart(output, [work.sources])
     if dry_run:
         from calmix.compression.estimate import estimate_prune
 
         if not_here(model):
             return
-        costs = estimate_prune(model, targets, max_memory=work.most(), **work.opening())
+        costs = estimate_prune(model, request, max_memory=work.most(), **work.opening())
         print_json([asdict(one) for one in costs])
         print_costs(costs, f"{model}, on this machine")
         return
     with work.running("calibrating") as (bar, how):
-        reports = prune_checkpoints(model, targets, progress=bar.of("pruning blocks"), **how)
-    results = [
-        {"output": str(path)} | report.to_dict()
-        for path, report in zip(targets, reports, strict=True)
-    ]
-    print_json(results if several else results[0])
-    for path, report in zip(targets, reports, strict=True):
-        _print_pruned(path, report, brief=several)
+        report = prune_checkpoint(model, output, request, progress=bar.of("pruning blocks"), **how)
+    print_json({"output": str(output)} | report.to_dict())
+    _print_pruned(output, report)
 
 
-def _print_pruned(path: Path, report: PruneReport, *, brief: bool) -> None:
-    """Print the result of a target: a line, and unless `brief` a table of the layers."""
+def _print_pruned(path: Path, report: PruneReport) -> None:
+    """Print the result: a line, and a table of the layers."""
     from calmix.compression.plan import LEAST, MOST
     from calmix.pruning.experts import starved
 
-    if not brief:
-        print_layers([layer for layer in report.layers if layer.error is not None])
+    print_layers([layer for layer in report.layers if layer.error is not None])
     damping = report.options.get("damping", 0)
     if raised := [layer.name for layer in report.layers if (layer.damping or 0) > damping]:
         line(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")

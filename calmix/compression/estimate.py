@@ -6,7 +6,7 @@ Time is not predicted: a run that has finished one unit of work shows its own pa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
                 work = tokens
                 memory, disk = planned(
                     request.model,
-                    {Path("pruned"): prune.request},
+                    prune.request,
                     rows,
                     length,
                     **request.how,
@@ -86,32 +86,25 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
 
 
 def estimate_prune(
-    name: str,
-    targets: Mapping[Path, PruneRequest],
-    *,
-    max_memory: int | None = None,
-    **how: Any,
+    name: str, request: PruneRequest, *, max_memory: int | None = None, **how: Any
 ) -> list[StageCost]:
-    """Return the cost of pruning to one or several targets on this machine."""
+    """Return the cost of pruning on this machine."""
     check_models(name, **how)
-    first = next((r for r in targets.values() if r.calibration is not None), None)
     model, costs, rows, length = EmptyModel(name, **how), list[StageCost](), 0, 0
     work = ""
-    if first is not None:
-        drawn = parse_calibration(first.calibration or "", **first.drawn())
+    if request.calibration is not None:
+        drawn = parse_calibration(request.calibration, **request.drawn())
         rows, length = drawn.draw.rows, drawn.draw.length
         work = f"{rows} rows of {length} tokens"
         if drawn.written:
             memory = model.bytes + PROGRAM
             costs.append(StageCost("write the calibration set", work, memory, 0.0))
-    needed, checkpoint = planned(name, targets, rows, length, max_memory=max_memory, **how)
-    for request in targets.values():
-        cost = StageCost(f"prune, {request.name}", work, needed, checkpoint)
-        if request.method != NONE:
-            size = planned_bytes(request.target, model.model, model.blocks)
-            cost = replace(cost, tensors=size)
-        costs.append(cost if request.calibration else replace(cost, work=""))
-    return costs
+    cost = StageCost(
+        "prune", work, *planned(name, request, rows, length, max_memory=max_memory, **how)
+    )
+    if request.method != NONE:
+        cost = replace(cost, tensors=planned_bytes(request.target, model.model, model.blocks))
+    return [*costs, cost]
 
 
 def check_room(request: Request, out: Path) -> None:

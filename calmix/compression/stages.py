@@ -34,7 +34,7 @@ from calmix.models.opening import fingerprint
 from calmix.options import DrawOptions, Recovering, option_words
 from calmix.progress import Progress
 from calmix.pruning.budget import parse_memory
-from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.recovery import recover
 from calmix.specs import PruneRequest, prune_request, recover_request
 
@@ -142,7 +142,7 @@ class Prune(StageRequest):
 
     def run(self, output: Path, bar: Progress) -> None:
         how = self.work(bar) | {"progress": bar.of("pruning blocks")}
-        prune_checkpoints(self.named("model"), {output: self.request}, **how)
+        prune_checkpoint(self.named("model"), output, self.request, **how)
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from calmix.calibration import CalibrationSet, open_tokenizer, parse_calibration, saved_set
 from calmix.calibration.dataset import identified
-from calmix.errors import InputError, ModelError, SolverError, disk_errors
+from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import (
     atomic_folder,
     check_free,
@@ -87,102 +87,96 @@ MANIFEST, RUN = "calmix.json", "calmix-run.json"
 COSTS = "token-weights.safetensors"
 
 
-def prune_checkpoints(
-    name: str, targets: Mapping[Path, PruneRequest], **how: Any
-) -> list[PruneReport]:
-    """Draw a model's calibration set, prune the model block by block and write checkpoints.
+def prune_checkpoint(name: str, output: Path, request: PruneRequest, **how: Any) -> PruneReport:
+    """Draw a model's calibration set, prune the model block by block and write a checkpoint.
 
-    Weights are read and written one block at a time. Finished blocks are kept beside each output,
-    so that an interrupted run can be resumed.
+    Weights are read and written one block at a time. Finished blocks are kept beside the output, so
+    that an interrupted run can be resumed.
 
     Args:
         name: the model, as for `open_model`.
-        targets: requests, from `prune_request`, by output folder; each folder is written
-            atomically. All requests that need calibration share the first one's set.
+        output: the folder, written atomically.
+        request: from `prune_request`.
         **how: as in `calmix.specs.How`.
-
-    Returns:
-        A report for each target, in order.
     """
     run = How.of(**how)
-    check_request([name], targets, run)
-    work = _Pruning(name, targets, run)
+    check_request([name], output, request, run)
+    job = _Pruning(name, output, request, run)
     try:
-        done = work.finished() if run.resume else {}
-        for output in done:
-            run.note(f"{output} was finished by an earlier run")
-        work.jobs = [job for job in work.jobs if job.output not in done]
-        if work.jobs:
-            done |= work.prune()
+        report = job.finished() if run.resume else None
+        return job.prune() if report is None else report
     except BaseException as error:
-        for job in work.jobs:
-            job.work.leave(error, run.note)
+        job.work.leave(error, run.note)
         raise
     finally:
-        work.source.close()
-    return [done[output] for output in targets]
+        job.source.close()
 
 
 def check_request(
-    names: Sequence[str], targets: Mapping[Path, PruneRequest] | Mapping[Path, Recovering], run: How
+    names: Sequence[str], output: Path, request: PruneRequest | Recovering, run: How
 ) -> None:
     """Refuse what is known to fail before models are fetched or text is drawn."""
-    calibrated = [request for request in targets.values() if request.calibration is not None]
     inputs: list[object] = [*names]
-    for request in calibrated[:1]:
+    if request.calibration is not None:
         inputs.append(saved_set(request.calibration))
         if not run.resume:
-            inputs += parse_calibration(str(request.calibration), **request.drawn()).files
-    for output in targets:
-        check_unlocked(output)
-        finished = run.resume and (output / MANIFEST).is_file()
-        check_output_folder(output, inputs=inputs, overwrite=run.overwrite or finished)
+            inputs += parse_calibration(request.calibration, **request.drawn()).files
+    check_unlocked(output)
+    finished = run.resume and (output / MANIFEST).is_file()
+    check_output_folder(output, inputs=inputs, overwrite=run.overwrite or finished)
     check_models(*names, **run.opening)
 
 
 def planned(
-    name: str, targets: Mapping[Path, PruneRequest], rows: int, length: int, **how: Any
+    name: str, request: PruneRequest, rows: int, length: int, **how: Any
 ) -> tuple[int, int]:
     """Return the peak memory of pruning and the size of an unpruned checkpoint, in bytes.
 
     Nothing is written, and only headers are read. `rows` and `length` are those of the calibration
-    set, 0 without one; the rest as for `prune_checkpoints`.
+    set, 0 without one; the rest as for `prune_checkpoint`.
     """
-    work = _Pruning(name, targets, How.of(**how))
-    return max(plan.needed for plan in work.plans((rows, length))), work.checkpoint_bytes
+    job = _Pruning(name, Path("pruned"), request, How.of(**how))
+    return max(plan.needed for plan in job.plans((rows, length))), job.checkpoint_bytes
 
 
-class Job:
-    """One target: its work folder, request, method and pattern; an allocation pass may still
-    replace the pattern.
+class _Pruning:
+    """A call of `prune_checkpoint`.
 
     `asked` identifies the request: all that determines the output's bytes, except the text drawn.
     """
 
-    def __init__(self, output: Path, request: PruneRequest, source: StreamedModel) -> None:
+    def __init__(self, name: str, output: Path, request: PruneRequest, run: How) -> None:
+        self.run, self.began = run, time.perf_counter()
+        self.weighed = 0  # blocks run to weigh tokens, for the progress
         self.output, self.work = output, WorkFolder(output)
         self.request, self.method = request, request.chosen
+        self.drops_alone = request.method == NONE
+        self.source = source = StreamedModel(name, **run.opening)
+        source.blocks = source.blocks.select(request.only, request.skip)
         self.pattern: Patterns = request.target
         if isinstance(request.target, Recipe):
             self.pattern = request.target.types(source.model, source.blocks)
         check_pattern(source.blocks, self.pattern, self.method)
         if isinstance(request.target, Mixed):
             check_bits(request.target.bits, source.model, source.blocks)
-        check_outer(self.run(source))
+        check_outer(self.engine())
+        self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         self.asked: dict[str, Any] = {
+            "model": source.files.sha256,  # reads the whole model
+            "tokenizer": self.tokenizer.identity,
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
             **request.record() | {"calibration": identified(request.calibration)},
             "versions": deciding_versions(),
         }
 
-    def run(self, source: StreamedModel) -> Run:
-        """Return the run of the engine."""
-        shares, request = self.work.kept.get("allocation") or {}, self.request
-        by_layer = {name: as_pattern(share) for name, share in shares.items()}
+    def engine(self) -> Run:
+        """Return the run of the engine; types that were chosen replace the pattern."""
+        types, request = self.work.kept.get("allocation") or {}, self.request
+        by_layer = {name: as_pattern(kind) for name, kind in types.items()}
         run = Run(
-            source.model,
-            source.blocks,
+            self.source.model,
+            self.source.blocks,
             self.method,
             by_layer or self.pattern,
             request.propagation or "sequential",
@@ -192,60 +186,42 @@ class Job:
         run.robust = request.statistics == "robust"
         return run
 
-
-class _Pruning:
-    """A call of `prune_checkpoints`: the model, the targets and their shared set."""
-
-    def __init__(self, name: str, targets: Mapping[Path, PruneRequest], run: How) -> None:
-        self.run, self.began = run, time.perf_counter()
-        self.weighed = 0  # blocks run to weigh tokens, for the progress
-        self.source = source = StreamedModel(name, **run.opening)
-        alike = {(r.only, r.skip, r.drop_experts, r.method == NONE) for r in targets.values()}
-        if len(alike) > 1:
-            raise InputError("--only, --skip and --drop-experts must be the same for all targets")
-        only, skip, self.share, self.drops_alone = alike.pop()
-        source.blocks = source.blocks.select(only, skip)
-        self.jobs = [Job(output, request, source) for output, request in targets.items()]
-        model = source.files.sha256  # reads the whole model
-        self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
-        for job in self.jobs:
-            job.asked |= {"model": model, "tokenizer": self.tokenizer.identity}
-
     @property
     def checkpoint_bytes(self) -> int:
         """Size of a checkpoint in bytes."""
         files, places = self.source.layout.values(), self.source.places
         return sum(places[name].size for names in files for name in names)
 
-    def finished(self) -> dict[Path, PruneReport]:
-        """Return the reports of outputs finished by an earlier run of the same requests."""
-        reports = {}
-        for job in self.jobs:
-            manifest, run = (read_told(job.output / name) for name in (MANIFEST, RUN))
-            with suppress(KeyError, TypeError):
-                if is_of(manifest, job.asked, job.output):
-                    pruning = manifest["pruning"] | {"seconds": run["seconds"]}
-                    reports[job.output] = PruneReport.from_json(pruning)
-                    job.work.remove_leftover()
-        return reports
+    @property
+    def weighs(self) -> bool:
+        """Whether tokens are weighted by what their errors cost."""
+        return self.request.statistics == "robust" and self.method.needs is not None
 
-    def plan(self, shape: Sequence[int], method: Method, job: Job | None = None) -> Plan:
-        """Return the memory plan of a job, or of a pass over the dense model."""
-        jobs = self.jobs if job is None else [job]
-        outer = any(one.request.mixed or one.run(self.source).outer for one in jobs)
-        how: dict[str, Any] = {}
-        if job is not None:
-            how["sequential"] = job.request.propagation == "sequential"
-            how["rows_at_once"] = job.work.kept.get("report", {}).get("rows_at_once", 0)
-        most = self.run.max_memory
-        return plan_for(self.source, shape, method, budget=most, embeddings=outer, **how)
+    def finished(self) -> PruneReport | None:
+        """Return the report of an output finished by an earlier run of the same request."""
+        manifest, run = (read_told(self.output / name) for name in (MANIFEST, RUN))
+        with suppress(KeyError, TypeError):
+            if is_of(manifest, self.asked, self.output):
+                pruning = manifest["pruning"] | {"seconds": run["seconds"]}
+                report = PruneReport.from_json(pruning)
+                self.work.remove_leftover()
+                self.run.note(f"{self.output} was finished by an earlier run")
+                return report
+        return None
+
+    def plan(self, shape: Sequence[int], method: Method | None = None) -> Plan:
+        """Return the memory plan of pruning, or of a pass over the dense model with a `method`."""
+        outer, how = self.request.mixed or bool(self.engine().outer), dict[str, Any]()
+        if method is None:
+            how["sequential"] = self.request.propagation == "sequential"
+            how["rows_at_once"] = self.work.kept.get("report", {}).get("rows_at_once", 0)
+        how |= {"budget": self.run.max_memory, "embeddings": outer}
+        return plan_for(self.source, shape, method or self.method, **how)
 
     def plans(self, shape: Sequence[int]) -> list[Plan]:
-        """Return the memory plans of all jobs and of the passes before them."""
-        plans = [self.plan(shape, job.method, job) for job in self.jobs]
-        if self.share is not None or any(job.request.mixed for job in self.jobs):
-            plans.append(self.plan(shape, Look()))
-        return plans
+        """Return the memory plans of pruning and of the passes before it."""
+        dense = self.request.drop_experts is not None or self.request.mixed
+        return [self.plan(shape), *([self.plan(shape, Look())] if dense else [])]
 
     def check_room(self, shape: Sequence[int]) -> None:
         """Refuse a run for which memory or disk space is too small."""
@@ -254,102 +230,82 @@ class _Pruning:
         if min(plan.states for plan in self.plans(shape)) >= states:
             states = 0
         what = "checkpoint and hidden states take" if tokens else "the checkpoint takes"
-        needed = len(self.jobs) * self.checkpoint_bytes + states
-        needed -= sum(job.work.bytes for job in self.jobs)
-        check_free(self.jobs[0].output, needed, what)
+        check_free(self.output, self.checkpoint_bytes + states - self.work.bytes, what)
 
-    def draw(self, jobs: Sequence[Job]) -> CalibrationSet:
-        """Return the jobs' shared set from resumed work, or draw and save it."""
-        first, works = jobs[0].request, [job.work for job in jobs]
+    def draw(self) -> CalibrationSet:
+        """Return the set of resumed work, or draw and save it."""
         drawn = draw_set(
-            works,
-            str(first.calibration),
+            self.work,
+            str(self.request.calibration),
             self.tokenizer,
             lambda: open_model(self.source.name, **self.run.opening),
-            first.drawn(),
+            self.request.drawn(),
             writing=self.run.writing,
             note=self.run.note,
         )
         check_ids(self.source.name, self.source.model.get_input_embeddings(), drawn.ids)
         return drawn
 
-    def prune(self) -> dict[Path, PruneReport]:
-        """Prune and write the outputs one after another; return their reports."""
-        run = self.run
-        calibrated = [job for job in self.jobs if job.request.calibration is not None]
-        for job in self.jobs:
-            job.work.claim(job.asked, resume=run.resume, overwrite=run.overwrite)
-        # Otherwise the model will shrink, or the set is known.
-        if self.share is None and not any(job.work.resumes for job in self.jobs):
-            asked = [one.request for one in calibrated[:1]]
-            draws = [parse_calibration(str(one.calibration), **one.drawn()).draw for one in asked]
-            self.check_room((draws[0].rows, draws[0].length) if draws else (0, 0))
-        self.drawn = self.draw(calibrated) if calibrated else None
+    def prune(self) -> PruneReport:
+        """Prune, write the output, and return the report."""
+        run, work, request = self.run, self.work, self.request
+        work.claim(self.asked, resume=run.resume, overwrite=run.overwrite)
+        share = request.drop_experts
+        if share is None and not work.resumes:  # else the model will shrink, or the set is known
+            shape = 0, 0
+            if request.calibration is not None:
+                draw = parse_calibration(request.calibration, **request.drawn()).draw
+                shape = draw.rows, draw.length
+            self.check_room(shape)
+        self.drawn = None if request.calibration is None else self.draw()
         ids = torch.empty(0, 0) if self.drawn is None else self.drawn.ids
-        dropped = [] if self.share is None else self._drop(ids, self.share)
+        dropped = [] if share is None else self._drop(ids, share)
         self.check_room(ids.shape)
         run.started(self.drawn)
         costs = self._token_weights(ids)
-        self._allocate(ids, costs)
-        done: dict[Path, PruneReport] = {}
-        failed: dict[Path, SolverError] = {}
-        for number, job in enumerate(self.jobs):
-            if number:
-                self.source.reset()
-            try:
-                report = self._pruned(number, job, ids, costs)
-            except SolverError as error:
-                failed[job.output] = error
-                continue
-            report.dropped = dropped
-            self._finish(job, report)
-            done[job.output] = report
-        for output, failure in failed.items():
-            line = f"{output}: {failure}; all others are done" if done else str(failure)
-            raise SolverError(line) from failure
-        return done
+        if request.mixed and "allocation" not in work.kept:
+            self._allocate(ids, costs)
+        report = self._pruned(ids, costs)
+        report.dropped = dropped
+        self._finish(report)
+        return report
 
-    def _pruned(
-        self, number: int, job: Job, ids: Tensor, costs: Mapping[str, Tensor]
-    ) -> PruneReport:
-        """Prune one target; the files beside the weights are written later."""
-        work, count = job.work, len(self.source.blocks)
+    def _pruned(self, ids: Tensor, costs: Mapping[str, Tensor]) -> PruneReport:
+        """Prune; the files beside the weights are written later."""
+        work, count = self.work, len(self.source.blocks)
         if self.drops_alone:
             report = PruneReport("reap", "none", None, ids.numel(), rows=len(ids))
             report.seconds = {"total": time.perf_counter() - self.began}
             return report
         if work.resumes:
             self.run.note(f"resuming after {work.done} of {count} blocks")
-        run = job.run(self.source)
+        run = self.engine()
         run.sources = () if self.drawn is None else self.drawn.sources
-        if weighs(job):
+        if self.weighs:
             run.weigh(costs)
         return prune_streamed(
             self.source,
             ids,
             run,
             work,
-            self.plan(ids.shape, job.method, job),
-            lambda done: self.run.progress(
-                self.weighed + number * count + done, self.weighed + len(self.jobs) * count
-            ),
+            self.plan(ids.shape),
+            lambda done: self.run.progress(self.weighed + done, self.weighed + count),
         )
 
     def _observe(self, run: Run, ids: Tensor) -> None:
         """Run a pass that changes nothing through all blocks."""
         plan = self.plan(ids.shape, run.method)
-        for _ in take_through(self.source, ids, run, self.jobs[0].work, plan):
+        for _ in take_through(self.source, ids, run, self.work, plan):
             pass
 
     def _drop(self, ids: Tensor, share: float) -> list[Dropped]:
         """Score the experts and replace the source by the model without the lowest-scoring ones."""
-        source, works = self.source, [job.work for job in self.jobs]
+        source, work = self.source, self.work
         blocks = source.blocks.select()
         mixtures = [one for index in range(len(blocks)) for one in blocks.mixtures(index)]
         if not mixtures:
             raise InputError("--drop-experts has no effect: this model has no experts")
-        kept = [work.kept["dropped"] for work in works if "dropped" in work.kept]
-        dropped = [Dropped(**one) for one in kept[0]] if kept else []
+        dropped = [Dropped(**one) for one in work.kept.get("dropped", ())]
         if not dropped:
             config, none = source.model.config, {one.name: [0.0] * one.count for one in mixtures}
             chosen_experts(config, none, share)  # errors come before the scoring pass
@@ -358,11 +314,9 @@ class _Pruning:
         if lost := unscored(source):
             names = ", ".join(sorted(layer.strip(".") for layer in lost))
             self.run.note(f"{names}: left out (multi-token prediction with unscored experts)")
-        # If nothing is pruned, it is the result; else it is kept until the last target is done.
-        last = works[-1]
-        folder = last.checkpoint if self.drops_alone else last.path / "scratch" / "dropped"
-        for work in works:
-            work.keep(dropped=[asdict(mixture) for mixture in dropped])
+        # If nothing is pruned, it is the result.
+        folder = work.checkpoint if self.drops_alone else work.path / "scratch" / "dropped"
+        work.keep(dropped=[asdict(mixture) for mixture in dropped])
         write_dropped(source, dropped, folder)
         dtype = dtype_name(source.dtype)
         made = StreamedModel(str(folder), **self.run.opening | {"dtype": dtype})
@@ -373,37 +327,31 @@ class _Pruning:
         return dropped
 
     def _allocate(self, ids: Tensor, costs: Mapping[str, Tensor]) -> None:
-        """Choose and keep types by layer for jobs that ask for the bits of a whole file."""
-        jobs = [job for job in self.jobs if job.request.mixed]
-        if jobs := [job for job in jobs if "allocation" not in job.work.kept]:
-            dense = LossPass(self.source.model, self.source.blocks)
-            if any(map(weighs, jobs)):
-                dense.weigh(costs, power=1)
-            self._observe(dense, ids)
-            for job in jobs:
-                patterns = dense.patterns(job.request.target).items()
-                job.work.keep(allocation={name: str(one) for name, one in patterns})
+        """Choose and keep types by layer, for the bits of a whole file."""
+        dense = LossPass(self.source.model, self.source.blocks)
+        if self.weighs:
+            dense.weigh(costs, power=1)
+        self._observe(dense, ids)
+        patterns = dense.patterns(self.request.target).items()
+        self.work.keep(allocation={name: str(one) for name, one in patterns})
 
     def _token_weights(self, ids: Tensor) -> dict[str, Tensor]:
         """Return what errors cost at every token, from resumed work or a pass over the dense model;
-        empty if no job asks for it, or the model has no gradient."""
-        jobs = [job for job in self.jobs if weighs(job)]
-        if not jobs:
+        empty if it is not asked for, or the model has no gradient."""
+        work = self.work
+        if not self.weighs:
             return {}
-        kept = next((job.work for job in jobs if COSTS in job.work.kept.get("files", {})), None)
-        if kept is not None:
-            costs = kept.load(COSTS)
-        else:
-            self.run.note("weighing tokens: the dense model runs forward and backward")
-            self.weighed = len(self.source.blocks)
-            costs = self._backward(ids, self.plan(ids.shape, Look()))
-        for job in jobs:
-            if not job.work.kept.get("done"):
-                job.work.save(COSTS, costs)
+        if COSTS in work.kept.get("files", {}):
+            return work.load(COSTS)
+        self.run.note("weighing tokens: the dense model runs forward and backward")
+        self.weighed = len(self.source.blocks)
+        costs = self._backward(ids, self.plan(ids.shape, Look()))
+        if not work.kept.get("done"):
+            work.save(COSTS, costs)
         return costs
 
     def _backward(self, ids: Tensor, plan: Plan) -> dict[str, Tensor]:
-        source, folder = self.source, self.jobs[0].work.scratch("backward")
+        source, folder = self.source, self.work.scratch("backward")
 
         @contextmanager
         def loaded(index: int | None) -> Iterator[None]:
@@ -426,7 +374,7 @@ class _Pruning:
                 loaded=loaded,
                 states=lambda: States(folder, source.device, plan.states),
                 progress=lambda done, total: self.run.progress(
-                    self.weighed * done // total, self.weighed * (1 + len(self.jobs))
+                    self.weighed * done // total, 2 * self.weighed
                 ),
             )
         except ModelError as error:
@@ -436,15 +384,17 @@ class _Pruning:
             source.reset()
             shutil.rmtree(folder, ignore_errors=True)
 
-    def _finish(self, job: Job, report: PruneReport) -> None:
+    def _finish(self, report: PruneReport) -> None:
         """Write the files beside the weights, and turn the work folder into the output."""
-        source, work, request = self.source, job.work, job.request
-        drawn = self.drawn if request.calibration is not None else None
+        source, work = self.source, self.work
         with disk_errors(work.path), quiet_transformers():
             if not self.drops_alone:
                 source.save_config(work.checkpoint)
             save_tokenizer(self.tokenizer.tokenizer, source.folder, work.checkpoint)
-            work.check(_write_beside(work.checkpoint, source, job.asked, report, drawn, request))
+            files = _write_beside(
+                work.checkpoint, source, self.asked, report, self.drawn, self.request
+            )
+            work.check(files)
             source.files.check()
         work.complete()
 
@@ -525,11 +475,6 @@ def take_through(
             run.outside()
     if run.needs_ids:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def weighs(job: Job) -> bool:
-    """Whether a job weighs tokens by what their errors cost."""
-    return job.request.statistics == "robust" and job.method.needs is not None
 
 
 def is_of(manifest: Mapping[str, Any], asked: Mapping[str, Any], output: Path) -> bool:

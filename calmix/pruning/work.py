@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -214,7 +214,7 @@ class WorkFolder:
             with suppress(OSError), hidden(self.path) as aside:
                 self.path.rename(aside / RECORD)
         give_back(self._lock)
-        if self._new:  # the last of several targets removes the common folder
+        if self._new:
             with suppress(OSError):
                 self.output.parent.rmdir()
 
@@ -267,29 +267,25 @@ class States:
 
 
 def draw_set(
-    works: Sequence[WorkFolder],
+    work: WorkFolder,
     calibration: str,
     tokenizer: OpenTokenizer,
     model: Callable[[], OpenModel],
     draw: dict[str, Any],
     **how: Any,
 ) -> CalibrationSet:
-    """Return the set of resumed work, or draw it, and save it in all work folders.
+    """Return the set of resumed work, or draw it and save it in the work folder.
 
     `model` opens the model for self-written text; `how` is passed to `resolve`.
     """
-    kept = next((work for work in works if work.resumes), None)
-    if kept is not None:
-        held = CalibrationSet.open(kept.path / SET)
-        made = CalibrationSet(held.ids, held.sources, kept.kept["calibration"])
-    else:
-        written = bool(parse_calibration(calibration, context=tokenizer.context, **draw).written)
-        made = resolve(calibration, model() if written else tokenizer, **how, **draw)
-    for work in works:
-        if not work.resumes:
-            made.save(work.path / SET, overwrite=True)
-            work.keep(calibration=made.manifest)
-    return made
+    if work.resumes:
+        saved = CalibrationSet.open(work.path / SET)
+        return CalibrationSet(saved.ids, saved.sources, work.kept["calibration"])
+    written = bool(parse_calibration(calibration, context=tokenizer.context, **draw).written)
+    drawn = resolve(calibration, model() if written else tokenizer, **how, **draw)
+    drawn.save(work.path / SET, overwrite=True)
+    work.keep(calibration=drawn.manifest)
+    return drawn
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -266,7 +266,7 @@ def recover(
             ).draw
             job.check_room(size.rows * size.length)
         return draw_set(
-            [work],
+            work,
             request.calibration,
             tokenizers[1],
             lambda: open_model(against, **job.opening | {"dtype": "auto"}),
@@ -275,7 +275,7 @@ def recover(
             note=run.note,
         )
 
-    check_request([pruned, against], {job.output: request}, run)
+    check_request([pruned, against], job.output, request, run)
     if not run.resume:  # are there enough rows? A resumed run may lack the source files
         rows = parse_calibration(request.calibration, **request.drawn()).draw.rows
         split_rows([""] * rows, request.batch, 0)

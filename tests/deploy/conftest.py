@@ -3,7 +3,7 @@
 import pytest
 
 import calmix
-from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.specs import prune_request
 from tests.tiny import save_tiny_model, tiny_gguf, tiny_ids
 
@@ -35,8 +35,9 @@ def quantised(tmp_path_factory):
     text = folder / "text.txt"
     text.write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
     drawn = {"calibration": str(text), "rows": 6, "length": 32, "leakage": "off"}
-    targets = {folder / name: prune_request(**asked, **drawn) for name, asked in QUANTISED.items()}
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CALMIX_CACHE", str(folder / "cache"))
-        prune_checkpoints(str(folder / "tiny.gguf"), targets)
+        for name, asked in QUANTISED.items():
+            request = prune_request(**asked, **drawn)
+            prune_checkpoint(str(folder / "tiny.gguf"), folder / name, request)
     return folder

@@ -14,7 +14,7 @@ from calmix.calibration import open_tokenizer, resolve
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export
 from calmix.models import open_model
-from calmix.pruning.checkpoint import prune_checkpoints, read_told
+from calmix.pruning.checkpoint import prune_checkpoint, read_told
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import read_blocks
 from calmix.specs import prune_request
@@ -128,7 +128,7 @@ def test_levels_without_fast_bfloat16(quantised, tmp_path, monkeypatch):
     """A weight of the checkpoint is the product of level and scale, rounded to bfloat16."""
     drawn = {"calibration": str(quantised / "text.txt"), "rows": 6, "length": 32, "leakage": "off"}
     asked = prune_request(method="gptq,group=32", bits=4, **drawn)
-    prune_checkpoints(str(quantised / "tiny.gguf"), {tmp_path / "half": asked}, dtype="bfloat16")
+    prune_checkpoint(str(quantised / "tiny.gguf"), tmp_path / "half", asked, dtype="bfloat16")
     monkeypatch.setattr("calmix.models.opening.suited", lambda dtype, device: torch.float32)
     assert export(str(tmp_path / "half"), tmp_path / "out.gguf")["ours"] == 14
 

@@ -47,17 +47,9 @@ def made(tiny_folder, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(base)
         prune("pruned", "--sparsity", 0.5, "--seed", 3)
-        calmix(
-            "prune",
-            tiny_folder,
-            "-o",
-            "several",
-            "--calibration",
-            "self-cal",
-            *SMALL,
-            "--sparsity",
-            "0.4,0.5",
-        )
+        for share in (0.4, 0.5):
+            own = ("--calibration", "self-cal", *SMALL, "--sparsity", share)
+            calmix("prune", tiny_folder, "-o", f"several/sparsegpt-{share}", *own)
         # A pruning run without text must not get a warning of few tokens after a recovery.
         calmix("prune", tiny_folder, "-o", "bare", "--sparsity", 0.5, "--method", "magnitude")
         calmix(

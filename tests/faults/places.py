@@ -78,9 +78,6 @@ def verbs(files):
         "prune wanda": kept("prune", model, *own, "--method", "wanda", "--pattern", "2:4"),
         "prune magnitude": kept("prune", model, "--method", "magnitude", "--sparsity", 0.5),
         "prune block": kept("prune", model, *own, "--sparsity", 0.5, "--propagation", "block"),
-        "prune targets": kept(
-            "prune", model, *own, "--method", "sparsegpt,wanda", "--sparsity", "0.4,0.6", read=False
-        ),
         "recover distill": kept("recover", *recovered, "--epochs", 1),
         "recover blocks": kept("recover", *recovered, "--method", "blocks", "--epochs", 1),
         "calibrate": kept("calibrate", text, "-m", model, *SMALL, resume=()),

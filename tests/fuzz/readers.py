@@ -22,7 +22,7 @@ from calmix.evaluation.suites import load_suite
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint, tokenizer_fingerprint
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.checkpoint import prune_checkpoints
+from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.recovery import recover
 from calmix.sources import get_source, own_sources
 from calmix.sources.readers import LocalFile
@@ -105,10 +105,10 @@ def make(folder):
     drawn = resolve(str(text), open_tokenizer(str(model)), rows=3, length=8, leakage="off")
     drawn.save(folder / "set")
     request = prune_request(method="magnitude", pattern="2:4")
-    prune_checkpoints(str(model), {folder / "pruned": request})
+    prune_checkpoint(str(model), folder / "pruned", request)
     how = {"rows": 8, "length": 16, "epochs": 1, "leakage": "off"}
     request = prune_request(method="gptq,group=32", bits=4, calibration=str(folder / "set"))
-    prune_checkpoints(str(model), {folder / "rounded": request})
+    prune_checkpoint(str(model), folder / "rounded", request)
     pack(folder / "rounded", folder / "pack")
     prune_args = recover_request(method="blocks", calibration=str(text), **how)
     recover(str(folder / "pruned"), str(model), prune_args, folder / "recovered")

@@ -15,7 +15,7 @@ from calmix.pruning.engine import run_through
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, cut
 from calmix.pruning.experts import Routed
 from calmix.pruning.report import Dropped
-from calmix.specs import requests
+from calmix.specs import prune_request
 from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.pruning.test_engine import given_to
@@ -178,8 +178,8 @@ def test_undroppable_experts_are_refused(how, monkeypatch):
 
 def test_options_without_effect_on_a_drop(text_file):
     given = {"calibration": str(text_file), "drop_experts": 0.25}
-    one, other = requests(method="magnitude,wanda", sparsity="0.5", **given)
-    assert one.drop_experts == other.drop_experts == 0.25  # text for what is left, or none
+    for method in ("magnitude", "wanda"):  # text for what is left, or none
+        assert prune_request(method=method, sparsity="0.5", **given).drop_experts == 0.25
     for wrong, says in (
         ({"method": "wanda"}, "method has no effect if only experts are dropped"),
         ({"calibration": None}, "--drop-experts needs --calibration"),
@@ -187,4 +187,4 @@ def test_options_without_effect_on_a_drop(text_file):
         ({"drop_experts": None}, "give either --sparsity"),
     ):
         with pytest.raises(InputError, match=says):
-            requests(**given | wrong)
+            prune_request(**given | wrong)
