@@ -147,32 +147,19 @@ TEXTS = """
     }
     return [255, 255, 255];
   };
-  const cells = (text) => {
-    const box = text.getBoundingClientRect();
-    const [x, y] = [box.x + box.width / 2, box.y + box.height / 2];
-    for (const path of text.closest("svg").querySelectorAll("g.tip path")) {
-      const around = path.getBoundingClientRect();
-      const fill = parts(getComputedStyle(path).fill);
-      if (fill.length >= 3 && around.width > 16 && around.height > 12 && x > around.left
-          && x < around.right && y > around.top && y < around.bottom) return fill.slice(0, 3);
-    }
-    return null;
-  };
   const found = [];
   const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (walk.nextNode()) {
     const element = walk.currentNode.parentElement;
     const words = walk.currentNode.textContent.trim();
-    if (!words || ["SCRIPT", "STYLE", "title", "desc"].includes(element.tagName)) continue;
+    if (!words || ["SCRIPT", "STYLE"].includes(element.tagName)) continue;
     if (!element.checkVisibility({opacityProperty: true})) continue;
     if (!element.getClientRects().length) continue;
     const style = getComputedStyle(element);
-    const svg = element.ownerSVGElement;
-    const scale = svg ? svg.getBoundingClientRect().width / svg.viewBox.baseVal.width : 1;
-    const front = light(parts(svg ? style.fill : style.color).slice(0, 3));
-    const back = light((svg && cells(element)) || behind(element));
+    const front = light(parts(style.color).slice(0, 3));
+    const back = light(behind(element));
     const [high, low] = [Math.max(front, back), Math.min(front, back)];
-    found.push({words, size: parseFloat(style.fontSize) * scale,
+    found.push({words, size: parseFloat(style.fontSize),
                 contrast: (high + 0.05) / (low + 0.05)});
   }
   return found;
@@ -180,22 +167,13 @@ TEXTS = """
 """
 
 
-# Marks of visible charts that their box or their plot cuts off.
+# Marks of visible figures outside their track.
 CUT = """
-[...document.querySelectorAll("figure svg")].flatMap((svg) => {
-  if (!svg.checkVisibility()) return [];
-  const box = svg.closest(".scroll").getBoundingClientRect();
-  return [...svg.querySelectorAll("g.tip use, g.tip path:not(defs *)")].filter((mark) => {
-    const around = mark.getBoundingClientRect();
-    const clip = /#([^")]+)/.exec(mark.closest("[clip-path]")?.getAttribute("clip-path") ?? "");
-    const plot = clip && svg.getElementById(clip[1])?.querySelector("rect");
-    const [x, y] = [Number(mark.getAttribute("x")), Number(mark.getAttribute("y"))];
-    const at = plot && ["x", "y", "width", "height"].map((one) => Number(plot.getAttribute(one)));
-    return around.left < box.left - 1 || around.right > box.right + 1 || (
-      at && mark.tagName === "use" && (x < at[0] - 1 || x > at[0] + at[2] + 1
-        || y < at[1] - 1 || y > at[1] + at[3] + 1));
-  }).map((mark) => svg.textContent.trim().slice(0, 60));
-})
+[...document.querySelectorAll(".track i")].filter((mark) => {
+  if (!mark.checkVisibility()) return false;
+  const [box, around] = [mark.parentElement, mark].map((one) => one.getBoundingClientRect());
+  return around.left < box.left - 2 || around.right > box.right + 2;
+}).map((mark) => mark.closest("li").textContent.trim())
 """
 
 
@@ -216,7 +194,7 @@ def served(folder):
 
 def readable(page, place, *, figures, texts, home="file:", then=lambda: None):
     """Check a page wide and on a telephone, in light and dark, `then` run once it is open: no
-    error, no network, nothing wider than it, every mark of a chart in its plot, every text
+    error, no network, nothing wider than it, every mark of a figure in its track, every text
     legible."""
     backs = set()
     for width, dark in ((1280, True), (1280, False), (390, False), (390, True)):
@@ -226,11 +204,11 @@ def readable(page, place, *, figures, texts, home="file:", then=lambda: None):
         assert all(address.startswith((home, "data:")) for address in page.requests)
         assert page.run("document.documentElement.scrollWidth") <= width
         boxes = page.run(
-            "[...document.querySelectorAll('figure svg')].filter(e => e.checkVisibility())"
+            "[...document.querySelectorAll('.bars')].filter(e => e.checkVisibility())"
             ".map(e => e.getBoundingClientRect()).map(b => [b.width, b.height])"
         )
         assert len(boxes) == figures
-        assert all(wide > 250 and high > 100 for wide, high in boxes)
+        assert all(wide > 250 and high > 20 for wide, high in boxes)
         assert page.run(CUT) == []
         actual = page.run(TEXTS)
         assert len(actual) > texts

@@ -107,13 +107,6 @@ def page(tmp_path_factory):
         yield opened
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Reports without their drawings, which take most of the time."""
-    monkeypatch.setattr("calmix.report.charts.Chart.svg", lambda self: "<svg></svg>")
-    monkeypatch.setattr("calmix.report.charts.Chart.file", lambda self: "<svg></svg>")
-
-
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory):
     """A tiny random llama with a byte-level tokenizer, as a local model folder."""

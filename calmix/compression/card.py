@@ -7,7 +7,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -39,9 +39,8 @@ from calmix.models.shards import weight_bytes
 from calmix.options import option_words
 from calmix.progress import Progress
 from calmix.pruning.solvers.grids import SCALES
-from calmix.report import charts, words
-from calmix.report.charts import LOOKS, Chart
-from calmix.report.pages import render
+from calmix.report import words
+from calmix.report.pages import Bar, Figure, render
 from calmix.sources import builtin_sources
 from calmix.sources.licences import use_of
 
@@ -429,13 +428,12 @@ def _speeds(out: Path, written: Mapping[str, Any]) -> dict[str, Any]:
     return value if value and value["model"]["sha256"] == written.get("opened") else {}
 
 
-def kept_chart(card: Card) -> Chart | None:
-    """Return the chart of right answers by ability, of those kept if gains were not measured, or of
-    likelihood without answers."""
-    does, what, unit = card.behaved, "Likelihood kept, by dimension", "kept, %"
+def kept_figure(card: Card) -> Figure | None:
+    """Return the figure of right answers by ability, of those kept if gains were not measured, or
+    of likelihood without answers."""
+    does, what = card.behaved, "Likelihood kept, by dimension"
     if does.right is not None:
-        shares = does.right.estimates
-        what, unit = "Right answers relative to the dense model, by ability", "right answers, %"
+        shares, what = does.right.estimates, "Right answers relative to the dense model, by ability"
     elif does.abilities:
         shares = {one.name: one.share for one in (*does.abilities, does.answers) if one}
         what = "Right answers kept, by ability"
@@ -443,33 +441,16 @@ def kept_chart(card: Card) -> Chart | None:
         return None
     else:
         shares = card.kept.estimates
-    colour, marker = LOOKS[0]
-    marks = [
-        [(one, f"{card.name}, {name}", colour, marker, None)] if one.low is not None else []
-        for name, one in shares.items()
-    ]
-    text = ", ".join(f"{name} {words.percent(one.value)}" for name, one in shares.items())
-    return Chart(
-        "kept",
-        what,
-        "Lines: 95 % intervals over items. The dashed line is the dense model.",
-        f"{what}, in percent. {text}.",
-        partial(
-            charts.bars,
-            rows=[(name, None) for name in shares],
-            marks=marks,
-            below=unit,
-            keys=[],
-            rule=100,
-        ),
-    )
+    bars = [Bar(name, one) for name, one in shares.items()]
+    caption = "Lines: 95 % intervals over items. The dashed line is the dense model."
+    return Figure(what, caption, bars, rule=1.0)
 
 
 def card_page(card: Card) -> str:
     """Return the report card as HTML."""
     made = card.answers
     answers = [] if made is None else zip(made.prompts, *made.answers, strict=True)
-    return render("card.html", card=card, kept=kept_chart(card), answers=[*answers])
+    return render("card.html", card=card, kept=kept_figure(card), answers=[*answers])
 
 
 def model_card(card: Card) -> str:

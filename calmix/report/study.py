@@ -1,11 +1,8 @@
-"""The report of a study: an HTML page, a summary in plain text, and figures."""
+"""The report of a study: an HTML page, and a summary in plain text."""
 
 from __future__ import annotations
 
-import itertools
-import re
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +12,22 @@ from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.files import atomic_folder, write_text
 from calmix.options import Settings
-from calmix.report import charts, words
-from calmix.report.charts import LOOKS, Chart, Mark
+from calmix.report import words
 from calmix.report.findings import main_condition, summarise
-from calmix.report.pages import render
-from calmix.report.words import STRATEGIES
+from calmix.report.pages import Bar, Figure, render
 from calmix.study.results import StudyResults
 
-FIGURES = "figures"
 ROWS = 8  # of a ranking in the summary
 
 
 def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> None:
-    """Write a study's report to a folder, all or nothing: `pages`, and figures as SVG.
+    """Write a study's report (`pages`) to a folder, all or nothing.
 
     The same results and analysis give the same bytes.
     """
     with atomic_folder(folder) as beside:
         for name, text in pages(results, analysis).items():
             write_text(beside / name, text)
-        (beside / FIGURES).mkdir()
-        for each in analysis.conditions:
-            chart = ranking_chart(analysis, each)
-            write_text(beside / FIGURES / f"{chart.name}.svg", chart.file())
 
 
 def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
@@ -52,7 +42,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
             summary=summary,
             main=main_condition(conditions),
             conditions=[
-                (each, sentences, ranking_chart(analysis, each), _tables(analysis, each))
+                (each, sentences, ranking_figure(each), _tables(analysis, each))
                 for each, sentences in zip(conditions, summary["conditions"], strict=True)
             ],
             made=yaml.safe_dump({"suite": results.suite, "analysis": settings}, sort_keys=False),
@@ -61,42 +51,20 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
     }
 
 
-def ranking_chart(analysis: Analysis, analysed: ConditionAnalysis) -> Chart:
-    """Return the chart of one condition: totals with the worst dimension."""
+def ranking_figure(analysed: ConditionAnalysis) -> Figure:
+    """Return the figure of one condition: the total of every calibration set."""
     ranked = [one for one in analysed.ranking if one.total.value is not None]
-    rows = [(one.calibration, STRATEGIES[one.strategy][1]) for one in ranked]
-    strategies = {one.strategy for one in ranked}
-    keys = [(*look, "o") for key, look in STRATEGIES.items() if key in strategies]
-    looks = dict(zip(analysis.dimensions, itertools.cycle(LOOKS), strict=False))
-    marks = list[list[Mark]]()
-    for one in ranked:
-        tip, colour = f"{one.calibration}, ", STRATEGIES[one.strategy][1]
-        marks.append([(one.total, f"{tip}total", colour, "bar", one.shrunken.value)])
-        if one.worst is not None:
-            marks[-1].append((one.lowest, f"{tip}worst: {one.worst}", *looks[one.worst], None))
-    worst = [
-        (f"worst: {name}", *look)
-        for name, look in looks.items()
-        if any(one.worst == name for one in ranked)
-    ]
+    made = {one.strategy for one in ranked}
     over = "test items and seeds" if analysed.joint.freedom else "test items alone (one seed each)"
-    label = analysed.condition.label
-    slug = re.sub(r"[^a-z0-9]+", "-", label.lower().replace("%", "pct")).strip("-")
-    return Chart(
-        f"ranking-{slug}",
-        f"Ranking by total, with the worst dimension, {label}",
-        f"Bars: total retention; marks: each set's worst dimension; lines: 95 % intervals over "
-        f"{over}; notches: expected total of a set chosen for its rank (shrunken).",
-        "Bar chart: "
-        + "; ".join(
-            f"{one.calibration} {words.with_span(one.total)}"
-            + (f", worst {one.worst} {words.percent(one.lowest.value)}" if one.worst else "")
-            for one in analysed.ranking
-        )
-        + ".",
-        partial(
-            charts.bars, rows=rows, marks=marks, below="retention, %", keys=[*keys, *worst], rule=0
-        ),
+    return Figure(
+        f"Ranking by total, {analysed.condition.label}",
+        f"Total retention, with 95 % intervals over {over}; notches: expected total of a set "
+        "chosen for its rank (shrunken).",
+        [
+            Bar(one.calibration, one.total, f"s-{one.strategy}", one.shrunken.value)
+            for one in ranked
+        ],
+        {name: f"s-{key}" for key, name in words.STRATEGIES.items() if key in made},
     )
 
 
@@ -106,7 +74,7 @@ def _tables(analysis: Analysis, analysed: ConditionAnalysis) -> dict[str, list[d
     ranking = [
         {
             "calibration set": one.calibration,
-            "made": w.STRATEGIES[one.strategy][0],
+            "made": w.STRATEGIES[one.strategy],
             "#seeds": one.total.draws,
             "#total %": w.with_span(one.total),
             "#accuracy %": w.percent(one.accuracy[TOTAL]),

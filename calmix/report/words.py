@@ -12,14 +12,14 @@ from calmix.evaluation.behaviour import Behaviour
 from calmix.evaluation.comparison import Comparison
 from calmix.evaluation.measures import FEW, PRIMARY
 
-STRATEGIES = {  # of making a calibration set: name and colour
-    "single": ("single source", "#8a96a8"),
-    "mix": ("mix", "#e07b1a"),
-    "self-cal": ("Self-Cal", "#5b8def"),
-    "sgs": ("SGS", "#3aa6a0"),
-    "igsp": ("IGSP", "#7e57c2"),
-    "self-written": ("self-written", "#9c4f96"),
-    "none": ("no calibration", "#9c9080"),
+STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour of the pages
+    "single": "single source",
+    "mix": "mix",
+    "self-cal": "Self-Cal",
+    "sgs": "SGS",
+    "igsp": "IGSP",
+    "self-written": "self-written",
+    "none": "no calibration",
 }
 FORMS = {
     "chat template": " in its chat template, short answers with worked examples",

@@ -42,7 +42,7 @@ def weights(folder):
 
 
 def test_interrupted_stages_resume_to_the_same_model(
-    calmix, command, compressed, place, tmp_path, monkeypatch, undrawn
+    calmix, command, compressed, place, tmp_path, monkeypatch
 ):
     whole, cut = compressed, tmp_path / "cut"
     commands = read_compressed(whole)["commands"].values()
@@ -361,7 +361,7 @@ def test_chat_model_gets_chats(tmp_path, tiny_folder, asked):
     assert given.calibration == "python-docs"
 
 
-def test_saved_set_and_own_prompts(calmix, command, tmp_path, tiny_folder, place, undrawn):
+def test_saved_set_and_own_prompts(calmix, command, tmp_path, tiny_folder, place):
     kept = tmp_path / "set"
     text_file = str(place / "text.txt")
     calmix(
@@ -413,7 +413,7 @@ def test_saved_set_and_own_prompts(calmix, command, tmp_path, tiny_folder, place
     assert line in calmix("report", out).line
 
 
-def test_size_and_bits(calmix, command, asked, tmp_path, undrawn):
+def test_size_and_bits(calmix, command, asked, tmp_path):
     """Below four bits the levels are trained; the card shows the bits."""
     out = tmp_path / "out"
     line = calmix(*command(out, "--size", "1kB")).line
@@ -469,7 +469,7 @@ def test_low_bits_need_anyway(calmix, command, tmp_path):
     assert not out.exists()
 
 
-def test_oversized_pack_is_refused(calmix, command, tmp_path, monkeypatch, undrawn):
+def test_oversized_pack_is_refused(calmix, command, tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr("calmix.compression.plan.packed_bytes", lambda bits, **_: 5000 * bits)
     ended = calmix(*command(out, "--size", "10kB"))
@@ -502,7 +502,7 @@ def test_inspect_checks_all_stages(calmix, compressed, tmp_path):
     assert "compress.json" in calmix("doctor", "inspect", out).line
 
 
-def test_check_appears_on_its_own_card(calmix, compressed, tmp_path, undrawn):
+def test_check_appears_on_its_own_card(calmix, compressed, tmp_path):
     out = Path(shutil.copytree(compressed, tmp_path / "out"))
     assert not read_card(out).checked
     ended = calmix("check", out, "--keep-at-least", "0.05")

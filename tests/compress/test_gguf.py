@@ -21,7 +21,6 @@ from calmix.progress import Progress
 from tests.compress.conftest import prepare, stopping
 from tests.tiny import save_tiny_model, tiny_gguf
 
-pytestmark = pytest.mark.usefixtures("undrawn")
 STAGES = ["calibrate", "prune", "export", "evaluate", "answers", "report"]
 FILES = [
     "Modelfile",

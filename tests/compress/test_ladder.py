@@ -368,7 +368,7 @@ def test_floors_unprovable_by_own_items_are_refused(calmix, command, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_search_command_ends_with_a_card(calmix, command, options, tmp_path, monkeypatch, undrawn):
+def test_search_command_ends_with_a_card(calmix, command, options, tmp_path, monkeypatch):
     run = Stage.run
 
     def planted(stage, bar):

@@ -20,7 +20,6 @@ from tests.diagnostics.conftest import interrupting
 from tests.tiny import hashes
 
 FLOOR = ("--keep-at-least", "0.05")
-pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture

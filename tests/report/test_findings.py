@@ -30,7 +30,6 @@ def of(results, **settings):
 KEPT_BY = {"bad": 0.3, "worse": 0.2, "near": 0.70, "top": 0.71}
 
 
-@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("kept", "seeds", "best"),
     [

@@ -184,7 +184,6 @@ def test_cancelling_effects():
     assert np.mean(actual) == pytest.approx(0.05, abs=0.03)
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_script_prints_all_claims(tmp_path, monkeypatch, capsys):
     save(study(PLANTED), tmp_path / "store")
     monkeypatch.setattr(sys, "argv", ["paper_claims.py", str(tmp_path / "store")])

@@ -18,7 +18,6 @@ STORES = [
 ]  # larger ones are in the golden file
 
 
-@pytest.mark.usefixtures("undrawn")
 def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     compared = "  - {name: mixed, of: {calibration: mix}, over: {calibration: code}}\n"
     more = f"seeds: [0, 1]\ncomparisons:\n{compared}"
