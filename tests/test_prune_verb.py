@@ -63,7 +63,7 @@ def mistakes(tiny_folder, text_file, tmp_path):
         ("--pattern", "2of4"): "N:M",
         ("--pattern", "2:5"): "--skip '*.q_proj'",
         (*half, "--method", "wanda,sparsegpt"): "'sparsegpt' is not of the form option=value",
-        (*half, "--method", "bits=4,wanda"): "unknown method 'bits=4'",
+        (*half, "--method", "bits=4"): "unknown method 'bits=4'",
         (*half, "--method", "magnitude"): "--calibration has no effect",
         (*half, "--damping", 1): "sparsegpt,damping=VALUE",
         (*half, "--only", "*.nothing"): "matches no layer: names are like model.layers.0.",

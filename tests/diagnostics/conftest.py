@@ -95,26 +95,12 @@ def made(tiny_folder, tmp_path_factory):
             "*.o_proj",
         )
         (base / "pruned" / "README.md").write_text("a card", encoding="utf-8")
+        (base / "other.json").write_text('{"kind": "other"}', encoding="utf-8")
         calmix("export", "--to", "pack", "pruned", "-o", "pack")
         calmix("export", "--to", "pack", tiny_folder, "-o", "dense-pack")
         calibrate("set", "mine:0.3,more.txt:0.7", *OWN, "--packing", "concat")
         calibrate("written", "self-written")
         calibrate("continued", "sgs,seeds=mine", *OWN)
-        calmix(
-            "calibrate",
-            "measure",
-            "text.txt",
-            "--model",
-            tiny_folder,
-            "--rows",
-            8,
-            "--length",
-            32,
-            "--draws",
-            1,
-            "-o",
-            "measured.json",
-        )
         patch.setattr(Run, "block", interrupting(Run.block))
         prune("cut", "--sparsity", 0.5)
     few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))

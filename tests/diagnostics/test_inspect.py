@@ -136,6 +136,6 @@ def test_inspect_checks_a_packs_model(calmix, made, tmp_path):
 
 
 def test_inspect_of_anything_else_is_one_line(calmix, made, tmp_path):
-    line = calmix("doctor", "inspect", made / "measured.json").line
+    line = calmix("doctor", "inspect", made / "other.json").line
     assert "cannot be checked: name a folder" in line
     assert "holds no result of calmix" in calmix("doctor", "inspect", tmp_path).line
