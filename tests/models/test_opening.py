@@ -285,6 +285,7 @@ REAL = {
     "smollm2-135m": ("llama", 134_515_008, "The capital of France is", "Paris"),
     "gemma3-270m": ("gemma3_text", 268_098_176, "One, two, three, four,", "five"),
     "qwen2.5-coder-0.5b": ("qwen2", 630_167_424, "def add(a, b):\n    return a +", "b"),
+    "qwen2.5-coder-1.5b": ("qwen2", 1_777_088_000, "def add(a, b):\n    return a +", "b"),
 }
 
 
