@@ -183,7 +183,7 @@ class _Pruning:
             embeddings=request.embeddings,
         )
         run.report.pattern = request.pattern or run.report.pattern
-        run.robust = request.statistics == "robust"
+        run.robust = request.statistics == "robust" and not self.method.dense_inputs
         return run
 
     @property
@@ -195,7 +195,8 @@ class _Pruning:
     @property
     def weighs(self) -> bool:
         """Whether tokens are weighted by what their errors cost."""
-        return self.request.statistics == "robust" and self.method.needs is not None
+        plain = self.method.needs is None or self.method.dense_inputs
+        return self.request.statistics == "robust" and not plain
 
     def finished(self) -> PruneReport | None:
         """Return the report of an output finished by an earlier run of the same request."""
@@ -211,9 +212,10 @@ class _Pruning:
 
     def plan(self, shape: Sequence[int], method: Method | None = None) -> Plan:
         """Return the memory plan of pruning, or of a pass over the dense model with a `method`."""
-        outer, how = self.request.mixed or bool(self.engine().outer), dict[str, Any]()
+        run, how = self.engine(), dict[str, Any]()
+        outer = self.request.mixed or bool(run.outer)
         if method is None:
-            how["sequential"] = self.request.propagation == "sequential"
+            how["sequential"] = run.propagation == "sequential"
             how["rows_at_once"] = self.work.kept.get("report", {}).get("rows_at_once", 0)
         how |= {"budget": self.run.max_memory, "embeddings": outer}
         return plan_for(self.source, shape, method or self.method, **how)
@@ -467,7 +469,10 @@ def take_through(
                 run.block(index)
                 yield index
             elif run.needs_ids:
-                source.refill(index, work.load(done[index]))
+                if run.method.dense_inputs:
+                    source.fetch(index)
+                else:
+                    source.refill(index, work.load(done[index]))
                 run.replay(index)
             source.drop(index)
         if run.outer:

@@ -51,10 +51,9 @@ from calmix.pruning.held_out import SHARE, HeldOut, checked, held_out_rows
 from calmix.pruning.held_out import TOKENS as JUDGING
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
-from calmix.pruning.methods.ggml import Ggml
+from calmix.pruning.methods.ggml import Typed
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
-from calmix.pruning.solvers.block_grid import fitting, rounded_rows
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.token_weights import POWER, Weighting, token_weights, weighting
@@ -153,7 +152,7 @@ def prune(
     if stored is not None:
         run.types = {name: narrower(stored, p.dtype) for name, p in model.named_parameters()}
     try:
-        run.robust = statistics == "robust"
+        run.robust = statistics == "robust" and not chosen.dense_inputs
         if run.robust and run.needs_ids:
             rows = check_ids(ids, chosen.name)
             run.weigh(costs_in_memory(model, blocks, rows, _half(progress, 0)))
@@ -263,19 +262,15 @@ def solve_rows(
 ) -> tuple[Tensor, Encoded]:
     """Return a matrix with many rows in blocks of a type, as `round_rows`; rounded plainly without
     a Gram matrix."""
-    assert isinstance(method, Ggml)
-    made, parts = torch.empty_like(weight), -(-weight.numel() // ROUNDED)
-    grids: list[Any] = []
-    factor = None if gram is None else inverse_factor(gram, method.damping)
-    for rows, out in zip(weight.tensor_split(parts), made.tensor_split(parts), strict=True):
-        if gram is None or factor is None:
-            grids.append(rounded_rows(rows, fitting(pattern.type, rows.shape[1])))
-            out.copy_(grids[-1].values())
-        else:
-            solved = method.solve_factored([rows], gram, factor, [pattern])
-            grids += solved.grids
-            out.copy_(solved.weights[0])
-    return made, Encoded(grids[0].name, torch.cat([grid.data for grid in grids]))
+    assert isinstance(method, Typed)
+    made = torch.empty_like(weight)
+    parts = weight.tensor_split(-(-weight.numel() // ROUNDED))
+    blocks, at = list[Encoded](), 0
+    for one in method.solve_outer(parts, gram, pattern):
+        made[at : at + len(one.data)] = one.values()
+        at += len(one.data)
+        blocks.append(one)
+    return made, Encoded(blocks[0].name, torch.cat([one.data for one in blocks]))
 
 
 def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]:
@@ -359,6 +354,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self._kind: Any = self.method.needs
+        if self.method.dense_inputs:
+            self.propagation = "block"
         self.needs_ids = self._kind is not None
         self._batches: list[Batch] = []
         self._unfitted: list[int] = []  # rows held out
@@ -547,10 +544,13 @@ class Run:
                 for task in tasks:
                     task.throw()
         if self.propagation == "block":
+            if self.method.dense_inputs:
+                self._advance(index)
             for layers, weights in self._waiting:
                 self._assign(layers, weights)
             self._waiting.clear()
-            self._advance(index)
+            if not self.method.dense_inputs:
+                self._advance(index)
 
     def _parts(self, one: SharedInput | Routed) -> Iterator[Iterator[Work]]:
         """Yield the parts of an input that are pruned together: all its layers, or as many experts

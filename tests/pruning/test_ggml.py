@@ -1,5 +1,7 @@
 """Block types of GGML: bytes against the gguf package, scale search, and the column solver."""
 
+from contextlib import ExitStack
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +9,18 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from benchmarks.twins import make_twin
 from calmix.errors import InputError
+from calmix.models import find_blocks
+from calmix.pruning import prune
+from calmix.pruning.engine import Run
 from calmix.pruning.gram import inverse_factor, relative_error
-from calmix.pruning.methods import get_method
+from calmix.pruning.methods import get_method, ggml
 from calmix.pruning.patterns import Blocks, as_pattern
 from calmix.pruning.solvers.block_grid import BlockGrid, search, solve_blocks
 from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels, block_type
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
-from tests.tiny import tiny_ids, tiny_model
+from tests.pruning.toy import SMALL
+from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
 BY_COLUMN = [name for name, kind in TYPES.items() if kind.group]
 
@@ -244,3 +250,72 @@ def test_twin_is_the_same_function(kind):
     assert {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"} <= ends
     ratio = after["model.layers.0.mlp.up_proj.weight"] / before["model.layers.0.mlp.up_proj.weight"]
     assert 0.5 < ratio.min() < 0.8 < 1.25 < ratio.max() < 2
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_llama_rounds_by_the_dense_models_inputs(flat, monkeypatch):
+    """As llama.cpp does: the importance matrix is of the dense model, and tokens count alike."""
+    ours, dense, ids = tiny_model("llama"), tiny_model("llama"), tiny_ids()
+    squares = {}
+    blocks = find_blocks(dense)
+    with ExitStack() as hooks:
+        for layer in blocks.layers:
+            module = dense.get_submodule(layer.name)
+
+            def hook(_, args, name=layer.name):
+                seen = args[0].reshape(-1, args[0].shape[-1]).double().square().sum(0)
+                squares[name] = squares.get(name, 0) + seen
+
+            hooks.enter_context(module.register_forward_pre_hook(hook))
+        with torch.no_grad():
+            dense(ids)
+    used = []
+
+    def watched(weight, importance, *, name):
+        used.append(importance)
+        return quantise(weight, importance, name=name)
+
+    monkeypatch.setattr(ggml, "quantise", watched)
+    for way in ("sequential", "block"):
+        made = tiny_model("llama")
+        used.clear()
+        method = f"llama,flat={flat}"
+        report = prune(made, ids, method=method, pattern="Q4_0 blocks", propagation=way)
+        assert not report.weighted
+        assert not any(layer.held_out for layer in report.layers)
+        layers = {layer.name: layer for layer in find_blocks(made).layers}
+        assert len(used) == len(report.layers) == len(layers)
+        for one, importance in zip(report.layers, used, strict=True):
+            own = squares[one.name].float()
+            torch.testing.assert_close(importance, torch.ones_like(own) if flat else own)
+            weight, grid = dense.get_submodule(one.name).weight, report.grids[f"{one.name}.weight"]
+            assert torch.equal(grid.data, quantise(weight, importance, name="Q4_0").data)
+            assert torch.equal(layers[one.name].view().float(), grid.values())
+    report = prune(ours, ids, method="llama,type=Q8_0")
+    for outer in report.outer:
+        name = f"{outer.name}.weight"
+        plain = quantise(dict(dense.named_parameters())[name], None, name="Q8_0")
+        assert torch.equal(report.grids[name].data, plain.data)
+    assert report.outer
+
+
+def test_llama_resumes_on_dense_inputs(calmix, text_file, tmp_path, monkeypatch):
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    command = ("prune", folder, "--calibration", text_file, *SMALL, "--method", "llama")
+    command += ("--pattern", "Q4_0 blocks", "-o")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    calmix(*command, whole).ok()
+    block, calls = Run.block, []
+
+    def stopping(self, index):
+        if index == 1 and not calls:
+            calls.append(index)
+            raise KeyboardInterrupt
+        return block(self, index)
+
+    monkeypatch.setattr(Run, "block", stopping)
+    assert calmix(*command, cut).code == 130
+    calmix(*command, cut, "--resume").ok()
+    assert calls == [1]
+    for file in whole.rglob("*.safetensors"):
+        assert file.read_bytes() == (cut / file.relative_to(whole)).read_bytes()

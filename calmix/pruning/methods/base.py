@@ -77,6 +77,8 @@ class Method(BaseModel, ABC):
         title: the name in reports; `name` if empty.
         paper: reference.
         statistic: of the inputs; None if the method uses no calibration data.
+        dense_inputs: whether the statistic is of the dense model's inputs, with all tokens alike,
+            whatever the run's propagation and statistics.
         work: bytes a solve takes besides the statistic: per entry of a Gram matrix, and per weight
             of the layers that share it.
     """
@@ -87,6 +89,7 @@ class Method(BaseModel, ABC):
     title: ClassVar[str] = ""
     paper: ClassVar[str] = ""
     statistic: ClassVar[type[Statistic] | None]
+    dense_inputs: ClassVar[bool] = False
     work: ClassVar[tuple[int, int]] = (0, 13)
 
     @abstractmethod

@@ -8,7 +8,8 @@ the corrected weights when the loop reaches a block, weighted by 1 / U_jj^2, the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,33 +17,28 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.pruning.gram import Factor, Gram, inverse_factor
+from calmix.pruning.gram import Factor, Gram, Squares, inverse_factor
 from calmix.pruning.methods.base import DAMPING, Damping, Method, Solution, by_kind
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
 from calmix.pruning.recipes import recipe_name
-from calmix.pruning.solvers.block_grid import BlockGrid, fitting, solve_blocks
+from calmix.pruning.solvers.block_grid import BlockGrid, fitting, rounded_rows, solve_blocks
 from calmix.pruning.solvers.ggml import BlockType, Encoded
 from calmix.pruning.solvers.libggml import check_library, quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 
 
-class Ggml(Method):
-    """Quantise to the types of a file of llama.cpp, such as Q3_K_M or IQ4_XS.
+class Typed(Method):
+    """A method that quantises to the types of a file of llama.cpp, such as Q3_K_M or IQ4_XS.
 
     Rows that are not a multiple of 256 get another type (`calmix.pruning.solvers.block_grid`).
     """
 
-    name, title = "ggml", "GGML"
-    paper = "arXiv 2210.17323; weighted scales are ours"
-    statistic = Gram
     work = 8, 26  # factorisation; dense and rounded weights, transposed, their errors and bytes
 
     type: str = Field(default="Q4_K_M", description="File of llama.cpp, such as Q3_K_M or IQ4_XS.")
     bits: float = Field(
         default=0, ge=0, le=9, description="Bits per weight of the file, in place of a type."
     )
-    damping: Damping = DAMPING
-    sweeps: int = Field(default=1, ge=0, le=10, description="Passes that choose all levels again.")
 
     @field_validator("type")
     @classmethod
@@ -62,9 +58,30 @@ class Ggml(Method):
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         mixed = isinstance(pattern, Mixed)
-        kind = type_of(Blocks("Q8_0") if mixed else pattern, columns, name)
+        kind = type_of(Blocks("Q8_0") if mixed else pattern, columns, name, self.name)
         if mixed or not kind.group:
             check_library()
+
+    @abstractmethod
+    def solve_outer(
+        self, parts: Sequence[Tensor], gram: Tensor | None, pattern: Blocks
+    ) -> Iterator[Encoded]:
+        """Yield the rows of embeddings or output head in blocks, some at a time.
+
+        Args:
+            gram: (columns, columns), of the inputs; None if there is none.
+        """
+
+
+class Ggml(Typed):
+    """Quantise to the types of a file of llama.cpp, by error feedback on their grids."""
+
+    name, title = "ggml", "GGML"
+    paper = "arXiv 2210.17323; weighted scales are ours"
+    statistic = Gram
+
+    damping: Damping = DAMPING
+    sweeps: int = Field(default=1, ge=0, le=10, description="Passes that choose all levels again.")
 
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
@@ -87,15 +104,66 @@ class Ggml(Method):
 
         return by_kind(choose, weights, gram, patterns)
 
+    def solve_outer(
+        self, parts: Sequence[Tensor], gram: Tensor | None, pattern: Blocks
+    ) -> Iterator[Encoded]:
+        factor = None if gram is None else inverse_factor(gram, self.damping)
+        for rows in parts:
+            if gram is None or factor is None:
+                yield rounded_rows(rows, type_of(pattern, rows.shape[1]))
+            else:
+                [blocks] = self.solve_factored([rows], gram, factor, [pattern]).grids
+                assert isinstance(blocks, Encoded)
+                yield blocks
+
     def importance(self, gram: Tensor, factor: Factor) -> Tensor:
         """Return what a squared error in each column costs, once later ones have made up for it."""
         return factor.upper.diagonal().square().reciprocal()
 
 
-def type_of(pattern: Pattern, columns: int, name: str = "a layer") -> BlockType:
+class Llama(Typed):
+    """Quantise to the types of a file of llama.cpp as llama.cpp does, for comparison.
+
+    No weight makes up for another's rounding. Scales are searched by GGML, errors weighted by an
+    importance matrix: the mean square of each input of the dense model on the calibration set.
+    Embeddings and output head have none, as in llama.cpp.
+    """
+
+    name, title = "llama", "llama.cpp"
+    paper = "llama.cpp, imatrix and quantize"
+    statistic = Squares
+    dense_inputs = True
+
+    flat: bool = Field(default=False, description="An importance matrix of ones.")
+
+    def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
+        super().check(pattern, columns, name)
+        check_library()
+
+    def solve(
+        self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Round each layer by itself."""
+        importance = torch.ones_like(statistic) if self.flat else statistic
+        grids = [
+            quantise(weight, importance, name=type_of(pattern, weight.shape[1]).name)
+            for weight, pattern in zip(weights, patterns, strict=True)
+        ]
+        return Solution([grid.values() for grid in grids], [0] * len(grids), grids=grids)
+
+    def solve_outer(
+        self, parts: Sequence[Tensor], gram: Tensor | None, pattern: Blocks
+    ) -> Iterator[Encoded]:
+        for rows in parts:
+            yield quantise(rows, None, name=type_of(pattern, rows.shape[1]).name)
+
+
+def type_of(
+    pattern: Pattern, columns: int, name: str = "a layer", method: str = "ggml"
+) -> BlockType:
     """Return the type of a layer: the pattern's, or one whose blocks fit its rows."""
     if not isinstance(pattern, Blocks):
-        raise InputError(f"method ggml takes a type such as Q3_K_M, not {pattern}")
+        raise InputError(f"method {method} takes a type such as Q3_K_M, not {pattern}")
     kind = fitting(pattern.type, columns)
     if columns % kind.size:
         raise InputError(
