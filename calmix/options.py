@@ -317,15 +317,19 @@ class Target(DeviceOptions):
     )
     type: str | None = option(None, "GGUF: llama.cpp's recipe, e.g. Q3_K_M.", shown="Q4_K_M")
     size: str | None = option(None, "Size of the file instead of --bits: 1.2GB, or 0.25 of dense.")
-    product: Literal["gguf", "none", "storage"] | None = option(
+    product: Literal["gguf", "vllm", "none", "storage"] | None = option(
         None,
-        "GGUF file, plain safetensors, or a pack for storage.",
+        "GGUF file, checkpoint for vLLM, plain safetensors, or a pack.",
         flag="--for",
         shown="gguf; none with a sparsity",
     )
     like: Path | None = option(
         None, "GGUF: an existing file of the same model.", metavar="FILE", shown="its own"
     )
+    group: int | None = advanced(
+        None, "vllm: inputs that share a scale, e.g. 64.", shown="128, or the most that fit"
+    )
+    asymmetric: bool = advanced(False, "vllm: a zero point for each group.")
     keep_at_least: str | None = option(
         None, "Smallest model that provably keeps this: code=0.9,math=0.7.", metavar="FLOORS"
     )

@@ -88,10 +88,12 @@ def compress(
     line(f"size: {card.sizes}")
     if card.speed:
         line(f"speed: {card.speed}")
-    if card.file and card.substitutes:
+    if card.gguf and card.substitutes:
         line(
             f"types: {card.substitutes} matrices have a substitute: 256 does not divide their rows"
         )
+    if card.file and not card.gguf:
+        line(f"levels: {card.file['bits']} bits and a scale {card.groups}")
     for command in card.runs:
         line(f"run: {command}")
     line(f"card: {page}, after {duration(time.monotonic() - began)}")

@@ -13,7 +13,7 @@ from calmix.files import check_output_file, size_text, user_path
 from calmix.options import TRUST, Options, option, path_option
 from calmix.progress import Progress
 
-Form = Literal["pack", "model", "gguf", "jsonl", "imatrix"]
+Form = Literal["pack", "model", "gguf", "vllm", "jsonl", "imatrix"]
 SETS = ("jsonl", "imatrix")
 FAR = 0.1  # nats per token between file and model, from which a warning says what was measured
 
@@ -36,6 +36,7 @@ FORMS = {  # the options of each format
     "pack": PLACE,
     "model": PLACE,
     "gguf": PLACE | {"weights", "like"},
+    "vllm": PLACE,
     "imatrix": SET,
     "jsonl": SET,
 }
@@ -56,7 +57,7 @@ def export(options: ExportOptions) -> None:
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
     if of_set and options.model is None:
         raise InputError(f"{options.what} is a calibration set: name its model with --model")
-    write = {"pack": _pack, "model": _pack, "gguf": _gguf}.get(form, _set)
+    write = {"pack": _pack, "model": _pack, "gguf": _gguf, "vllm": _vllm}.get(form, _set)
     with Progress() as bar:
         value, text = write(options, form, bar)
     print_json(value)
@@ -103,6 +104,20 @@ def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
         f"{size_text(made['before'])} of weights in {size_text(made['after'])} ({kinds}; "
         f"{made['ours']} keep the levels of calmix), KL to the model {made['kl']:.2g} nats per "
         f"token, in {made['engine']}"
+    )
+
+
+def _vllm(options: ExportOptions, form: str, bar: Progress) -> Made:
+    from calmix.deploy import compressed_tensors
+    from calmix.models.opening import forget
+
+    how: dict[str, Any] = {"overwrite": options.overwrite, "say": bar.each("export", 2)}
+    made = compressed_tensors.export(options.what, options.output, **how)
+    forget(options.output)
+    return made, (
+        f"{size_text(made['before'])} of weights in a folder of {size_text(made['bytes'])} "
+        f"({made['rate']:.2f} bits per weight, {made['matrices']} matrices of {made['bits']} bits "
+        f"in groups of {made['group']})"
     )
 
 

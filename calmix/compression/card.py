@@ -51,8 +51,8 @@ PAGE, README, MODELFILE, SPEED = "card.html", "README.md", "Modelfile", "speed.j
 @dataclass(frozen=True)
 class Card:
     """The facts about one compressed model; `asked` is the request, `pruning`, `calibration` and
-    `recoveries` come from its manifest, `file` from the record of a GGUF file, and `speeds` from
-    the measurement of its speed. `tasks` and `hashes` are tables."""
+    `recoveries` come from its manifest, `file` from the record of a GGUF file or a checkpoint for
+    vLLM, and `speeds` from the measurement of its speed. `tasks` and `hashes` are tables."""
 
     out: Path
     name: str
@@ -77,7 +77,7 @@ class Card:
     def speed(self) -> str:
         """Tokens per second and memory beside the dense model; empty if no engine runs it."""
         if not self.speeds:
-            return f"{INSTALL} to measure it with calmix report {self.out}" if self.file else ""
+            return f"{INSTALL} to measure it with calmix report {self.out}" if self.gguf else ""
         return "; ".join(
             f"{which} in {name}: prompt {one['prompt']:.0f} tokens/s, writing "
             f"{one['writing']:.0f}, {size_text(one['memory'])} of memory"
@@ -86,23 +86,36 @@ class Card:
         )
 
     @property
+    def gguf(self) -> bool:
+        """Whether the model is a GGUF file."""
+        return self.model.suffix == GGUF
+
+    @property
     def runs(self) -> list[str]:
-        """The commands that run a GGUF file."""
-        if not self.file:
-            return []
+        """The commands that run a GGUF file or a checkpoint for vLLM."""
         file, modelfile = shlex.quote(str(self.model)), shlex.quote(str(self.out / MODELFILE))
+        if not self.gguf:
+            return [f"vllm serve {file}"] if self.file else []
         return [f"llama-cli -m {file}", f"ollama create {self.name} -f {modelfile}"]
 
     @property
     def bits(self) -> float | None:
-        """Bits per weight of a GGUF file, embeddings and vectors included."""
-        return self.file.get("bits")
+        """Bits per weight of a GGUF file or of a checkpoint for vLLM, embeddings and vectors
+        included."""
+        return self.file.get("bits" if self.gguf else "rate")
 
     @property
     def substitutes(self) -> int:
         """Number of matrices of a GGUF file whose rows do not fit blocks of 256."""
         layers = (*self.pruning["layers"], *self.pruning["outer"])
         return sum(bool(one["type"] and one["columns"] % 256) for one in layers)
+
+    @property
+    def groups(self) -> str:
+        """The groups of a checkpoint for vLLM, and why they are small."""
+        group, text = self.file["group"], f"for every {self.file['group']} inputs"
+        odd = any(one["columns"] % 128 for one in self.pruning["layers"])
+        return f"{text} (128 does not divide all rows)" if odd and group < 128 else text
 
     @cached_property
     def kept(self) -> Retention | None:
@@ -135,7 +148,7 @@ class Card:
         """What was done to which model."""
         name = self.asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
         rate = " per kept weight" if self.done == "pruned" else " per weight"
-        rate *= self.asked["bits"] is not None
+        rate *= self.asked["bits"] is not None and self.asked["product"] != "vllm"
         return f"{name} {self.done} to {target(self.asked)}{rate}"
 
     @property
@@ -192,7 +205,7 @@ class Card:
         if self.behaved.answers is None or (builtin and self.behaved.not_run):
             return self.measure
         upload = ["hf", "upload", f"NAME/{self.name}"]
-        if not self.file:
+        if not self.gguf:
             return shlex.join([*upload, str(self.model)])
         files = (f"--include={one}" for one in (self.model.name, README))
         return shlex.join([*upload, str(self.out), ".", *files])
@@ -208,6 +221,12 @@ class Card:
     @property
     def removed(self) -> str:
         """How many weights are zero, the bits per weight, and the types of a GGUF file."""
+        if self.file and not self.gguf:
+            return (
+                f"The checkpoint has {self.bits:.2f} bits per weight: {self.file['bits']} in "
+                f"{self.file['matrices']} matrices, with a scale {self.groups}; all else is as in "
+                "the dense model."
+            )
         if self.file:
             types = ", ".join(f"{count} {name}" for name, count in self.file["types"].items())
             text = f"The file has {self.bits:.2f} bits per weight, in {types} tensors."
@@ -336,7 +355,8 @@ def read_card(out: Path) -> Card:
     pairs = load_pairs([out / SCORES, *(path for path in [out / BEHAVIOUR] if path.exists())])
     recoveries = list[Mapping[str, Any]]()
     written = read_record(folder)
-    recovered = manifest = written["pruned"] if folder.is_file() else written
+    exported = "opened" in written
+    recovered = manifest = written["pruned"] if exported else written
     while manifest["kind"] == "recovered checkpoint":
         recoveries.insert(0, manifest["recovery"])
         recovered, manifest = manifest, manifest["pruned"]
@@ -370,13 +390,13 @@ def read_card(out: Path) -> Card:
         known.origin if known else model,
         manifest["pruning"],
         folder,
-        folder.stat().st_size if folder.is_file() else weight_bytes(folder),
+        _bytes(folder, written),
         sum(
             p.stat().st_size
             for p in (out / PACK).rglob("*")
             if p.suffix == WEIGHTS or p.parent.name == SCALES
         ),
-        written if folder.is_file() else {},
+        written if exported else {},
         _speeds(out, written),
         calibration,
         tuple(recoveries),
@@ -405,7 +425,7 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
     """Write the report card of the model in OUT, by default to OUT/card.html, and its model card;
     measure the speed of a GGUF file first where llama.cpp is installed."""
     card = read_card(out)
-    if card.file:
+    if card.gguf:
         write_text(out / MODELFILE, f"FROM ./{card.model.name}\n")
         if engine() and not card.speeds:
             bar.show("measuring speed", None)
@@ -419,7 +439,14 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
                 card = replace(card, speeds=speeds)
     write_text(out / RECIPE, card.recipe)
     write_text(page or out / PAGE, card_page(card))
-    write_text((out if card.file else card.model) / README, model_card(card))
+    write_text((out if card.gguf else card.model) / README, model_card(card))
+
+
+def _bytes(model: Path, written: Mapping[str, Any]) -> int:
+    """Return the bytes of a GGUF file, of a checkpoint for vLLM, or of weights."""
+    if model.is_file():
+        return model.stat().st_size
+    return int(written["bytes"]) if "opened" in written else weight_bytes(model)
 
 
 def _speeds(out: Path, written: Mapping[str, Any]) -> dict[str, Any]:

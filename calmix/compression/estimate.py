@@ -15,10 +15,10 @@ from calmix.calibration import parse_calibration
 from calmix.compression import plan
 from calmix.compression.plan import Request, empty_model
 from calmix.compression.running import stages
-from calmix.compression.stages import Draw, Gguf, Pack, Prune, Recover, Score, Stage
+from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.files import check_free
 from calmix.models import check_models, resolve_model
-from calmix.models.shards import weight_bytes
+from calmix.models.shards import MOST, weight_bytes
 from calmix.options import BITS_METHOD, Recovering
 from calmix.pruning.allocation import planned_bytes
 from calmix.pruning.checkpoint import planned
@@ -74,7 +74,10 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
                 if request.bits and plan.aim(request)["method"] == BITS_METHOD:
                     sizes = plan.pack_sizes(request)
                     disk = sizes(request.bits) if sizes else disk
-            case Gguf():
+            case Export(to="vllm"):
+                disk = plan.checkpoint_bytes(request, request.bits or 0)
+                memory = PROGRAM + min(disk, MOST)
+            case Export():
                 memory = PROGRAM + 2 * 4 * model.weights  # both models in float32, compared
                 disk = plan.file_bytes(request)
             case Score() as score:

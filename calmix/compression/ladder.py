@@ -22,7 +22,7 @@ from calmix.compression.card import PAGE
 from calmix.compression.plan import CALIBRATION, SCORES, Request
 from calmix.compression.results import LADDER, MANIFEST, RUN, read_compressed
 from calmix.compression.running import scoring, stages
-from calmix.compression.stages import Draw, Gguf, Prune, Recover, Stage
+from calmix.compression.stages import Draw, Export, Prune, Recover, Stage
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.evaluate import choose
@@ -31,6 +31,7 @@ from calmix.manifest import read_sealed, sealed
 from calmix.models.opening import forget
 
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
+WHOLE_RUNGS = (8.0, 6.0, 5.0, 4.0, 3.0, 2.0)  # the same for vLLM
 # Models of a candidate, each made from the one before, and the record of a file.
 MODELS = ("pruned", "blocks", "quantised", "model", "model.gguf.json", "model.gguf")
 KIND, CANDIDATES = "ladder of candidates", "candidates"
@@ -69,9 +70,9 @@ class Walk:
             )
         self.rungs: list[dict[str, Any]] = saved.get("rungs", [])
         self.ended: str = saved.get("ended", "")
-        self.rates: tuple[float, ...] = RUNGS
+        self.rates: tuple[float, ...] = WHOLE_RUNGS if request.product == "vllm" else RUNGS
         if request.keep_at_least is not None:
-            self.rates = tuple(bits for bits in RUNGS if plan.reachable(request, bits))
+            self.rates = tuple(bits for bits in self.rates if plan.reachable(request, bits))
         if not self.rates:
             raise InputError(f"no types of {request.model} give {RUNGS[-1]:g} to {RUNGS[0]:g} bits")
         if not self.kept.keys() <= {*self.rates}:
@@ -191,7 +192,7 @@ class Walk:
             held = request.calibration if request.saved else str(self.out / sample / CALIBRATION)
             folder = self.folder(bits, sample)
             parts = stages(candidate, folder, held)
-            made = (one for one in parts if isinstance(one.request, (Prune, Recover, Gguf)))
+            made = (one for one in parts if isinstance(one.request, (Prune, Recover, Export)))
             model, scores = folder / request.file, folder / self.file
             tested = scoring(candidate, self.file, model, scores, self.dense)
             listed += [

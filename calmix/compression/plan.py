@@ -22,6 +22,7 @@ from calmix.calibration import (
 )
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
+from calmix.deploy.compressed_tensors import group_for
 from calmix.deploy.gguf import check_export, overhead
 from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import choose, runnable, suite_items
@@ -56,6 +57,7 @@ BITS = 4.5  # the default
 SCORES, BEHAVIOUR = "scores.json", "abilities.json"
 CALIBRATION, PACK, QUANTISED = "calibration", "pack", "quantised"
 TYPE = "Q4_K_M"  # default of GGUF files
+WHOLE = 4.0  # default bits of levels in a checkpoint for vLLM
 # Bits per weight that --size may result in. Above, levels do not fit a byte; below, a Huffman code
 # takes more than their entropy.
 LEAST, MOST = 1.5, 7.0
@@ -188,7 +190,8 @@ def target(request: Mapping[str, Any]) -> str:
     """Return the target of a request as text."""
     share = None if request["sparsity"] is None else f"{100 * request['sparsity']:g} %"
     bits = None if request.get("bits") is None else f"{request['bits']:g} bits"
-    return ", ".join(filter(None, (request["pattern"] or share, bits, request.get("type"))))
+    group = f"groups of {request['group']}" if request.get("group") else None
+    return ", ".join(filter(None, (request["pattern"] or share, bits, group, request.get("type"))))
 
 
 def is_sparse(request: Target) -> bool:
@@ -206,6 +209,9 @@ def aim(request: Target) -> dict[str, Any]:
     if product_of(request) == "gguf":
         kind = "" if request.type is None else f",type={request.type}"
         return {"method": f"ggml{kind}", "bits": request.bits and f"{request.bits:g}"}
+    if product_of(request) == "vllm":
+        kind = ",symmetric=false" * request.asymmetric
+        return {"method": f"gptq,group={request.group or 128}{kind}", "bits": f"{request.bits:g}"}
     return {
         "method": COMPRESS_METHOD if is_sparse(request) else BITS_METHOD,
         "sparsity": request.sparsity,
@@ -270,6 +276,16 @@ def bits_for(request: Target) -> float:
     if product_of(request) == "gguf":
         tensors = wanted - overhead(request.model, request.like)
         return math.floor(800 * tensors / file_weights(_empty(request).model)) / 100
+    if product_of(request) == "vllm":
+        tried = filter(partial(reachable, request), range(8, 1, -1))
+        fits = (bits for bits in tried if checkpoint_bytes(request, bits) <= wanted)
+        if (bits := next(fits, None)) is None:
+            least = size_text(checkpoint_bytes(request, 2))
+            raise InputError(
+                f"--size {request.size} is out of reach: a checkpoint of {request.model} in 2 bits "
+                f"has {least}"
+            )
+        return bits
     if (size := pack_sizes(request)) is None:
         raise InputError(
             f"--size: {request.model} has fused or transposed matrices, or experts, whose levels a "
@@ -282,6 +298,16 @@ def bits_for(request: Target) -> float:
             f"{size_text(size(LEAST))} to {size_text(size(MOST))} (dense: {size_text(dense)})"
         )
     return max(bits for bits in rates if size(bits) <= wanted)
+
+
+def checkpoint_bytes(request: Target, bits: float) -> float:
+    """Return about the bytes of a checkpoint in compressed-tensors."""
+    folder, blocks = resolve_model(request.model), _empty(request).blocks
+    width = weight_dtype(stored_tensors(folder)).itemsize
+    beside = 8 * width + bits * request.asymmetric
+    rate = bits + beside / group_for(blocks, request.group)
+    matrices = sum(math.prod(layer.shape) for layer in blocks.layers)
+    return weight_bytes(folder) + matrices * (rate / 8 - width) + HEADER * len(blocks.layers)
 
 
 def file_bytes(request: Target) -> float:
@@ -298,7 +324,7 @@ def reachable(request: Target, bits: float) -> bool:
             check_bits(bits, _empty(request).model, _empty(request).blocks)
             return True
         return False
-    return True
+    return not (request.asymmetric and bits > 7)
 
 
 class Checked(NamedTuple):
@@ -333,11 +359,17 @@ def check_options(options: Compression) -> Checked:
         _check_floors(options)
     else:
         if (options.bits, options.type) == (None, None) and not is_sparse(options):
-            target |= {"type": TYPE} if product == "gguf" else {"bits": BITS}
+            usual = WHOLE if product == "vllm" else BITS
+            target |= {"type": TYPE} if product == "gguf" else {"bits": usual}
         request = prune_request(**aim(options.model_copy(update=target)), calibration=text)
         if target["type"]:
             target["type"] = request.pattern  # as llama.cpp spells it
         _check_bits(options, options.bits)
+        if product == "vllm" and options.bits not in (None, *range(2, 9)):
+            raise InputError(
+                f"--bits {options.bits:g}: levels for vLLM have whole bits, 2 to 8; for others "
+                "choose --for gguf"
+            )
         if (share := request.target.sparsity) > SPARSEST and not options.anyway:
             raise InputError(
                 f"{share:.3g} of the weights as zeros: above {SPARSEST:g} no measured model keeps "
@@ -363,6 +395,14 @@ def check_request(options: Compression) -> Request:
         text = mix_text({"chat": CHAT} | rest)
     if target["product"] == "gguf":
         _check_gguf(options, target["type"], tokenizer)
+    if target["product"] == "vllm":
+        try:
+            target["group"] = group_for(_empty(options).blocks, options.group)
+            if target["bits"] is not None:
+                whole = prune_request(**aim(options.model_copy(update=target)), calibration="")
+                check_pattern(_empty(options).blocks, whole.target, whole.chosen)
+        except InputError as error:
+            raise InputError(f"{error}; or write another form: --for gguf or none") from error
     if options.size is not None:
         target["bits"] = bits_for(options)
     if target["bits"] is not None:
@@ -410,9 +450,10 @@ def _check_idle(options: Compression, saved: bool) -> None:
     """Refuse options that have no effect."""
     sizes, walks = ("sparsity", "pattern", "bits", "type"), options.keep_at_least is not None
     product = product_of(options)
-    if product == "gguf" and is_sparse(options):
+    if product in ("gguf", "vllm") and is_sparse(options):
+        what = "a GGUF file" if product == "gguf" else "vLLM"
         raise InputError(
-            "a GGUF file has no use for zeros: leave out --for gguf, or --sparsity and --pattern"
+            f"{what} has no use for zeros: leave out --for {product}, or --sparsity and --pattern"
         )
     for where, holds, idle in (
         ("with --no-corpus", options.no_corpus, ("calibration", "keep", "licence")),
@@ -420,12 +461,13 @@ def _check_idle(options: Compression, saved: bool) -> None:
         ("with --size", options.size is not None, sizes),
         ("with --type", options.type is not None, ("bits",)),
         (f"with --for {product}", product != "gguf", ("type", "like")),
+        (f"with --for {product}", product != "vllm", ("group", "asymmetric")),
         ("with --for none", product == "none", ("size",)),
         ("with --keep-at-least", walks, (*sizes, "size")),
         ("without --keep-at-least", not walks, ("confidence", "within", "seeds")),
     ):
         for name in idle if holds else ():
-            if getattr(options, name) is not None:
+            if getattr(options, name) not in (None, False):
                 raise InputError(f"--{name} has no effect {where}: leave it out")
 
 

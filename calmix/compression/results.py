@@ -21,7 +21,7 @@ from calmix.manifest import (
     read_sealed,
     record_file,
 )
-from calmix.models.opening import combined, model_files
+from calmix.models.opening import combined, model_files, resolve_model
 from calmix.pruning.checkpoint import MANIFEST as CHECKPOINT
 
 MANIFEST, RUN = "compress.json", "compress-run.json"
@@ -116,8 +116,13 @@ class Results:
         if path.suffix == GGUF:
             self.hashes(path)
             return str(read_record(path)["opened"])
+        record = read_record(path) if (path / CHECKPOINT).exists() else None
+        if record is not None and "opened" in record:
+            self.hashes(path)
+            return str(record["opened"])
+        path = resolve_model(str(path))  # a quantised checkpoint opens as another folder
         names = model_files(path)
-        if (path / CHECKPOINT).exists():
+        if record is not None:
             return combined({name: self.hashes(path)[name] for name in names})
         return combined({name: self._hashed(path / name) for name in names})
 

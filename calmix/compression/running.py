@@ -22,7 +22,7 @@ from calmix.compression.plan import (
     slices,
 )
 from calmix.compression.results import LADDER, MANIFEST, RUN, Results, ready
-from calmix.compression.stages import Answer, Draw, Gguf, Pack, Prune, Recover, Score, Stage
+from calmix.compression.stages import Answer, Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.evaluate import choose
 from calmix.files import alone, read_object, remove, size_text, user_path, write_json
@@ -52,27 +52,29 @@ def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
     sparse = target["method"] == COMPRESS_METHOD
     trained = sparse or (request.bits is not None and request.bits <= effort.levels)
     recoveries = effort.recoveries if trained and request.product != "gguf" else ()
-    before = product
-    if recoveries or request.product == "gguf":
-        before = out / ("pruned" if recoveries else QUANTISED)
+    exported = request.product in ("gguf", "vllm")
+    last = out / QUANTISED if exported else product  # of prune and recoveries
+    before = out / "pruned" if recoveries else last
     text = Input(held, CalibrationSet.open(user_path(held)).sha256 if request.saved else "")
     work: dict[str, Any] = {"how": how, "max_memory": request.max_memory}
     reads = {"model": dense, "calibration": text}
     target |= {"licence": request.licence if request.saved else None}
     pruned = Prune(target, reads=reads, **work)
-    spent = None if before.name != QUANTISED else product
+    spent = product if before.name == QUANTISED else None
     listed.append(Stage("prune" if sparse else "quantise", pruned, before, spent))
     for method in recoveries:
-        last = method == effort.recoveries[-1]
-        after = product if last else out / method
+        ends = method == effort.recoveries[-1]
+        after = last if ends else out / method
         reads = {"model": Input(str(before), ""), "against": dense, "calibration": text}
-        recovery = Recover(method, request.epochs if last else None, reads=reads, **work)
-        listed.append(Stage(f"recover by {method}", recovery, after))
+        recovery = Recover(method, request.epochs if ends else None, reads=reads, **work)
+        spent = product if after.name == QUANTISED else None
+        listed.append(Stage(f"recover by {method}", recovery, after, spent))
         before = after
     model = {"model": Input(str(product), "")}
-    if request.product == "gguf":
-        file = Gguf(request.like, reads={"model": Input(str(before), "")})
-        listed.append(Stage("write the GGUF file", file, product))
+    if exported:
+        file = Export(str(request.product), request.like, reads={"model": Input(str(before), "")})
+        what = "GGUF file" if request.product == "gguf" else "checkpoint"
+        listed.append(Stage(f"write the {what}", file, product))
     elif request.product == "storage":
         listed.append(Stage("pack", Pack(reads=model), out / PACK))
     return [
@@ -125,11 +127,11 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
             }
             write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
         for stage, taken in do(listed, out, run, say):
-            if isinstance(stage.request, (Gguf, Pack)):
+            if isinstance(stage.request, (Export, Pack)):
                 _check_size(request, stage.leaves or out)
             seconds[stage.name] = taken
             write_json(out / RUN, run_record(before | seconds))
-        if request.product == "gguf":
+        if request.product in ("gguf", "vllm"):
             forget(out / request.file)
     return seconds
 

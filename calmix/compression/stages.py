@@ -14,7 +14,7 @@ from calmix.calibration.resolving import recorded
 from calmix.calibration.texts import texts_for
 from calmix.compression.plan import PACK
 from calmix.compression.results import CHECKPOINT, Result, ready
-from calmix.deploy.gguf import export
+from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack
 from calmix.evaluation.comparison import evaluate_against, scores_record
 from calmix.evaluation.evaluate import choose, runnable
@@ -186,22 +186,27 @@ class Pack(StageRequest):
 
 
 @dataclass(frozen=True)
-class Gguf(StageRequest):
-    """Write the quantised `model` as a GGUF file in the layout of another (`like`), and its record.
+class Export(StageRequest):
+    """Write the quantised `model` for an engine (`to`): as a checkpoint in compressed-tensors, or
+    as a GGUF file in the layout of another (`like`), and its record.
 
-    The record has the manifest of the quantised model, which is not kept, the file's hash, and the
-    hash of the model that it opens as.
+    The record has the manifest of the quantised model, which is not kept, the hashes of the files,
+    and that of the model that they open as.
     """
 
-    like: Path | None
+    to: str
+    like: Path | None = None
 
     @property
     def words(self) -> tuple[str, ...]:
-        return "export", self.named("model"), "--to", "gguf", *option_words({"like": self.like})
+        return "export", self.named("model"), "--to", self.to, *option_words({"like": self.like})
 
     def run(self, output: Path, bar: Progress) -> None:
         folder, tick = Path(self.named("model")), bar.each("export", 2)
-        facts = export(str(folder), output, like=self.like, overwrite=True, say=tick)
+        if self.to == "vllm":
+            compressed_tensors.export(str(folder), output, say=tick)
+            return
+        facts = gguf.export(str(folder), output, like=self.like, overwrite=True, say=tick)
         record = {
             "kind": FILE_KIND,
             "model": {"name": str(folder), "sha256": fingerprint(folder)},

@@ -37,7 +37,7 @@ from calmix.models.opening import (
     reading_gguf,
 )
 from calmix.models.shards import weight_bytes
-from calmix.pruning.checkpoint import MANIFEST, read_told
+from calmix.pruning.checkpoint import MANIFEST, first_manifest, read_told
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.methods import Look
 from calmix.pruning.recipes import RECIPES
@@ -113,7 +113,7 @@ def _origin(name: str) -> str:
     """Return the GGUF file or builtin model that a model is or was pruned from."""
     origin, source = known_model(name), name
     if isinstance(origin, Path) and origin.is_dir():
-        manifest = _first(read_told(origin / MANIFEST))
+        manifest = first_manifest(read_told(origin / MANIFEST))
         source = str(manifest.get("model", {}).get("name", ""))
         known = source.startswith("builtin:") or Path(source).is_file()
         origin = known_model(source) if known else None
@@ -157,13 +157,6 @@ def _reader(file: Path, name: str) -> Any:
     with loading(f"cannot read {name}"):
         check_gguf(file)
         return GGUFReader(file)
-
-
-def _first(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest of the pruned model that a recovered one began with."""
-    while manifest.get("pruned"):  # None if another tool has pruned it
-        manifest = manifest["pruned"]
-    return manifest
 
 
 def _mapped(opened: OpenModel, architecture: str) -> tuple[Any, dict[str, str]]:
@@ -304,7 +297,7 @@ def _write(
 
 def _recipe(folder: Path) -> str | None:
     """Return the recipe that a model's types are of; None if it has none."""
-    pattern = _first(read_told(folder / MANIFEST)).get("request", {}).get("pattern")
+    pattern = first_manifest(read_told(folder / MANIFEST)).get("request", {}).get("pattern")
     return pattern if pattern in RECIPES else None
 
 

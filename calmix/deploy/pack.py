@@ -129,7 +129,7 @@ def pack(
     places = {name: _in_order(read_header(folder / name)) for name in files}
     others, config = _other_files(folder, places), read_object(folder / CONFIG, "")
     grids = read_grids(folder)
-    renamed = _renamed(folder, grids, {name for each in places.values() for name, _ in each})
+    renamed = stored_names(folder, grids, {name for each in places.values() for name, _ in each})
     shapes = {name: place.shape for each in places.values() for name, place in each}
     grids = {renamed.get(name, name): grid for name, grid in grids.items()}
     check_fit(grids, shapes, folder)
@@ -345,8 +345,8 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     return manifest, {names.get(name, name): grid for name, grid in grids.items()}
 
 
-def _renamed(folder: Path, grids: Collection[str], stored: Collection[str]) -> dict[str, str]:
-    """Return the stored names of quantised parameters whose names in the model are others."""
+def stored_names(folder: Path, grids: Collection[str], stored: Collection[str]) -> dict[str, str]:
+    """Return the names in the files of parameters that have other names in the model."""
     if all(name in stored for name in grids):
         return {}
     with suppress(CalmixError), closing(StreamedModel(str(folder))) as model:

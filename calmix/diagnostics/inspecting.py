@@ -21,6 +21,7 @@ from calmix.calibration import CalibrationSet
 from calmix.compression import plan, results
 from calmix.compression.card import PAGE
 from calmix.compression.stages import FILE_KIND
+from calmix.deploy.compressed_tensors import KIND as PACKED
 from calmix.deploy.pack import CONFIG, config_of
 from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation import generations, scores
@@ -116,7 +117,14 @@ def _files(folder: Path, recorded: dict[str, str], health: Health, say: Say) -> 
 
 
 def _checkpoint(folder: Path, health: Health, say: Say) -> None:
-    recorded, pruned = _described(read_sealed(folder / MANIFEST, ""), health)
+    manifest = read_sealed(folder / MANIFEST, "")
+    if manifest["kind"] == PACKED:
+        _, pruned = _described(manifest["pruned"], health)
+        recorded = manifest["files"]
+        health.kind = PACKED
+        health.facts |= {"bits a weight": f"{manifest['rate']:.3f}", "bytes": manifest["bytes"]}
+    else:
+        recorded, pruned = _described(manifest, health)
     _files(folder, recorded, health, say)
     if pruned is not None:
         _layers(pruned, health)

@@ -1,7 +1,8 @@
 """Open a model by hub id, local folder, GGUF file or `builtin:NAME`.
 
 Each form is first resolved to a local folder of safetensors, so the rest of the tool handles one
-kind of model. GGUF files are dequantised once, with transformers, into the cache.
+kind of model. GGUF files and quantised checkpoints are dequantised once into the cache: packed
+integers here, everything else with transformers.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -40,10 +42,12 @@ from calmix.files import (
     copy_files,
     hidden,
     matching,
+    read_object,
     remove,
     sha256_json,
     size_text,
     user_path,
+    write_json,
 )
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
@@ -51,12 +55,14 @@ from calmix.models.attention import use_own_attention
 from calmix.models.blocks import evaluating
 from calmix.models.chat_template import templated
 from calmix.models.gguf_header import Header, read_header
+from calmix.models.packed import CONFIG, METHOD, is_packed, quantization, unpacked
 from calmix.models.shards import (
     PACK,
     stored_tensors,
     weight_bytes,
     weight_dtype,
     weight_files,
+    write_model,
 )
 from calmix.precision import dtype_name, narrower, suited
 from calmix.progress import quiet
@@ -73,6 +79,9 @@ TOKENIZER_FILES = (
     "*.tiktoken",
 )
 ASKING_FILES = ("chat_template.*", "generation_config.json")  # how a model is asked and answers
+# What a dequantised copy of a checkpoint has besides configuration and weights.
+COPIED = (*TOKENIZER_FILES, *ASKING_FILES, "*processor_config.json", "*.py")
+PART = 1e9  # bytes of a file of dequantised weights
 REPEATED = ["*consolidated*.safetensors"]  # a second copy of the weights, in Mistral's format
 # Size keys, checked against the weights: depths by their number, widths by the largest tensor.
 DEPTHS = (
@@ -300,30 +309,67 @@ def check_models(
 def resolve_model(name: str) -> Path:
     """Return a local folder of safetensors for a model the user named.
 
-    A hub model is fetched; a GGUF file is dequantised into the cache on the first call. Raises
-    ModelError for an unknown name, and where there is no model or only pickled weights.
+    A hub model is fetched; a GGUF file or a quantised checkpoint is dequantised into the cache on
+    the first call. Raises ModelError for an unknown name, and where there is no model or only
+    pickled weights.
     """
-    model = known_model(name)
-    if model is None:
-        from huggingface_hub import constants, snapshot_download
-
-        with _hub_errors(name), disk_errors(Path(constants.HF_HUB_CACHE)):
-            fetched = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED)
-        check_folder(Path(fetched))
-        return Path(fetched)
-    if isinstance(model, Path) and model.is_dir():
+    model = _here(name)
+    if is_dense(model):
+        assert isinstance(model, Path)
         return model
     folder = _unpacked(model)
     if (folder / "config.json").is_file():
         return folder
     with alone(folder), disk_errors(folder), hidden(folder) as beside:
-        if not (folder / "config.json").is_file():
+        if (folder / "config.json").is_file():
+            pass
+        elif isinstance(model, Path) and model.is_dir():
+            check_quantised(name, settings := quantization(model))
+            (_unpack if is_packed(settings) else _dequantise)(model, folder)
+        else:
             _dequantise(gguf_file(model, beside), folder)
     return folder
 
 
+def _here(name: str) -> Path | BuiltinModel:
+    """Return the folder, GGUF file or builtin model of a name; a hub model is fetched."""
+    if (model := known_model(name)) is not None:
+        return model
+    from huggingface_hub import constants, snapshot_download
+
+    with _hub_errors(name), disk_errors(Path(constants.HF_HUB_CACHE)):
+        fetched = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED)
+    check_folder(Path(fetched))
+    return Path(fetched)
+
+
+def is_dense(model: Path | BuiltinModel | None) -> bool:
+    """Whether a model is a folder whose weights are not quantised."""
+    return isinstance(model, Path) and model.is_dir() and not quantization(model)
+
+
+def check_quantised(name: str, settings: Mapping[str, Any]) -> None:
+    """Raise ModelError for a quantised checkpoint that cannot be dequantised here."""
+    method = settings.get("quant_method")
+    if method == METHOD:
+        if not is_packed(settings) and not find_spec("compressed_tensors"):
+            raise ModelError(
+                f"{name} has compressed-tensors weights of the form {settings.get('format')}, "
+                "which another library reads: pip install compressed-tensors, then run it again"
+            )
+    elif settings:
+        raise ModelError(
+            f"{name} is quantised by {method}, which calmix does not read: name the "
+            "full-precision model, or dequantise it first (GPTQ and AWQ: pip install gptqmodel)"
+        )
+
+
 def _unpacked(model: Path | BuiltinModel) -> Path:
-    """Return the cache folder of a dequantised GGUF file."""
+    """Return the cache folder of a dequantised GGUF file or checkpoint."""
+    if isinstance(model, Path) and model.is_dir():
+        names = [*model_files(model), *map(str, matching(model, COPIED))]
+        key = combined({one: cached_sha256(model / one) for one in names})
+        return cache_dir() / "models" / f"packed-{key[:16]}"
     if isinstance(model, Path):
         key = cached_sha256(model)
     else:
@@ -336,19 +382,16 @@ def _unpacked(model: Path | BuiltinModel) -> Path:
 def size_of(name: str) -> tuple[int | None, int]:
     """Return the bytes of a model's file or weight files, and its number of weights; the bytes of
     a builtin model, which lies in an archive, are None."""
-    model, folder = known_model(name), resolve_model(name)
-    size: int | None = weight_bytes(folder)
-    if isinstance(model, BuiltinModel):
-        size = None
-    elif model is not None and model.is_file():
-        size = model.stat().st_size
+    model, folder, size = _here(name), resolve_model(name), None
+    if isinstance(model, Path):
+        size = weight_bytes(model) if model.is_dir() else model.stat().st_size
     return size, sum(math.prod(one.shape) for one in stored_tensors(folder).values())
 
 
-def forget(file: Path) -> None:
-    """Remove the dequantised copy of a GGUF file from the cache."""
-    if file.is_file():
-        remove(_unpacked(file))
+def forget(model: Path) -> None:
+    """Remove the dequantised copy of a GGUF file or checkpoint from the cache."""
+    if model.is_file() or quantization(model):
+        remove(_unpacked(model))
 
 
 def to_fetch(name: str) -> str:
@@ -366,7 +409,7 @@ def to_fetch(name: str) -> str:
             files = HfApi().model_info(name, files_metadata=True).siblings or []
         chosen = filter_repo_objects(files, key=lambda file: file.rfilename, **which)
         return f"fetches {size_text(sum(file.size or 0 for file in chosen))} from the hub"
-    if (isinstance(model, Path) and model.is_dir()) or (_unpacked(model) / "config.json").is_file():
+    if is_dense(model) or (_unpacked(model) / "config.json").is_file():
         return ""
     place = cache_dir() / "models"
     if isinstance(model, Path):
@@ -424,7 +467,8 @@ def open_model(
         trust_remote_code: run modelling code shipped with the checkpoint.
 
     Raises:
-        ModelError: the model cannot be found, is pickled, quantised or not a causal LM.
+        ModelError: the model cannot be found, is pickled, not a causal LM, or quantised in a form
+            that cannot be read.
         InputError: unknown dtype or device.
     """
     name, target, chosen = str(name), device_of(device), dtype_of(dtype)
@@ -468,7 +512,8 @@ def load_config(
     """Return the configuration of a causal language model; `name` is what the user wrote, `weights`
     are those of the folder unless given.
 
-    Raises ModelError if it is unreadable, or the model is quantised or an encoder-decoder.
+    Raises ModelError if it is unreadable, or the model is an encoder-decoder or quantised in a form
+    that cannot be read.
     """
     with loading(f"cannot open {name}"):
         from transformers import AutoConfig
@@ -476,8 +521,7 @@ def load_config(
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    if getattr(config, "quantization_config", None):
-        raise ModelError(f"{name} is quantised: prune the full-precision model, then quantise")
+    check_quantised(name, quantization(folder))
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
     check_causal(name, config.to_dict())
@@ -640,15 +684,31 @@ def read_gguf(file: Path, dtype: torch.dtype) -> Any:
     return model
 
 
-def _dequantise(file: Path, folder: Path) -> None:
+def _unpack(source: Path, folder: Path) -> None:
+    """Write the model of a checkpoint with packed integers, one tensor at a time."""
     with atomic_folder(folder) as beside:
-        with loading(f"cannot open {file}"), reading_gguf():
-            from transformers import AutoTokenizer
+        write_model(beside, unpacked(source), PART)
+        copy_files(source, beside, matching(source, COPIED))
+        config = read_object(source / "config.json", "")
+        write_json(beside / "config.json", {k: v for k, v in config.items() if k != CONFIG})
 
-            file = file.resolve()
-            model: Any = read_gguf(file, _gguf_dtype(file))
+
+def _dequantise(source: Path, folder: Path) -> None:
+    """Write the model of a GGUF file, or of a checkpoint that compressed-tensors reads."""
+    with atomic_folder(folder) as beside:
+        with loading(f"cannot open {source}"), reading_gguf():
+            from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+
+            file, how = source.resolve(), dict[str, Any]()
+            if file.is_dir():
+                settings = CompressedTensorsConfig.from_dict(quantization(file), dequantize=True)
+                model: Any = AutoModelForCausalLM.from_pretrained(
+                    file, quantization_config=settings
+                )
+            else:
+                model, how = read_gguf(file, _gguf_dtype(file)), {"gguf_file": str(file)}
             # In this folder, still empty, no other tokenizer is preferred to the file's.
-            tokenizer = AutoTokenizer.from_pretrained(beside, gguf_file=str(file))
+            tokenizer = AutoTokenizer.from_pretrained(beside if how else file, **how)
         # transformers still marks the model as quantised, and would not save it.
         model.hf_quantizer, model.is_quantized = None, False
         vars(model.config).pop("quantization_config", None)  # older versions do not set it

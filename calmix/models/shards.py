@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ DTYPES = {
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+MOST = 5e9  # bytes of a weight file at most
 PACK = "calmix-pack.json"  # marks a folder as a pack (calmix/deploy/pack.py)
 
 
@@ -50,9 +51,14 @@ class Place:
     start: int
 
     @property
+    def count(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    @property
     def size(self) -> int:
         """Number of bytes."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.count * self.dtype.itemsize
 
 
 def weight_files(folder: Path) -> list[str]:
@@ -186,6 +192,29 @@ def write_index(folder: Path) -> None:
             "weight_map": {name: place.path.name for name, place in sorted(places.items())},
         }
         write_json(folder / INDEX, index)
+
+
+def write_model(folder: Path, tensors: Iterable[tuple[str, Tensor]], most: float = MOST) -> None:
+    """Write the tensors of a model, one by one, to `model.safetensors`, or to several files of at
+    most that many bytes and an index."""
+    parts, held, size = list[Path](), dict[str, Tensor](), 0
+
+    def write() -> None:
+        parts.append(folder / f"part-{len(parts)}.safetensors")
+        write_file(parts[-1], held)
+        held.clear()
+
+    for name, tensor in tensors:
+        if held and size + tensor.nbytes > most:
+            write()
+            size = 0
+        held[name] = tensor
+        size += tensor.nbytes
+    write()
+    for number, part in enumerate(parts, start=1):
+        alone = "" if len(parts) == 1 else f"-{number:05}-of-{len(parts):05}"
+        part.rename(folder / f"model{alone}.safetensors")
+    write_index(folder)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

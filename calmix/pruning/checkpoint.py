@@ -496,6 +496,13 @@ def read_told(path: Path) -> dict[str, Any]:
         return {}
 
 
+def first_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest of the pruned model that a recovered or exported one began with."""
+    while manifest.get("pruned"):  # None if another tool has pruned it
+        manifest = manifest["pruned"]
+    return manifest
+
+
 def _write_beside(
     folder: Path,
     source: OpenModel | StreamedModel,

@@ -13,7 +13,7 @@ from calmix.compression import compress, ladder
 from calmix.compression.ladder import CANDIDATES, RUNGS
 from calmix.compression.plan import scored
 from calmix.compression.results import Results
-from calmix.compression.stages import Draw, Gguf, Score, Stage
+from calmix.compression.stages import Draw, Export, Score, Stage
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import CapabilityScores, describe, write_scores
@@ -82,7 +82,7 @@ class Fake:
             kept = self.kept.get(float(place.parent.name), self.rest)
             save_pair(place, scores(request), scores(request, kept))
             return
-        if isinstance(request, Gguf):
+        if isinstance(request, Export):
             place.write_text(stage.command, encoding="utf-8")
             write_json(place.with_name("model.gguf.json"), {})
             return

@@ -10,6 +10,7 @@ from tests.tiny import save_tiny_model, tiny_gguf, tiny_ids
 QUANTISED = {
     "four": {"method": "gptq,group=32", "bits": 4},
     "eight": {"method": "gptq,group=64", "bits": 8},
+    "three": {"method": "gptq,group=32,symmetric=false", "bits": 3},
     "ecq": {"bits": 2.8},
     "blocks": {"method": "ggml,type=Q4_K"},
     "joint": {"sparsity": 0.5, "bits": 4},

@@ -94,6 +94,25 @@ def scale_of(values, importance):
     return best
 
 
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_asymmetric_levels_reach_from_the_least_weight_to_the_largest(bits):
+    """Of weights beside zero they use twice as many levels; zero stays one of them."""
+    weight, gram = problem(rows=24, columns=64, tokens=800)
+    w, h = as_tensors(weight + 0.5 * np.abs(weight).max(), gram)
+    lost = []
+    for text in ("gptq,group=32", "gptq,group=32,symmetric=false"):
+        made = get_method(text).solve([w], h, [Rate(bits)])
+        lost.append(relative_error(w, made.weights[0], h))
+    assert lost[1] < 0.8 * lost[0]
+    (grid,) = made.grids
+    assert grid.bits == pytest.approx(bits + (16 + bits) / 32)
+    stored = made.weights[0].bfloat16().contiguous()
+    levels = grid.levels(stored)
+    assert torch.equal(grid.values(levels).bfloat16(), stored)
+    low, high = levels.view(24, 2, 32).aminmax(dim=-1)
+    assert int((high.clamp(min=0) - low.clamp(max=0)).max()) == 2**bits - 1
+
+
 def test_bits_options_and_damping(monkeypatch):
     for text in ("wanda,group=32", "sparsegpt,group=7", "magnitude,group=128"):
         for pattern in (0.5, dict.fromkeys(["model.layers.0.mlp.up_proj"], 0.5)):
@@ -129,6 +148,8 @@ def test_gptq_bits():
     for bits in (2, 8):
         method.check(Rate(bits), 64)
         method.check(Rate(bits), 0)  # of no layer yet, as for a study file
+    with pytest.raises(InputError, match="asymmetric levels have 2 to 7 bits, not 8"):
+        get_method("gptq,symmetric=false").check(Rate(8), 64)
     for bits in (1.5, 2.5):
         with pytest.raises(InputError, match=f"whole bits from 2 to 8, not {bits} bits"):
             method.check(Rate(bits), 64)

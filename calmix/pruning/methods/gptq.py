@@ -11,7 +11,7 @@ from calmix.errors import InputError
 from calmix.pruning.gram import Factor
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.patterns import Pattern
-from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
+from calmix.pruning.solvers.grids import Asymmetric, Grid, Symmetric, check_group
 from calmix.pruning.solvers.surgeon import solve_columns
 
 
@@ -26,6 +26,7 @@ class Gptq(Quantiser):
     paper = "arXiv 2210.17323"
 
     group: int = Field(default=64, ge=1, description="Inputs of a row that share a scale.")
+    symmetric: bool = Field(default=True, description="No zero point of each group.")
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         """Refuse fractional bits, and groups that do not divide a row."""
@@ -34,9 +35,12 @@ class Gptq(Quantiser):
             raise InputError(
                 f"gptq takes whole bits from 2 to 8, not {pattern}: for other rates use ecq"
             )
+        if bits > 7 and not self.symmetric:  # 16-bit weights hold no levels of up to 255
+            raise InputError(f"asymmetric levels have 2 to 7 bits, not {bits:g}")
         check_group(self.group, columns, name)
 
     def round(
         self, weights: Sequence[Tensor], factor: Factor, bits: float
     ) -> tuple[list[Tensor], list[Grid]]:
-        return solve_columns(weights, factor, None, Symmetric(weights, self.group, int(bits)))
+        kind = Symmetric if self.symmetric else Asymmetric
+        return solve_columns(weights, factor, None, kind(weights, self.group, int(bits)))

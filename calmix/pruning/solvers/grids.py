@@ -241,14 +241,18 @@ class Symmetric(Rounding[Grid]):
     Args:
         weights: matrices (rows, columns) of the layers.
         group: columns that share a scale, chosen when the loop reaches the first of them.
+
+    Attributes:
+        beside: bits that a group takes besides its levels.
     """
 
     def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
+        self.beside = 16
         columns, outputs = weights[0].shape[1], sum(map(len, weights))
         self.group = check_group(group, columns)
         self.scales = torch.zeros(columns // self.group, outputs, device=weights[0].device)
         self.bits, self._half = bits, 2 ** (bits - 1)
-        self._found: list[tuple[Tensor, Tensor]] = []  # scales of groups, and their inverse
+        self._found: list[tuple[Any, ...]] = []  # of groups: scales, inverse, lowest, highest level
         self._lost = self.scales.new_empty(0)  # reused: allocating costs more than computing
 
     def begin(
@@ -264,8 +268,8 @@ class Symmetric(Rounding[Grid]):
         group, inside = divmod(self._start + number, self.group)
         if not inside:
             self._found.append(self._scales(group, number))
-        scale, units = self._found[group]
-        self.nearest(torch.mul(column, units, out=level))
+        scale, units, *ends = self._found[group]
+        torch.mul(column, units, out=level).round_().clamp_(*ends)
         if self._masked:
             clear(level, mask)
         column.addcmul_(level, scale, value=-1)
@@ -278,9 +282,9 @@ class Symmetric(Rounding[Grid]):
             torch.mul(levels[at:to], self._found[group][0], out=weights[at:to])
             at = to
 
-    def _scales(self, group: int, at: int) -> tuple[Tensor, Tensor]:
+    def _scales(self, group: int, at: int) -> tuple[Any, ...]:
         """Choose the scales of a group that begins `at` a column of the block, whose weights are
-        corrected by all columns before it; return them and their inverse."""
+        corrected by all columns before it; return them, their inverse and the ends of levels."""
         columns = slice(group * self.group, (group + 1) * self.group)
         values, squares = self._stacked[columns], self._squares[:, columns]
         if self._masked:
@@ -289,23 +293,31 @@ class Symmetric(Rounding[Grid]):
         size = max(CACHED // self.group, 64) if values.device.type == "cpu" else values.shape[1]
         scales = [self._fit(part, squares) for part in values.split(size, 1)]
         here = self.scales[group].copy_(torch.cat(scales).bfloat16())
-        return here, inverse(here)
+        return here, inverse(here), *self._ends(values)
 
-    def _fit(self, values: Tensor, importance: Tensor) -> Tensor:
-        """Return the scales (outputs,) of a group of columns (group, outputs).
-
-        The largest weight gets the lowest level or beyond: of a few decreasing scales, the one with
-        the least error. The search stops once fewer than one output in a hundred gains.
-
-        Args:
-            importance: (1, group), weight of a squared error in a column.
-        """
+    def _widest(self, values: Tensor) -> Tensor:
+        """Return the scales (outputs,) that cover all weights of a group of columns."""
         high, low = values.amax(0), values.amin(0)
         largest = torch.where(high > -low, high, low)
         tied = (high == -low).nonzero()[:, 0]  # the first of the two decides
         ties = values.T[tied]
         largest[tied] = ties.gather(1, ties.abs().argmax(1, keepdim=True))[:, 0]
-        scale = largest / -self._half
+        return largest / -self._half
+
+    def _ends(self, values: Tensor) -> tuple[Any, Any]:
+        """Return the lowest and the highest level in a group of columns: numbers, or (outputs,)."""
+        return -self._half, self._half - 1
+
+    def _fit(self, values: Tensor, importance: Tensor) -> Tensor:
+        """Return the scales (outputs,) of a group of columns (group, outputs).
+
+        Of the widest scale and a few smaller ones, the one with the least error. The search stops
+        once fewer than one output in a hundred gains.
+
+        Args:
+            importance: (1, group), weight of a squared error in a column.
+        """
+        scale, ends = self._widest(values), self._ends(values)
         if self.bits >= FINE:
             return scale
         shrinks = torch.tensor(SHRINKS, device=scale.device)[:, None]
@@ -313,7 +325,7 @@ class Symmetric(Rounding[Grid]):
         best, least = scale, torch.full_like(scale, math.inf)
         lost = self._lost.resize_(values.shape)
         for one, units in zip(tried, inverse(tried), strict=True):
-            level = self.nearest(torch.mul(values, units, out=lost))
+            level = torch.mul(values, units, out=lost).round_().clamp_(*ends)
             torch.addcmul(values, level, one, value=-1, out=lost).square_()
             error = (importance @ lost)[0]
             gains = error < least
@@ -322,19 +334,34 @@ class Symmetric(Rounding[Grid]):
             best, least = torch.where(gains, one, best), torch.minimum(error, least)
         return best
 
-    def nearest(self, scaled: Tensor) -> Tensor:
-        """Round weights in units of their scale to levels, in place."""
-        return scaled.round_().clamp_(-self._half, self._half - 1)
-
     def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Grid]:
         grids = []
         for weight, scale, count in zip(
             weights, _by_layer(self.scales, weights), pruned, strict=True
         ):
-            sparsity, beside = count / weight.numel(), 16 * scale.numel() / weight.numel()
+            sparsity, beside = count / weight.numel(), self.beside * scale.numel() / weight.numel()
             bits = self.bits * (1 - sparsity) + mask_bits(sparsity) + beside
             grids.append(Grid(scale, bits))
         return grids
+
+
+class Asymmetric(Symmetric):
+    """2^bits evenly spaced levels from the least to the largest weight of a group, or zero.
+
+    Levels are counted from zero, which is one of them; the file that stores them has it as the
+    group's zero point.
+    """
+
+    def __init__(self, weights: Sequence[Tensor], group: int, bits: int) -> None:
+        super().__init__(weights, group, bits)
+        self.beside, self._top = 16 + bits, 2**bits - 1
+
+    def _widest(self, values: Tensor) -> Tensor:
+        return (values.amax(0).clamp_(min=0) - values.amin(0).clamp_(max=0)) / self._top
+
+    def _ends(self, values: Tensor) -> tuple[Any, Any]:
+        low = (values.amin(0).clamp_(max=0) * inverse(self._widest(values))).round_()
+        return low, low + self._top
 
 
 class DeadZone(Rounding[Grid]):

@@ -1,0 +1,101 @@
+"""Weights as compressed-tensors packs them (vLLM, SGLang, transformers), and models made of them.
+
+A matrix is integers of 1 to 8 bits, joined along the inputs, the first in the lowest bits of 32-bit
+words, with one scale per group of inputs of an output row, or per row. A weight is
+`(integer - zero point) * scale`; without zero points the middle of the integers is zero.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calmix.errors import InputError, ModelError, first_line
+from calmix.files import read_object
+from calmix.models.shards import Place, read_tensor, stored_tensors
+
+CONFIG, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
+PACKED, SCALE, SHAPE, ZERO = (f"weight_{end}" for end in ("packed", "scale", "shape", "zero_point"))
+ORDER = "weight_g_idx"  # the group of each input, if they are not in order
+
+
+def pack(numbers: Tensor, bits: int) -> Tensor:
+    """Return int32 (rows, words) that hold unsigned integers, uint8 (rows, columns)."""
+    parts = np.unpackbits(numbers.numpy()[..., None], axis=-1, count=bits, bitorder="little")
+    flat = parts.reshape(len(numbers), -1)
+    padded = np.pad(flat, ((0, 0), (0, -flat.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4"))
+
+
+def unpack(words: Tensor, bits: int, columns: int) -> Tensor:
+    """Return the uint8 (rows, columns) that `pack` was given."""
+    octets = words.contiguous().numpy().astype("<i4", copy=False).view(np.uint8)
+    flat = np.unpackbits(octets, axis=1, count=columns * bits, bitorder="little")
+    parts = flat.reshape(len(words), columns, bits)
+    return torch.from_numpy(np.packbits(parts, axis=-1, bitorder="little")[..., 0])
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    """Return how a model folder's weights are quantised (`quantization_config`); {} if not."""
+    settings: Any = None
+    with suppress(InputError):  # raised again when the configuration is read
+        settings = read_object(folder / "config.json", "").get(CONFIG)
+    return settings if isinstance(settings, dict) else {}
+
+
+def is_packed(settings: Mapping[str, Any]) -> bool:
+    """Whether weights are packed integers, and nothing else is quantised."""
+    groups = settings.get("config_groups")
+    parts = list(groups.values()) if isinstance(groups, dict) else []
+    return (
+        (settings.get("quant_method"), settings.get("format")) == (METHOD, FORMAT)
+        and all(isinstance(one, dict) and not one.get("input_activations") for one in parts)
+        and not settings.get("kv_cache_scheme")
+    )
+
+
+def unpacked(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of a model with packed weights by name, its weights in the type of their
+    scales; ModelError if they are damaged."""
+    stored = stored_tensors(folder)
+    layers = [name.removesuffix(PACKED) for name in stored if name.endswith(f".{PACKED}")]
+    beside = {f"{layer}{end}" for layer in layers for end in (PACKED, SCALE, SHAPE, ZERO, ORDER)}
+    yield from ((name, read_tensor(stored[name])) for name in stored if name not in beside)
+    for layer in layers:
+        try:
+            yield f"{layer}weight", _weight(layer, stored)
+        except (KeyError, RuntimeError, ValueError, IndexError) as error:
+            raise ModelError(
+                f"{stored[layer + PACKED].path} is damaged: the packed weights of "
+                f"{layer.removesuffix('.')} do not fit their scales ({first_line(error)})"
+            ) from error
+
+
+def _weight(layer: str, stored: Mapping[str, Place]) -> Tensor:
+    """Return one matrix."""
+    words, scale, shape = (read_tensor(stored[layer + end]) for end in (PACKED, SCALE, SHAPE))
+    rows, columns = map(int, shape)
+    bits = 32 * words.shape[1] // columns
+    if len(words) != rows or not 1 <= bits <= 8 or words.shape[1] != math.ceil(columns * bits / 32):
+        raise ValueError(f"{tuple(words.shape)} words for a matrix of {rows} x {columns}")
+    scale = scale.view(-1, scale.shape[-1] if scale.ndim else 1)
+    levels, zero = unpack(words, bits, columns).to(scale.dtype), torch.tensor(2.0 ** (bits - 1))
+    if layer + ZERO in stored:
+        zero = read_tensor(stored[layer + ZERO])
+        if zero.dtype == torch.int32:
+            zero = unpack(zero.T, bits, rows).T
+        else:  # as older versions store them, about the middle
+            zero = zero.view(scale.shape).to(torch.int16) + 2 ** (bits - 1)
+    if layer + ORDER in stored and (order := read_tensor(stored[layer + ORDER])).min() >= 0:
+        scale = scale[:, order.long()]
+        zero = zero[:, order.long()] if zero.ndim else zero
+    levels = levels.view(rows, scale.shape[1], -1)
+    zero = zero.to(scale.dtype)[..., None]
+    return ((levels - zero) * scale[..., None]).add_(0.0).view(rows, columns)  # no -0.0

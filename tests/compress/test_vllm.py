@@ -1,0 +1,121 @@
+"""From a model to a checkpoint for vLLM: the checkpoint is what is scored."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from calmix.cli import app
+from calmix.compression.card import read_card
+from calmix.compression.compress import begin
+from calmix.compression.plan import check_request, checkpoint_bytes
+from calmix.compression.stages import Stage
+from calmix.models import open_model
+from calmix.options import Compression
+from tests.compress.conftest import prepare, stopping
+from tests.tiny import save_tiny_model
+
+STAGES = ["calibrate", "prune", "export", "evaluate", "answers", "report"]
+
+
+@pytest.fixture(scope="session")
+def words(options, tiny_folder):
+    """Return a function that makes the arguments of a compression to a checkpoint."""
+
+    def made(output, *more, model=tiny_folder):
+        given = [word for name, value in options.items() for word in (f"--{name}", value)]
+        return tuple(map(str, ("compress", model, "-o", output, "--for", "vllm", *given, *more)))
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def whole(place, words):
+    """A finished compression, which tests must not change."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(place, patch)
+        app(list(words(place / "vllm")), standalone_mode=False)
+    return place / "vllm"
+
+
+def test_the_checkpoint_is_what_is_scored(calmix, words, whole, tmp_path):
+    out = Path(shutil.copytree(whole, tmp_path / "out"))
+    ended = calmix(*words(out)).ok()
+    assert ended.err.count("already done") == len(STAGES) - 1
+    assert f"run: vllm serve {out}/model" in ended.out
+    assert "levels: 4 bits and a scale for every 32 inputs (128 does not divide all rows)" in (
+        ended.out
+    )
+    made, files = read_card(out), (out / "model").rglob("*")
+    beside = sum((out / "model" / name).stat().st_size for name in ("calmix.json", "README.md"))
+    assert made.size == sum(file.stat().st_size for file in files) - beside
+    assert made.title == "llama quantised to 4 bits, groups of 32"
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    opened = open_model(out / "model")
+    assert scores["model"]["sha256"] == opened.fingerprint == made.file["opened"]
+    for page in (out / "card.html", out / "model" / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        assert f"vllm serve {out}/model" in text
+        assert f"{made.bits:.2f} bits per weight: 4 in 14 matrices" in text
+    assert "library_name: transformers" in text
+    assert not (out / "Modelfile").exists()
+    assert not (out / "quantised").exists()
+    assert calmix("check", out, "--keep-at-least", "0.05").code in (0, 1, 2)
+    calmix("doctor", "inspect", out).ok()
+    file = out / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    for command in (("report", out), words(out), ("doctor", "inspect", out)):
+        assert "model.safetensors is damaged or changed" in calmix(*command).line
+
+
+def test_an_interrupt_resumes_to_the_same_checkpoint(calmix, words, whole, tmp_path, monkeypatch):
+    out, run = tmp_path / "out", Stage.run
+    for done in range(3):
+        monkeypatch.setattr(Stage, "run", stopping(run, min(done, 1)))  # one more stage each time
+        assert calmix(*words(out)).code == 130
+    monkeypatch.setattr(Stage, "run", run)
+    calmix(*words(out)).ok()
+    for name in ("model.safetensors", "config.json"):
+        assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
+
+
+def test_few_bits_are_recovered_on_the_grid(calmix, words, tmp_path):
+    text = calmix(*words(tmp_path / "out", "--bits", 3, "--dry-run")).ok().out
+    assert "--method gptq,group=32 --bits 3" in " ".join(text.split())
+    assert "calmix recover" in text
+    assert f"-o {tmp_path}/out/quantised" in " ".join(text.split())
+    text = calmix(*words(tmp_path / "out", "--asymmetric", "--group", 32, "--dry-run")).ok().out
+    assert "gptq,group=32,symmetric=false" in text
+    assert "calmix recover" not in text
+
+
+def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_path):
+    out = tmp_path / "out"
+    save_tiny_model(tmp_path / "transposed", "gpt2")
+    save_tiny_model(tmp_path / "odd", intermediate_size=72)
+    for model, more, said in (
+        (None, ("--bits", 4.5), "--bits 4.5: levels for vLLM have whole bits, 2 to 8"),
+        (None, ("--bits", 1), "below 2"),
+        (None, ("--group", 128), "groups of 128 do not divide the 64 inputs of model.layers.0"),
+        (None, ("--bits", 8, "--asymmetric"), "asymmetric levels have 2 to 7 bits, not 8"),
+        (None, ("--group", 48), "groups of 48 have no kernels: choose --group 128, 64 or 32"),
+        (None, ("--sparsity", 0.5), "vLLM has no use for zeros"),
+        (None, ("--type", "Q4_0"), "--type has no effect with --for vllm"),
+        (None, ("--size", "1kB"), "--size 1kB is out of reach: a checkpoint of"),
+        (tmp_path / "transposed", (), "no transposed matrices, which this model has; or write"),
+        (tmp_path / "odd", (), "groups of 32 do not divide the 72 inputs of model.layers.0.mlp"),
+    ):
+        command = words(out, *more, **({} if model is None else {"model": model}))
+        assert said in calmix(*command).line
+        assert not out.exists()
+    other = [word if word != "vllm" else "none" for word in words(out, "--group", 32)]
+    assert "--group has no effect with --for none" in calmix(*other).line
+
+
+def test_sizes_and_searches_have_whole_bits(options, tiny_folder, tmp_path):
+    usual = {"model": str(tiny_folder), "product": "vllm", **options}
+    five = checkpoint_bytes(check_request(Compression(**usual, bits=5)), 5)
+    assert check_request(Compression(**usual, size=f"{five + 1:.0f}B")).bits == 5
+    walk = begin(Compression(**usual, keep_at_least="code=0.3"), tmp_path / "out")
+    assert walk.rates == (8, 6, 5, 4, 3, 2)
