@@ -197,6 +197,9 @@ class DrawOptions(SizeOptions):
 
     leakage: Leakage = advanced("offline", "Suites whose text is excluded; off: no check.")
     licence: Licence = licence_option(advanced=True)
+    prompts: Path | None = advanced(
+        None, "Your prompts, half of which the source 'prompts' answers.", metavar="FILE"
+    )
 
     def drawn(self) -> dict[str, Any]:
         """Return the drawing options that were set, by name."""
@@ -348,8 +351,8 @@ class Target(DeviceOptions):
     suite: str = option("offline", "Suite by name, or a YAML file.")
     seed: int | None = option(None, "Seed of the calibration text.", shown="0", ge=0)
     licence: Licence = licence_option()
-    prompts: Path | None = advanced(
-        None, "Prompts for the card: .txt, .jsonl or .parquet.", shown="ten plain questions"
+    prompts: Path | None = option(
+        None, "Your own prompts: half calibrate, half test.", metavar="FILE"
     )
     allow_code_execution: bool = RUN_CODE
 

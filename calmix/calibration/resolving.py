@@ -14,7 +14,7 @@ from pydantic import Field
 from calmix.calibration.build import Mix, build, make_mix, mix_text, parse_mix, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.calibration.leakage import Guard, guard_of, guarded_suites
-from calmix.calibration.selfgen.generators import GENERATORS, Generator, SelfWritten, generate
+from calmix.calibration.selfgen.generators import GENERATORS, Generator, Prompted, generate
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns, load_prompts
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError, nearest
@@ -25,7 +25,7 @@ from calmix.options import DrawOptions, Strategy, checked, named_options
 from calmix.sources import Source, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, refuse
 from calmix.sources.readers import LocalFile
-from calmix.sources.registry import MIXES
+from calmix.sources.registry import MIXES, local_file
 from calmix.yaml_files import parse_model, read_text
 
 YAML = (".yaml", ".yml")
@@ -83,8 +83,12 @@ class CalibrationRequest:
         """The generators by name; in a mix chats have their own share."""
         if self.generator is not None:
             return {self.generator.name: self.generator}
+        settings: dict[str, dict[str, Any]] = {
+            "self-written": {"chat": 0},
+            "prompts": {"file": self.draw.prompts},
+        }
         names = [name for name in self.mix if name not in self.sources]
-        return {n: SelfWritten(chat=0) if n == "self-written" else GENERATORS[n]() for n in names}
+        return {name: GENERATORS[name](**settings.get(name, {})) for name in names}
 
     @property
     def sources(self) -> list[str]:
@@ -185,6 +189,8 @@ def parse_calibration(
         guarded_suites(draw.leakage)
     if generator is not None and draw.packing != DrawOptions().packing:
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
+    if isinstance(generator, Prompted):
+        generator = generator.model_copy(update={"file": draw.prompts})
     files = [path] if path.suffix.lower() in YAML else []
     request = CalibrationRequest(
         _grouped(mix, own, text, draw.licence), generator, None, own, draw, files
@@ -198,6 +204,16 @@ def parse_calibration(
         if path is not None:
             load_prompts(path)  # an error is told now
             files.append(path)
+    prompted = [one for one in generators if isinstance(one, Prompted)]
+    for one in prompted:
+        one.half()
+    if draw.prompts is not None:
+        if not prompted:
+            raise InputError(
+                "--prompts needs a share of the source 'prompts' in the calibration text, such as "
+                "prompts:0.25,stories:0.75"
+            )
+        files.append(local_file(str(draw.prompts)).path)
     return request
 
 
@@ -214,8 +230,9 @@ def resolve(
 
     Args:
         text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, a YAML file, the folder of a
-            saved set, or `self-written`, `chat`, `igsp`, `self-cal` or `sgs`, with options after
-            commas. Without options these can have a share in a mix: `chat:0.5,news:0.5`.
+            saved set, or `self-written`, `chat`, `prompts`, `igsp`, `self-cal` or `sgs`, with
+            options after commas. Without options these can have a share in a mix:
+            `chat:0.5,news:0.5`.
         opened: the model; its tokenizer is enough if the model does not write the text.
         tick: called with the name of each source once it is sampled.
         writing: called with what the model writes, tokens done and tokens in total.

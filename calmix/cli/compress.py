@@ -85,6 +85,9 @@ def compress(
     for text in (card.shortly, words.against_itself(card.behaved)):
         if text:
             line(words.wrapped(text, rest="  "))
+    for text in (card.split, *card.changed):
+        if text:
+            line(words.wrapped(text, rest="  "))
     line(f"size: {card.sizes}")
     if card.speed:
         line(f"speed: {card.speed}")
@@ -145,7 +148,7 @@ def check(
     No model is opened: it reads the scores that compress or evaluate --against wrote, and hashes
     the model that they are of.
     """
-    from calmix.compression.plan import BEHAVIOUR, SCORES
+    from calmix.compression.plan import BEHAVIOUR, PROMPTS, SCORES
     from calmix.compression.results import (
         MANIFEST,
         Results,
@@ -164,7 +167,8 @@ def check(
             raise InputError("a folder is checked alone: name one folder, or only files")
         request = (made := read_compressed(folders[0]))["request"]
         alone = request.get("suite", "offline") != "offline"
-        files = (result_in(folders[0], SCORES if alone else BEHAVIOUR),)
+        names = [SCORES if alone else BEHAVIOUR, *[PROMPTS] * bool(request.get("prompts"))]
+        files = tuple(result_in(folders[0], name) for name in names)
     wanted = keep_at_least or request.get("keep_at_least")
     if wanted is None:
         raise InputError("--keep-at-least is missing: name the floors, e.g. code=0.9,general=80%")

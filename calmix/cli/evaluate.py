@@ -577,20 +577,17 @@ def answers(
     opening: ModelOptions,
     models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True),
     output: Path = path_option(..., "JSON file to write."),
-    prompts: Path | None = option(
-        None, "Your own prompts: .txt, .jsonl or .parquet.", shown="ten plain questions"
-    ),
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Show the greedy answers of several models to ten plain questions."""
-    from calmix.evaluation.generations import TOKENS, answer_all, panel, read_prompts
+    from calmix.evaluation.generations import TOKENS, answer_all, panel
     from calmix.models import check_models
     from calmix.report import words
 
-    how, read = opening.opening(), None if prompts is None else local_file(str(prompts)).path
-    check_output_file(output, inputs=[*models, read], overwrite=overwrite)
+    how = opening.opening()
+    check_output_file(output, inputs=models, overwrite=overwrite)
     check_models(*models, **how)
-    questions = panel() if prompts is None else read_prompts(prompts)
+    questions = panel()
     with Progress() as bar:
         made = answer_all(models, questions, bar, **how)
     made.save(output)

@@ -16,6 +16,7 @@ from calmix.compression.plan import (
     BEHAVIOUR,
     EFFORTS,
     PACK,
+    PROMPTS,
     SCORES,
     Request,
     slices,
@@ -27,6 +28,7 @@ from calmix.compression.stages import StageRequest
 from calmix.deploy.speed import INSTALL, engine, measure
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import floors
+from calmix.evaluation.answers import compare_answers
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.generations import Answered, load_answers
 from calmix.evaluation.retention import Retention
@@ -40,12 +42,19 @@ from calmix.options import option_words
 from calmix.progress import Progress
 from calmix.pruning.solvers.grids import SCALES
 from calmix.report import words
+from calmix.report.answers import answers_page, fault_rows, sentences
 from calmix.report.pages import Bar, Figure, render
 from calmix.sources import builtin_sources
 from calmix.sources.licences import use_of
 
 WEIGHTS = ".safetensors"
-PAGE, README, MODELFILE, SPEED = "card.html", "README.md", "Modelfile", "speed.json"
+PAGE, ANSWERS, README, MODELFILE, SPEED = (
+    "card.html",
+    "prompts.html",
+    "README.md",
+    "Modelfile",
+    "speed.json",
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ class Card:
     calibration: Mapping[str, Any]
     recoveries: tuple[Mapping[str, Any], ...]
     pairs: Sequence[Pair]  # the scores of both models on each suite
+    prompted: Pair | None  # the scores of both models on the user's prompts
     answers: Answered | None
     tasks: list[dict[str, str]]  # that were scored, with origin and licence
     hashes: list[dict[str, str]]  # of inputs and outputs
@@ -160,6 +170,33 @@ class Card:
     def verdict(self) -> list[str]:
         """The results in sentences, behaviour first."""
         return words.summary_lines(self.behaved, self.kept, self.measure)
+
+    @property
+    def split(self) -> str:
+        """How many of the user's prompts were calibrated on and tested, in a sentence."""
+        if self.prompted is None:
+            return ""
+        parts = self.calibration, *(self.calibration.get("written") or {}).values()
+        made = [one["settings"]["count"] for one in parts if one.get("generated") == "prompts"]
+        count = words.counted(sum(len(one.items) for one in self.prompted[0].tasks), "prompt")
+        if not made:
+            return f"{count} were the test, all that the file has; none was calibrated on."
+        return (
+            f"The model's answers to {words.counted(made[0], 'prompt')} were calibrated on; the "
+            f"test is the other {count}. The split is by hash."
+        )
+
+    @property
+    def changed(self) -> list[str]:
+        """What changed in the answers to the user's prompts, in sentences."""
+        found = compare_answers(self.prompted) if self.prompted else None
+        return sentences(found, self.prompted[1].distance) if found and self.prompted else []
+
+    @property
+    def faults(self) -> list[dict[str, Any]]:
+        """The table of faults in these answers."""
+        found = compare_answers(self.prompted) if self.prompted else None
+        return fault_rows(found) if found else []
 
     @property
     def shortly(self) -> str:
@@ -401,6 +438,7 @@ def read_card(out: Path) -> Card:
         calibration,
         tuple(recoveries),
         pairs,
+        load_pairs([out / PROMPTS])[0] if (out / PROMPTS).exists() else None,
         answers,
         tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],
@@ -438,6 +476,8 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
                 write_json(out / SPEED, sealed({"kind": "speed", "model": model, **speeds}))
                 card = replace(card, speeds=speeds)
     write_text(out / RECIPE, card.recipe)
+    if card.prompted is not None:
+        write_text(out / ANSWERS, answers_page({card.name: card.prompted}))
     write_text(page or out / PAGE, card_page(card))
     write_text((out if card.gguf else card.model) / README, model_card(card))
 

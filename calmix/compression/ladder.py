@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,7 @@ class Walk:
             raise InputError(f"no types of {request.model} give {RUNGS[-1]:g} to {RUNGS[0]:g} bits")
         if not self.kept.keys() <= {*self.rates}:
             raise InputError(f"{out} holds a search over other candidates: choose another -o")
-        # The score file that decides, as in `calmix check OUT`: behaviour, which has every ability,
-        # or a suite that is scored alone.
-        self.file = plan.BEHAVIOUR if request.suite == "offline" else SCORES
-        self.dense = out / CANDIDATES / f"dense-{self.file}"
+        self.files = plan.decisive(request)
         self.floors = floors.parse_floors(request.keep_at_least) if request.keep_at_least else {}
         self.confidence = request.confidence or floors.CONFIDENCE
         self.level = plan.test_level(request)
@@ -160,6 +157,10 @@ class Walk:
         """Return the request of one candidate."""
         return self.request.model_copy(update={"bits": bits})
 
+    def dense(self, file: str) -> Path:
+        """Return the file of the dense model's scores beside those of candidates."""
+        return self.out / CANDIDATES / f"dense-{file}"
+
     def folder(self, bits: float, sample: str = "") -> Path:
         """Return the folder of a candidate."""
         return self.out / (sample or CANDIDATES) / f"{bits:g}"
@@ -182,8 +183,8 @@ class Walk:
                 for one in stages(seeded, self.out / sample)
                 if isinstance(one.request, Draw)
             ]
-        dense = scoring(request, self.file, None, self.dense)
-        return [*listed, replace(dense, name=f"{dense.name}, dense")]
+        dense = (scoring(request, file, None, self.dense(file)) for file in self.files)
+        return [*listed, *(replace(one, name=f"{one.name}, dense") for one in dense)]
 
     def building(self, bits: float) -> list[Stage]:
         """Return the stages that build a candidate and score it against the dense scores."""
@@ -193,10 +194,12 @@ class Walk:
             folder = self.folder(bits, sample)
             parts = stages(candidate, folder, held)
             made = (one for one in parts if isinstance(one.request, (Prune, Recover, Export)))
-            model, scores = folder / request.file, folder / self.file
-            tested = scoring(candidate, self.file, model, scores, self.dense)
+            tested = (
+                scoring(candidate, file, folder / request.file, folder / file, self.dense(file))
+                for file in self.files
+            )
             listed += [
-                replace(one, name=f"{bits:g} bits, {one.name}{called}") for one in (*made, tested)
+                replace(one, name=f"{bits:g} bits, {one.name}{called}") for one in (*made, *tested)
             ]
         return listed
 
@@ -214,9 +217,9 @@ class Walk:
             if self.left:
                 self._forget()
                 list(running.do(self.opening(), self.out, run, say))
-                dense = load_scores(self.dense)
+                dense = [load_scores(self.dense(file)) for file in self.files]
                 # Raises if the floors cannot be proven.
-                floors.judge(self.floors, [(dense, dense)], self.level)
+                floors.judge(self.floors, [(one, one) for one in dense], self.level)
             while left := self.left:
                 bits, at = left[_middle(left)], time.monotonic()
                 if self.rungs and at - began + self.rungs[-1]["seconds"] > within:
@@ -232,17 +235,20 @@ class Walk:
                 self._save("" if self.left else over)
             self._place()
 
-    def _verdicts(self, bits: float, dense: CapabilityScores) -> list[dict[str, Any]]:
+    def _verdicts(self, bits: float, dense: Sequence[CapabilityScores]) -> list[dict[str, Any]]:
         """Test the model of each sample, and write the verdict, which holds at the requested
         confidence, beside it."""
         folders = [self.folder(bits, sample) for sample in self.samples]
-        pairs = [(dense, load_scores(folder / self.file)) for folder in folders]
-        verdicts = [floors.judge(self.floors, [pair], self.level) for pair in pairs]
+        pairs = [
+            [(one, load_scores(folder / file)) for one, file in zip(dense, self.files, strict=True)]
+            for folder in folders
+        ]
+        verdicts = [floors.judge(self.floors, some, self.level) for some in pairs]
         verdicts = [replace(one, confidence=self.confidence) for one in verdicts]
         if all(one.passed for one in verdicts):
             verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
-        for folder, pair, verdict in zip(folders, pairs, verdicts, strict=True):
-            record = floors.record(verdict, self.floors, [pair])
+        for folder, some, verdict in zip(folders, pairs, verdicts, strict=True):
+            record = floors.record(verdict, self.floors, some)
             files.write_json(folder / floors.FILE, record)
         return [one.to_dict() for one in verdicts]
 
@@ -265,10 +271,10 @@ class Walk:
         """Remove scores of other items, left from earlier floors, except those of tested
         candidates."""
         tested = [self.folder(bits, sample) for bits in self.kept for sample in self.samples]
-        wanted = plan.scored(self.request)[self.file].hash
-        for path in (self.out / CANDIDATES).rglob(f"*{self.file}"):
-            if path.parent not in tested and load_scores(path).suite["hash"] != wanted:
-                files.remove(path)
+        for file, suite in plan.scored(self.request).items():
+            for path in (self.out / CANDIDATES).rglob(f"*{file}"):
+                if path.parent not in tested and load_scores(path).suite["hash"] != suite.hash:
+                    files.remove(path)
 
     def _reopen(self) -> None:
         """Resume after time ran out: the model becomes a candidate again, and results made from it
@@ -287,7 +293,7 @@ class Walk:
         if self.bits is not None:
             chosen = self.folder(self.bits)
             answers = SCORES if choose(self.request.suite).asks else plan.BEHAVIOUR
-            for name in (answers, floors.FILE):
+            for name in (answers, plan.PROMPTS, floors.FILE):
                 if (chosen / name).exists() and not (self.out / name).exists():
                     files.write_bytes(self.out / name, (chosen / name).read_bytes())
             _move(chosen, self.out)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from calmix.analysis.ranking import check_weights
 from calmix.calibration import (
+    CalibrationSet,
     OpenTokenizer,
     mix_text,
     open_tokenizer,
@@ -27,8 +28,7 @@ from calmix.deploy.gguf import check_export, overhead
 from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
-from calmix.evaluation.generations import read_prompts
-from calmix.evaluation.suites import Suite, suite_file
+from calmix.evaluation.suites import Suite, prompt_suite, suite_file
 from calmix.files import cached_sha256, sha256_file, size_text, user_path
 from calmix.models import OpenModel, check_models, resolve_model
 from calmix.models.opening import fingerprint
@@ -54,7 +54,7 @@ from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 
 BITS = 4.5  # the default
-SCORES, BEHAVIOUR = "scores.json", "abilities.json"
+SCORES, BEHAVIOUR, PROMPTS = "scores.json", "abilities.json", "prompts.json"
 CALIBRATION, PACK, QUANTISED = "calibration", "pack", "quantised"
 TYPE = "Q4_K_M"  # default of GGUF files
 WHOLE = 4.0  # default bits of levels in a checkpoint for vLLM
@@ -100,11 +100,21 @@ EFFORTS = {
 }
 
 
-def slices(request: Target) -> dict[str, tuple[str, Mapping[str, Any]]]:
+def splits(request: Target) -> bool:
+    """Whether half of the user's prompts are calibrated on, so that only the others can test."""
+    if request.prompts is None or (text := request.calibration) is None:
+        return request.prompts is not None
+    if (saved := saved_set(text)) is not None:
+        manifest = CalibrationSet.open(saved).manifest
+        return "prompts" in {manifest.get("generated"), *(manifest.get("written") or {})}
+    return bool(re.search(r"(?:^|,)\s*prompts\s*(?:[:,]|$)", text))
+
+
+def slices(request: Target) -> dict[str, tuple[Suite | str, Mapping[str, Any]]]:
     """Return the suite of each score file and the slice that is scored.
 
     At standard effort the slice has all items of abilities with a floor. A suite other than
-    `offline` is scored alone and without a limit.
+    `offline` is scored alone and without a limit; so are the user's prompts.
     """
     effort, alone = EFFORTS[request.effort], request.suite != "offline"
     suite, part = "abilities", effort.behaviour
@@ -115,9 +125,23 @@ def slices(request: Target) -> dict[str, tuple[str, Mapping[str, Any]]]:
         floors = parse_floors(request.keep_at_least)
         named = tuple(name for name in choose(suite).dimensions if name in floors)
         part = {} if "" in floors else {**part, "whole": named}
-    if alone:
-        return {SCORES: (suite, part)}
-    return {SCORES: (request.suite, effort.likelihood), BEHAVIOUR: (suite, part)}
+    found: dict[str, tuple[Suite | str, Mapping[str, Any]]] = {SCORES: (suite, part)}
+    if not alone:
+        found = {SCORES: (request.suite, effort.likelihood), BEHAVIOUR: (suite, part)}
+    if request.prompts is not None:
+        found[PROMPTS] = prompt_suite(request.prompts, test_half=splits(request)), {}
+    return found
+
+
+def decisive(request: Target) -> list[str]:
+    """Return the score files that floors are tested on: behaviour, which has every ability, or a
+    suite that is scored alone, and the user's prompts; of these only the ones that are named."""
+    floors = parse_floors(request.keep_at_least or "0.5")
+    files = [BEHAVIOUR if request.suite == "offline" else SCORES, PROMPTS]
+    known = scored(request)
+    files = [file for file in files if file in known]
+    named = [file for file in files if floors.keys() & known[file].dimensions.keys()]
+    return files if "" in floors or not named else named
 
 
 def scored(request: Target) -> dict[str, Suite]:
@@ -152,6 +176,7 @@ class Request(Target):
             "seed": self.seed,
             "leakage": guarded(self.suite),
             "licence": self.licence,
+            "prompts": self.prompts if splits(self) else None,
         }
 
     @property
@@ -344,12 +369,16 @@ def check_options(options: Compression) -> Checked:
     text = "self-written" if options.no_corpus else mix_text(mix) if given is None else given
     if options.keep is not None:
         text = mix_text(weighed(text, options.keep))
+    if splits(options) and given is None:
+        text = _beside("prompts", text)
     draw: dict[str, Any] = {
         "rows": EFFORTS[options.effort].rows,
         "leakage": guarded(options.suite),
         "seed": options.seed,
+        "prompts": options.prompts if splits(options) else None,
     }
-    parse_calibration(text, licence=options.licence, **({} if saved else draw))
+    draw = {name: value for name, value in draw.items() if value is not None}
+    parsed = parse_calibration(text, licence=options.licence, **({} if saved else draw))
     # The checks of all stages, made before the first begins.
     product, prompts = product_of(options), None
     target = {"product": product, "bits": options.bits, "type": options.type}
@@ -361,7 +390,8 @@ def check_options(options: Compression) -> Checked:
         if (options.bits, options.type) == (None, None) and not is_sparse(options):
             usual = WHOLE if product == "vllm" else BITS
             target |= {"type": TYPE} if product == "gguf" else {"bits": usual}
-        request = prune_request(**aim(options.model_copy(update=target)), calibration=text)
+        aimed = aim(options.model_copy(update=target))
+        request = prune_request(**aimed, calibration=text, prompts=draw.get("prompts"))
         if target["type"]:
             target["type"] = request.pattern  # as llama.cpp spells it
         _check_bits(options, options.bits)
@@ -377,8 +407,14 @@ def check_options(options: Compression) -> Checked:
             )
     runnable(choose(options.suite), options.allow_code_execution)
     if options.prompts is not None:
-        read_prompts(options.prompts)
-        prompts = sha256_file(local_file(str(options.prompts)).path)
+        slices(options)
+        file = local_file(str(options.prompts)).path
+        if not splits(options) and any(file.samefile(one) for one in parsed.files):
+            raise InputError(
+                f"--calibration and --prompts both name {file}: leave out --calibration, and half "
+                "of the prompts calibrate while the others test"
+            )
+        prompts = sha256_file(file)
     if options.max_memory is not None:
         parse_memory(options.max_memory)
     return Checked(text, target, prompts)
@@ -390,9 +426,9 @@ def check_request(options: Compression) -> Request:
     given, trust = options.calibration, options.trust_remote_code
     check_models(options.model, device=options.device, trust_remote_code=trust)
     tokenizer = open_tokenizer(options.model, trust_remote_code=trust)
-    if given is None and not options.no_corpus and chat_turns(tokenizer.tokenizer) is not None:
-        rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).items()}
-        text = mix_text({"chat": CHAT} | rest)
+    chats = given is None and options.prompts is None and not options.no_corpus
+    if chats and chat_turns(tokenizer.tokenizer) is not None:
+        text = _beside("chat", text)
     if target["product"] == "gguf":
         _check_gguf(options, target["type"], tokenizer)
     if target["product"] == "vllm":
@@ -426,6 +462,12 @@ def check_request(options: Compression) -> Request:
             "like_sha256": options.like and cached_sha256(options.like),
         }
     )
+
+
+def _beside(chats: str, text: str) -> str:
+    """Return a mix with the usual share of chats beside another text."""
+    rest = {name: (1 - CHAT) * weight for name, weight in parse_mix(text).items()}
+    return mix_text({chats: CHAT} | rest)
 
 
 def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> None:
@@ -487,21 +529,20 @@ def _check_floors(options: Target) -> None:
     whole = dict.fromkeys(
         name for suite, _ in slices(options).values() for name in choose(suite).dimensions
     )
-    rows = (
-        None
-        if suite_file(options.suite) is None
-        else Counter(suites[SCORES].dimension_of(task) for task, *_ in suite_items(suites[SCORES]))
+    own = [PROMPTS] * (PROMPTS in suites) + [SCORES] * (suite_file(options.suite) is not None)
+    rows = Counter(
+        suites[file].dimension_of(task) for file in own for task, *_ in suite_items(suites[file])
     )
     for name, floor in parse_floors(options.keep_at_least or "").items():
         start = f"--keep-at-least names '{name}', "
         if name and name not in whole:
-            raise InputError(f"{start}which suite {options.suite} lacks: {nearest(name, whole)}")
+            raise InputError(f"{start}which is not scored: {nearest(name, whole)}")
         if name and not any(name in suite.dimensions for suite in suites.values()):
             raise InputError(
                 f"{start}whose tasks are not run: pass --allow-code-execution or a larger --effort"
             )
         least = needed(floor, test_level(options))
-        if name and rows is not None and rows[name] < least:
+        if name in rows and rows[name] < least:
             raise InputError(
                 f"--keep-at-least {name}={floor:g} needs {least} items that the dense model gets "
                 f"right, and --effort {options.effort} scores {rows[name]} rows of {name}: add "

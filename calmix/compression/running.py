@@ -14,12 +14,14 @@ from calmix.compression.plan import (
     CALIBRATION,
     EFFORTS,
     PACK,
+    PROMPTS,
     QUANTISED,
     SCORES,
     Request,
     aim,
     parse_size,
     slices,
+    splits,
 )
 from calmix.compression.results import LADDER, MANIFEST, RUN, Results, ready
 from calmix.compression.stages import Answer, Draw, Export, Pack, Prune, Recover, Score, Stage
@@ -81,8 +83,8 @@ def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
         *listed,
         *(scoring(request, file, product, out / file) for file in slices(request)),
         Stage(
-            "answer prompts",
-            Answer(request.prompts, reads=model | {"against": dense}, how=how),
+            "answer questions",
+            Answer(reads=model | {"against": dense}, how=how),
             out / "answers.json",
         ),
         Stage("report card", Report(out), None),
@@ -102,6 +104,7 @@ def scoring(
     score = Score(
         suite,
         part,
+        file == PROMPTS and splits(request),
         dense,
         distance=effort.distance or file != SCORES,
         repeat=effort.repeat and dense is None and choose(suite).asks,
@@ -109,7 +112,8 @@ def scoring(
         reads=reads,
         how=request.how,
     )
-    return Stage("evaluate" if file == SCORES else "evaluate behaviour", score, leaves)
+    names = {SCORES: "evaluate", PROMPTS: "evaluate prompts"}
+    return Stage(names.get(file, "evaluate behaviour"), score, leaves)
 
 
 def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float]:

@@ -18,13 +18,7 @@ from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack
 from calmix.evaluation.comparison import evaluate_against, scores_record
 from calmix.evaluation.evaluate import choose, runnable
-from calmix.evaluation.generations import (
-    Prompt,
-    answer_all,
-    panel,
-    prompts_record,
-    read_prompts,
-)
+from calmix.evaluation.generations import answer_all, panel, prompts_record
 from calmix.evaluation.scores import describe, load_dense, write_scores
 from calmix.evaluation.suites import Suite
 from calmix.files import sha256_file, write_json
@@ -95,7 +89,7 @@ class Draw(StageRequest):
     @property
     def written(self) -> bool:
         """Whether the model writes some of the text."""
-        return bool(parse_calibration(self.text).written)
+        return bool(parse_calibration(self.text, prompts=self.draw.get("prompts")).written)
 
     @property
     def decides(self) -> dict[str, Any]:
@@ -224,14 +218,16 @@ class Score(StageRequest):
     """Score the `model`, against the dense one (`against`) if there is one.
 
     Attributes:
-        suite, part: the suite and which of it (`calmix.evaluation.evaluate.choose`).
+        suite, part: the suite and which of it (`calmix.evaluation.evaluate.choose`); a user's
+            prompts are a suite too, of which `half` may be kept from calibration.
         dense: a file of the dense model's scores, used instead of scoring it.
         distance: whether to measure the distance to the dense model.
         repeat: whether to generate the dense model's answers twice.
     """
 
-    suite: str
+    suite: Suite | str
     part: Mapping[str, Any]
+    half: bool = False
     dense: Path | None = None
     distance: bool = True
     repeat: bool = False
@@ -249,9 +245,13 @@ class Score(StageRequest):
     @property
     def words(self) -> tuple[str, ...]:
         against = self.dense or (self.named("against") if "against" in self.reads else None)
+        asked: dict[str, Any] = {"suite": None if self.suite == "offline" else self.suite}
+        if isinstance(self.suite, Suite):
+            (task,) = self.suite.tasks.values()
+            asked = {"prompts": task.file, "test_half": self.half}
         options = {
             "against": against,
-            "suite": None if self.suite == "offline" else self.suite,
+            **asked,
             **self.part,
             "repeat": self.repeat,
             "no_distance": against is not None and not self.distance,
@@ -262,11 +262,13 @@ class Score(StageRequest):
     def run(self, output: Path, bar: Progress) -> None:
         suite, left_out = self.chosen
         against = self.named("against") if "against" in self.reads else None
+        apart = self.distance and self.dense is None and against is not None
         scores, dense = evaluate_against(
             self.named("model"),
             suite,
             against if self.dense is None else load_dense(self.dense),
-            texts=texts_for(suite) if self.distance and self.dense is None and against else None,
+            texts=texts_for(suite) if apart and not suite.own else None,
+            on_answers=apart,
             repeat=self.repeat,
             allow_code_execution=self.allow_code_execution,
             bar=bar,
@@ -278,27 +280,20 @@ class Score(StageRequest):
 
 @dataclass(frozen=True)
 class Answer(StageRequest):
-    """Show answers of the dense and the smaller model to the user's `prompts`, or ten questions."""
-
-    prompts: Path | None
-
-    @property
-    def chosen(self) -> list[Prompt]:
-        """The prompts."""
-        return panel() if self.prompts is None else read_prompts(self.prompts)
+    """Show answers of the dense and the smaller model to ten questions."""
 
     @property
     def decides(self) -> dict[str, Any]:
-        return prompts_record(self.chosen)
+        return prompts_record(panel())
 
     @property
     def words(self) -> tuple[str, ...]:
         names = self.named("against"), self.named("model")
-        return "evaluate", "answers", *names, *option_words({"prompts": self.prompts, **self.how})
+        return "evaluate", "answers", *names, *option_words(self.how)
 
     def run(self, output: Path, bar: Progress) -> None:
         names = self.named("against"), self.named("model")
-        answer_all(names, self.chosen, bar, **self.how).save(output)
+        answer_all(names, panel(), bar, **self.how).save(output)
 
 
 @dataclass(frozen=True)

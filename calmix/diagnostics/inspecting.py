@@ -339,7 +339,7 @@ def _ladder(folder: Path, health: Health, say: Say) -> None:
     }
     places = [*folder.glob("calibration"), *sorted(folder.glob("candidates/*/model"))]
     places += sorted(folder.glob("candidates/*/model.gguf"))
-    for name in (plan.SCORES, plan.BEHAVIOUR):
+    for name in (plan.SCORES, plan.BEHAVIOUR, plan.PROMPTS):
         places += sorted(folder.glob(f"candidates/**/*{name}"))
     _parts(folder, [str(path.relative_to(folder)) for path in places], health, say)
 

@@ -19,11 +19,9 @@ from calmix.files import read_object, sha256_json, write_json
 from calmix.manifest import check_seal, sealed
 from calmix.models import OpenModel, open_model
 from calmix.progress import Progress as Bar
-from calmix.sources.registry import local_file
 from calmix.yaml_files import first_problem, packaged
 
 KIND = "answers"
-MOST = 50  # prompts in a file
 TOKENS = 96  # per answer
 
 
@@ -70,20 +68,6 @@ def load_answers(path: Path) -> Answered:
     if [len(row) for row in found.answers] != [len(found.prompts)] * len(found.models):
         raise InputError(f"{path} is damaged: the answers do not match the prompts")
     return found
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """Read prompts from a `.txt` file, one per line, or from a file of rows (FILE@FIELD)."""
-    reader = local_file(str(path))
-    if reader.path.is_dir():
-        raise InputError(f"{path} is a folder: name a file of prompts")
-    texts = [document.text for document in reader.read()]
-    if reader.path.suffix.lower() == ".txt":
-        texts = [line for text in texts for line in text.splitlines()]
-    texts = [text.strip() for text in texts if text.strip()]
-    if len(texts) > MOST:
-        raise InputError(f"{path} holds {len(texts)} prompts: give at most {MOST}")
-    return [Prompt(reader.path.name, text, text) for text in texts]
 
 
 def panel() -> list[Prompt]:

@@ -134,9 +134,15 @@ def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) ->
 
 def halves(prompts: Sequence[OwnPrompt]) -> tuple[list[OwnPrompt], list[OwnPrompt]]:
     """Split prompts by their hash into those to calibrate with and those to test with, so that no
-    prompt serves both whatever else is in its file."""
+    prompt serves both whatever else is in its file. An InputError if either half is empty."""
     test = [one for one in prompts if number(one) % 2 == 0]
-    return [one for one in prompts if number(one) % 2], test
+    calibrate = [one for one in prompts if number(one) % 2]
+    if not calibrate or not test:
+        raise InputError(
+            f"{len(prompts)} prompts cannot be split into some to calibrate and some to test: add "
+            "prompts"
+        )
+    return calibrate, test
 
 
 def number(prompt: OwnPrompt) -> int:

@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.evaluation import checks
-from calmix.evaluation.prompts import read_prompts
+from calmix.evaluation.prompts import halves, read_prompts
 from calmix.files import parse_json, sha256_file, sha256_json, user_path
 from calmix.sources.registry import local_file
 from calmix.yaml_files import packaged, parse_model, read_text
@@ -292,7 +292,9 @@ def load_suite(name: str | Path) -> Suite:
 def prompt_suite(path: str | Path, *, test_half: bool = False) -> Suite:
     """Return a suite of a file of prompts, whose one ability and task have the file's name.
     `test_half` leaves out the half that is kept for calibration (`prompts.halves`)."""
-    read_prompts(path)
+    prompts = read_prompts(path)
+    if test_half:
+        halves(prompts)
     name = re.sub(r"[^A-Za-z0-9._+-]", "_", local_file(str(path)).path.stem).lstrip("._+-") or "own"
     name = f"own-{name}" if name in RESERVED else name
     half: Any = "even" if test_half else "all"

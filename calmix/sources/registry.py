@@ -80,7 +80,14 @@ MIXES: dict[str, dict[str, float]] = {
     "web-mix-70": {"c4": 7.0, "github-code": 1.0, "gutenberg": 1.0, "stackexchange": 1.0},
 }
 ON_HUB = "see its card on the hub"
-WRITTEN = ("self-written", "chat", "igsp", "self-cal", "sgs")  # the model writes the text
+WRITTEN = (
+    "self-written",
+    "chat",
+    "prompts",
+    "igsp",
+    "self-cal",
+    "sgs",
+)  # the model writes the text
 
 
 class Source(Options):

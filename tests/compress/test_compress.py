@@ -395,12 +395,13 @@ def test_saved_set_and_own_prompts(calmix, command, tmp_path, tiny_folder, place
     card = read_card(out)
     assert card.pruning["pruned"] * 2 == card.pruning["weights"]
     assert card.answers is not None
-    assert [p.shown for p in card.answers.prompts] == ["one <b>& two", "three"]
+    assert len(card.answers.prompts) == 10
+    assert card.split == "2 prompts were the test, all that the file has; none was calibrated on."
     assert sum(one["#tokens"] for one in card.sources) == (16 + 4) * 64
     chat = card.sources[-1]
     assert (chat["source"], chat["licence"]) == ("chat", "written by the model")
     assert 'written by the model</td><td class="">–<' in card_page(card)
-    page = (out / "card.html").read_text(encoding="utf-8")
+    page = (out / "prompts.html").read_text(encoding="utf-8")
     assert "one &lt;b&gt;&amp; two" in page
     assert "<b>& two" not in page
     prompts.write_text("four\n", encoding="utf-8")

@@ -65,6 +65,13 @@ def unchecked(monkeypatch):
     monkeypatch.setattr(Results, "check", lambda *_: None)
 
 
+def own_scores(request, kept=100):
+    """Return scores of a user's prompts with `kept` answers without a fault."""
+    suite = request.chosen[0]
+    task = written("mine", "mine", [1] * kept + [0] * (100 - kept))
+    return CapabilityScores("m", f"{kept}", "float32", describe(suite), (task,))
+
+
 class Fake:
     """Runs nothing: `kept` has the right answers of candidates by bits; others have `rest`."""
 
@@ -76,11 +83,12 @@ class Fake:
         self.run.append(stage.request.words[0])
         request, place = stage.request, stage.leaves
         if isinstance(request, Score):
+            made = scores if isinstance(request.suite, str) else own_scores
             if "against" not in request.reads:
-                scores(request).save(place)
+                made(request).save(place)
                 return
             kept = self.kept.get(float(place.parent.name), self.rest)
-            save_pair(place, scores(request), scores(request, kept))
+            save_pair(place, made(request), made(request, kept))
             return
         if isinstance(request, Export):
             place.write_text(stage.command, encoding="utf-8")
@@ -124,6 +132,35 @@ def test_search_keeps_the_smallest_passing_candidate(want, out):
     assert "--repeat" in found.opening()[-1].command
     again = walk(want, out, stop, say=lambda *_: pytest.fail("nothing is left to do"))
     assert again.state == found.state
+
+
+def test_floor_of_the_users_prompts_decides(asked, place, out):
+    """Only the half that is not calibrated on is asked, and other abilities are not scored."""
+    mine = out.with_name("mine.jsonl")
+    mine.write_text("".join(f'{{"prompt": "Say {n}."}}\n' for n in range(200)), "utf-8")
+    text = f"prompts:0.5,{place / 'text.txt'}:0.5"
+    want = asked(prompts=str(mine), calibration=text, keep_at_least="mine=0.8")
+    run = Fake({4.5: 95, 3.2: 84, 4: 92})
+    found = walk(want, out, run)
+    assert ([*found.kept], found.bits, found.files) == ([4.5, 3.2, 4], 4, ["prompts.json"])
+    assert run.run[:2] == ["calibrate", "evaluate"]
+    assert f"--prompts {mine} --test-half" in found.opening()[-1].command
+    assert f"--prompts {mine}" in found.opening()[0].command
+    assert json.loads((out / "prompts.json").read_text())["scores"]["fingerprint"] == "92"
+    both = asked(prompts=str(mine), calibration=text, keep_at_least="mine=0.8,math=0.8")
+    assert ladder.Walk(both, out.with_name("both")).files == ["abilities.json", "prompts.json"]
+    for calibration, floors, says in (
+        (f"{mine}@prompt", "mine=0.8", "both name"),
+        (text, "mine=0.99", "needs 4"),
+        (text, "min=0.8", "did you mean"),
+        (None, "mine=0.8", None),
+    ):
+        more = {"prompts": str(mine), "keep_at_least": floors}
+        if says is None:
+            assert "prompts:0.25" in asked(calibration=calibration, **more).calibration
+        else:
+            with pytest.raises(InputError, match=says):
+                asked(calibration=calibration, **more)
 
 
 def test_candidate_must_pass_for_all_seeds(want, out):

@@ -3,7 +3,6 @@
 import functools
 import json
 import random
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from tokenizers import decoders
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import generations, greedy
-from calmix.evaluation.generations import Answered, answer, load_answers, panel, read_prompts
+from calmix.evaluation.generations import Answered, answer, load_answers, panel
 from calmix.evaluation.greedy import Prompt, answers, loops
 from calmix.manifest import SEAL, sealed
 from calmix.models import OpenModel, open_model
@@ -153,13 +152,8 @@ def test_answers_panel(monkeypatch):
     assert prompts[0].plain.count("Answer:") == 4
 
 
-def test_prompts_file_and_answers_file(tmp_path):
-    path, out, rows = tmp_path / "mine.txt", tmp_path / "answers.json", tmp_path / "mine.csv"
-    path.write_text("first\n\n  second \n", encoding="utf-8")
-    rows.write_text("ask\nfirst\n", encoding="utf-8")
-    prompts = read_prompts(path)
-    assert prompts == [generations.Prompt("mine.txt", text, text) for text in ("first", "second")]
-    assert read_prompts(Path(f"{rows}@ask")) == [generations.Prompt("mine.csv", "first", "first")]
+def test_answers_file(tmp_path):
+    out, prompts = tmp_path / "answers.json", panel()[:2]
     made = Answered(tuple(prompts), (("tiny", "hash"),), (answer(opened(), prompts),))
     made.save(out)
     assert load_answers(out) == made
@@ -176,6 +170,3 @@ def test_prompts_file_and_answers_file(tmp_path):
         out.write_text(json.dumps(changed), encoding="utf-8")
         with pytest.raises(InputError, match="is damaged"):
             load_answers(out)
-    path.write_text("line\n" * 51, encoding="utf-8")
-    with pytest.raises(InputError, match="holds 51 prompts: give at most 50"):
-        read_prompts(path)

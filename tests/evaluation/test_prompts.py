@@ -141,6 +141,9 @@ def test_prompts_are_split_by_what_they_ask_whatever_else_is_there(tmp_path):
     assert 70 < len(test) < 130
     assert halves(prompts[50:])[1] == [one for one in test if one in prompts[50:]]
     path = written(tmp_path / "mine.jsonl", *({"prompt": one.question} for one in prompts))
+    few = written(tmp_path / "few.jsonl", {"prompt": "x"})
+    with pytest.raises(InputError, match="1 prompts cannot be split"):
+        prompt_suite(few, test_half=True)
     suite = prompt_suite(path, test_half=True)
     assert [one.own for one in load_items(suite.tasks["mine"])] == test
     assert suite.hash != prompt_suite(path).hash

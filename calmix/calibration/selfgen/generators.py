@@ -34,6 +34,8 @@ from calmix.calibration.selfgen.prompts import (
 from calmix.calibration.selfgen.writing import WriteRequest, Written, write
 from calmix.calibration.tokenizer import begin_token, tokenizer_function
 from calmix.errors import InputError
+from calmix.evaluation.greedy import prompt
+from calmix.evaluation.prompts import OwnPrompt, halves, read_prompts
 from calmix.files import sha256_json
 from calmix.models import OpenModel
 from calmix.options import Options
@@ -173,6 +175,37 @@ class Chat(Generator):
         return [openers[0], *openers[1:] * (TURNS // len(openers))]
 
 
+class Prompted(Generator):
+    """The model's answers to a user's own prompts: those of the `file` that `prompts.halves` leaves
+    to calibrate with, in its chat template if it has one."""
+
+    name = "prompts"
+    usual = 0.8
+
+    temperature: Positive | None = 0.8
+    piece: Piece = 256
+    repeats: Share = 0.3
+    file: Path | None = None
+
+    def half(self) -> list[OwnPrompt]:
+        """Return the prompts to calibrate with."""
+        if self.file is None:
+            raise InputError("the source 'prompts' needs a file of prompts: --prompts mine.jsonl")
+        return halves(read_prompts(self.file))[0]
+
+    def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Openers]:
+        openers = []
+        for one in self.half():
+            tools = {"tools": [*one.tools]} if one.tools else {}
+            plain = f"{one.plain}\n\n"
+            openers.append(prompt(tokenizer, one.messages, plain, 0, (), **tools).ids)
+        return {self.name: openers}
+
+    def record(self) -> dict[str, Any]:
+        hashes = [one.sha256 for one in self.half()]
+        return super().record() | {"count": len(hashes), "prompts_sha256": sha256_json(hashes)}
+
+
 class SelfCal(Generator):
     """Self-Cal (arXiv 2410.17170): rows sampled at temperature 1 after the prompts of several
     dimensions or, with another `start`, after one token as in the paper. The paper's temperatures
@@ -236,7 +269,7 @@ class Sgs(Generator):
 
 
 GENERATORS: dict[str, type[Generator]] = {
-    one.name: one for one in (SelfWritten, Igsp, Chat, SelfCal, Sgs)
+    one.name: one for one in (SelfWritten, Igsp, Chat, Prompted, SelfCal, Sgs)
 }
 
 

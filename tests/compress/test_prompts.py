@@ -1,0 +1,82 @@
+"""A user's prompts in `calmix compress`: half of them calibrate, the others are the test."""
+
+import json
+
+import pytest
+
+from calmix.calibration import CalibrationSet
+from calmix.compression.card import read_card
+from calmix.evaluation.prompts import halves, read_prompts
+from tests.tiny import save_tiny_model, tiny_tokenizer
+
+
+@pytest.fixture
+def mine(tmp_path):
+    rows = ({"prompt": f"Say {n}.", "max_tokens": 4} for n in range(12))
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chatting(tmp_path):
+    """A tiny model with a chat template."""
+    folder = save_tiny_model(tmp_path / "chatting")
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    tiny_tokenizer(template).save_pretrained(folder)
+    return folder
+
+
+def test_half_of_the_prompts_calibrate_and_the_others_test(
+    calmix, command, chatting, mine, place, tmp_path
+):
+    out = tmp_path / "out"
+    text = f"prompts:0.5,{place / 'text.txt'}:0.5"
+    words = [*command(out, "--bits", 4, "--calibration", text, "--prompts", mine, sparse=False)]
+    words[1] = str(chatting)
+    printed = calmix(*words).ok().out
+    calibrate, test = halves(read_prompts(mine))
+    said = f"answers to {len(calibrate)} prompts were calibrated on;"
+    card = read_card(out)
+    assert said in card.split
+    assert f"the test is the other {len(test)} prompts" in " ".join(printed.split())
+    assert said in (out / "card.html").read_text(encoding="utf-8")
+    asked = card.prompted[0].tasks[0].prompts
+    assert {*asked} == {one.question for one in test}
+    drawn = CalibrationSet.open(out / "calibration")
+    written = "".join(tiny_tokenizer("").batch_decode(drawn.ids[:, :].tolist()))
+    assert all(f"<user>{one.question}" in written for one in calibrate)
+    assert not any(f"<user>{one.question}\n" in written for one in test)
+    assert (out / "prompts.html").read_text(encoding="utf-8").count("<article") == len(test)
+    assert "mine" in calmix("check", out, "--keep-at-least", "min=0.5").line
+    # A set that was drawn from the prompts keeps them apart too.
+    again = tmp_path / "again"
+    saved = [str(again) if word == str(out) else word for word in words]
+    saved[saved.index(text)] = str(out / "calibration")
+    calmix(*saved).ok()
+    assert {*read_card(again).prompted[0].tasks[0].prompts} == {*asked}
+    # The printed command draws the same set.
+    calmix(*json.loads(json.dumps(draw_command(out, tmp_path / "drawn")))).ok()
+    assert CalibrationSet.open(tmp_path / "drawn").sha256 == drawn.sha256
+    mine.write_text('{"prompt": "another"}\n{"prompt": "x"}\n{"prompt": "y"}\n', "utf-8")
+    assert "another request" in calmix(*words).line
+
+
+def draw_command(out, folder):
+    """Return the recorded command that draws the set, with another output."""
+    import shlex
+
+    record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
+    words = shlex.split(record["commands"]["write the calibration set"])[1:]
+    words[words.index("-o") + 1] = str(folder)
+    return words
+
+
+def test_prompts_of_calibration_text(calmix, chatting, mine, tmp_path):
+    draw = ("calibrate", "--model", chatting, "-o", tmp_path / "set")
+    assert "needs a file of prompts: --prompts" in calmix(*draw, "prompts").line
+    assert (
+        "needs a share of the source 'prompts'" in calmix(*draw, "stories", "--prompts", mine).line
+    )
+    mine.write_text('{"prompt": "x"}\n', encoding="utf-8")
+    assert "1 prompts cannot be split" in calmix(*draw, "prompts", "--prompts", mine).line
