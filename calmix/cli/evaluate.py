@@ -72,6 +72,7 @@ MEANINGS = {  # of tables of answers: title and explanation
 }
 DENSE = "Dense model, or a .json file of its scores."
 PROMPTS = option(None, "Your own prompts instead of a suite: mine.jsonl.", metavar="FILE")
+THINKING = option(False, "Let models think first, if their template has the switch.")
 TEST_HALF = advanced(False, "Only the half of --prompts that is kept from calibration.")
 PAGE = option(None, "HTML page to write: answers side by side.", metavar="PATH")
 evaluate = group("evaluate", default="run")
@@ -85,6 +86,7 @@ def run(
     suite: str | None = option(None, "Suite by name, or a YAML file.", shown="offline"),
     prompts: str | None = PROMPTS,
     test_half: bool = TEST_HALF,
+    thinking: bool = THINKING,
     against: str | None = option(None, DENSE, metavar="DENSE"),
     output: Path | None = path_option(None, "JSON file to write, with every item."),
     page: Path | None = PAGE,
@@ -125,6 +127,7 @@ def run(
         whole=whole,
         limit=limit,
     )
+    chosen = _thoughtful(chosen, thinking)
     chosen, left_out = capability.runnable(chosen, allow_code_execution)
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
@@ -200,6 +203,26 @@ def _suite(suite: str | None, prompts: str | None, test_half: bool) -> suites.Su
     return suites.prompt_suite(prompts, test_half=test_half)
 
 
+def _thoughtful(suite: suites.Suite, thinking: bool) -> suites.Suite:
+    """Return a suite in which models think first: only its tasks that are asked as chats."""
+    from calmix.evaluation.evaluate import choose
+    from calmix.evaluation.tasks import load_items
+
+    if not thinking:
+        return suite
+    chats = [
+        name
+        for name, spec in suite.tasks.items()
+        if spec.writes and any(one.messages is not None for one in load_items(spec))
+    ]
+    if not chats:
+        raise InputError(
+            f"--thinking has no effect: no task of suite {suite.name} is asked as a chat; try "
+            "--suite abilities or --prompts"
+        )
+    return choose(suite, tasks=chats).model_copy(update={"thinking": True})
+
+
 def _models(
     names: Sequence[str], opening: ModelOptions, serving: ServerOptions
 ) -> dict[str, str | Served]:
@@ -258,6 +281,7 @@ def compare(
     measure: Measure | None = MEASURE,
     prompts: str | None = PROMPTS,
     test_half: bool = TEST_HALF,
+    thinking: bool = THINKING,
     suite: str | None = option(None, "Suite to score models on, e.g. abilities."),
     quick: bool = option(False, "Only the suite's quick slice."),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
@@ -275,7 +299,7 @@ def compare(
     if chosen is not None:
         if against is not None or measure is not None:
             raise InputError("--against and --measure are for files: name the dense model first")
-        full = choose(chosen, quick=quick, limit=limit)
+        full = _thoughtful(choose(chosen, quick=quick, limit=limit), thinking)
         if not (written := [name for name, one in full.tasks.items() if one.writes]):
             raise InputError(f"suite {full.name} has no generated answers: try abilities")
         if len(scores) < 2 or len({*scores}) < len(scores):

@@ -14,7 +14,7 @@ from calmix.errors import InputError
 from calmix.evaluation.answers import compare_answers
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.distance import distance, pooled, reference
-from calmix.evaluation.evaluate import evaluate, how_asked, own_answers
+from calmix.evaluation.evaluate import can_think, evaluate, how_asked, own_answers
 from calmix.evaluation.journal import Journal
 from calmix.evaluation.measures import PRIMARY
 from calmix.evaluation.retention import Retention, check_paired
@@ -90,7 +90,8 @@ def evaluate_against(
         **opening: as for `open_model`.
 
     Raises:
-        InputError: the models would be asked in different forms, or scored on different suites.
+        InputError: the models would be asked in different forms, or scored on different suites, or
+            are to think and their template has no switch for it.
     """
     original = None if isinstance(against, CapabilityScores) else against
     dense = against if isinstance(against, CapabilityScores) else None
@@ -102,8 +103,17 @@ def evaluate_against(
         check_same_suite(describe(suite), dense.suite)
     forms = ["" if dense is None else dense.form, *(how_asked(t, suite) for t in tokenizers)]
     check_same_form(*forms)
-    if len({tokenizer_fingerprint(t) for t in tokenizers}) > 1:
-        on_answers = False  # KL compares tokens
+    thinks = {name: can_think(t) for name, t in zip(named, tokenizers, strict=True) if suite.asks}
+    if suite.thinking and not all(thinks.values()):
+        name = next(name for name, able in thinks.items() if not able)
+        raise InputError(f"--thinking: the chat template of {name} has no switch for it")
+    if any(thinks.values()) and not suite.thinking:
+        bar.note("chats are answered without thinking; --thinking asks for it")
+    if original is not None and suite.own and on_answers:
+        on_answers = not served and len({tokenizer_fingerprint(t) for t in tokenizers}) == 1
+        if not on_answers:
+            why = "a server gives no probabilities" if served else "their tokenizers differ"
+            bar.note(f"KL is left out: {why}")
     for one in served:  # asked in the form of the model beside it
         one.chat = "worked examples" not in forms
 

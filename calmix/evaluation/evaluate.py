@@ -26,7 +26,7 @@ from calmix.evaluation.greedy import Prompt, answers, prompt
 from calmix.evaluation.journal import Journal
 from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import TaskScores, rounded
-from calmix.evaluation.prompts import body, properties, same_call
+from calmix.evaluation.prompts import THOUGHT, body, properties, same_call
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
@@ -50,6 +50,7 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "tool": same_call,
 }
 CHUNK = 128  # a user's prompts that are answered together, and that a kill may lose
+THINKING = 1024  # tokens of an answer in which a model may think first
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
 FLOORS = 2  # the same for the baselines, which only a dense model's scores hold
@@ -209,7 +210,7 @@ def _scored(
             )
     sha256 = model.fingerprint  # first: the files may change while the model is scored
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
-    items = {name: load_items(spec) for name, spec in specs.items()}
+    items = suite_asks(chosen)
     pairs = [(name, item) for name, of_task in items.items() for item in of_task]
     silent = set[str]()  # tasks that cannot be asked
     if isinstance(model, OpenModel) and not takes_tools(model.tokenizer):
@@ -304,9 +305,9 @@ def own_answers(
     opened: OpenModel, suite: Suite, scores: CapabilityScores
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Return a model's answers to a user's prompts as `distance.answer_texts` does."""
-    asked = []
+    asked, items = [], suite_asks(suite)
     for task in scores.tasks:
-        known = {one.id: one for one in load_items(suite.tasks[task.name])}
+        known = {one.id: one for one in items[task.name]}
         for item, text in zip(task.items, task.answers, strict=True):
             asked.append((item, as_prompt(opened, known[item]).ids, text))
     return answer_texts(opened, asked)
@@ -437,7 +438,7 @@ def _judged(
 def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
     """Return an item as token ids; a ModelError if the chat template refuses a user's prompt."""
     own, tokenizer, how = one.own, opened.tokenizer, dict[str, Any]()
-    if own is not None and own.thinking:
+    if one.thinking:
         how["enable_thinking"] = True
     if one.tools:
         how["tools"] = [*one.tools]
@@ -455,6 +456,28 @@ def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
     return made
 
 
+def suite_asks(suite: Suite) -> dict[str, list[Any]]:
+    """Return the items of a suite's tasks. If the model is to think, chats have `THINKING` more
+    tokens, and tasks in other forms stay as they are."""
+    found = {name: load_items(spec) for name, spec in suite.tasks.items()}
+    if not suite.thinking:
+        return found
+    return {name: [_thinking(one) for one in items] for name, items in found.items()}
+
+
+def _thinking(one: Any) -> Any:
+    if not isinstance(one, Ask) or one.messages is None:
+        return one
+    own = one.own and replace(one.own, thinking=True)
+    return replace(one, thinking=True, tokens=one.tokens + THINKING, own=own)
+
+
+def can_think(tokenizer: Any) -> bool:
+    """Whether a tokenizer's chat template has a switch for thinking."""
+    chat = [{"role": "user", "content": "Hello"}]
+    return rendered(tokenizer, chat, enable_thinking=True) != rendered(tokenizer, chat)
+
+
 def takes_tools(tokenizer: Any) -> bool:
     """Whether a tokenizer's chat template shows the model the tools that it is given."""
     chat, function = [{"role": "user", "content": "Hello"}], {"name": "f", "description": "F."}
@@ -465,7 +488,9 @@ def takes_tools(tokenizer: Any) -> bool:
 def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     """Whether an answer is right. Of one that was cut, only the part that `checks.finished` returns
     counts; an empty one is wrong. Programs run in the sandbox."""
-    answer = body(answer) if item.own is not None else answer
+    if item.thinking and not ended and THOUGHT not in answer:
+        return False
+    answer = body(answer) if item.own is not None or item.thinking else answer
     answer = answer if ended else checks.finished(answer, item.check)
     if not answer.strip() or not item.check:
         return False

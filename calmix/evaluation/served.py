@@ -113,8 +113,8 @@ class Served:
         body = {"messages": [*one.messages], **common}
         if one.tools:
             body["tools"] = [*one.tools]
-        thinking = one.own is not None and one.own.thinking
-        return "/chat/completions", body | {"chat_template_kwargs": {"enable_thinking": thinking}}
+        switch = {"chat_template_kwargs": {"enable_thinking": one.thinking}}
+        return "/chat/completions", body | switch
 
     def _answer(self, path: str, body: dict[str, Any]) -> tuple[str, bool]:
         value = self.request("POST", path, body)

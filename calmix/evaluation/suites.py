@@ -195,6 +195,7 @@ class Suite(BaseModel):
     name: Annotated[str, Field(pattern=NAME)]
     version: Positive
     description: str
+    thinking: bool = False  # whether models think before their answers to chats
     dimensions: Annotated[
         dict[str, Annotated[dict[str, TaskSpec], Field(min_length=1)]], Field(min_length=1)
     ]
@@ -248,6 +249,8 @@ class Suite(BaseModel):
             content |= {"asked": asked, "items": sha256_json(texts)}
         if self.asks:
             content["checks"] = checks.VERSION
+        if self.thinking:
+            content["thinking"] = True
         return sha256_json(content)
 
 

@@ -60,7 +60,8 @@ class Item:
 class Ask:
     """An item with a generated answer: the question as a `chat` (a turn, or all messages) and as
     `plain` text, the right answer and its `check`, the most tokens to generate, and the texts that
-    stop an answer. `tools` may be called; `own` is the user's prompt, if it is one."""
+    stop an answer. `tools` may be called; `own` is the user's prompt, if it is one; `thinking` is
+    whether the chat template lets the model think first."""
 
     id: str
     number: int
@@ -73,6 +74,7 @@ class Ask:
     until: tuple[str, ...]
     tools: tuple[dict[str, Any], ...] = ()
     own: OwnPrompt | None = None
+    thinking: bool = False
 
     @property
     def messages(self) -> tuple[dict[str, Any], ...] | None:
@@ -129,6 +131,7 @@ def _own(one: OwnPrompt) -> Ask:
         (),
         one.tools,
         one,
+        one.thinking,
     )
 
 

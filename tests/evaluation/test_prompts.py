@@ -9,7 +9,14 @@ import pytest
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
 from calmix.evaluation.answers import compare_answers, parted, rows
-from calmix.evaluation.evaluate import evaluate
+from calmix.evaluation.evaluate import (
+    THINKING,
+    as_prompt,
+    choose,
+    evaluate,
+    suite_asks,
+    verdict,
+)
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.prompts import (
@@ -342,6 +349,51 @@ def chats(tmp_path):
         template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
         tiny_tokenizer(template).save_pretrained(folder)
     return folders
+
+
+SWITCH = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if enable_thinking %}<think>{% endif %}"
+)
+
+
+def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
+    """In `abilities` and for a user's prompts; items that are not chats are left out."""
+    _, small = chats
+    mine = written(tmp_path / "mine.jsonl", {"prompt": "Say x.", "max_tokens": 4})
+    run = ("evaluate", small, "--prompts", mine)
+    assert f"the chat template of {small} has no switch" in calmix(*run, "--thinking").line
+    tiny_tokenizer(SWITCH).save_pretrained(small)
+    assert "--thinking asks for it" in calmix(*run).ok().err
+    asked = json.loads(calmix(*run, "--thinking", "--json").ok().out)["scores"]
+    assert asked["suite"]["hash"] != prompt_suite(mine).hash
+    assert "thought" in asked["tasks"][0]["properties"][0]
+    opened = open_model(small)
+    suite = choose("abilities", tasks=["stopping", "sums"])
+    for thinking in (False, True):
+        items = suite_asks(suite.model_copy(update={"thinking": thinking}))
+        text = opened.tokenizer.decode(as_prompt(opened, items["stopping"][0]).ids)
+        assert text.endswith("<think>") is thinking
+        assert items["stopping"][0].tokens == 384 + THINKING * thinking
+        assert not items["sums"][0].thinking
+    thought = items["stopping"][0]
+    assert verdict(thought, "Hm.</think>Yes, it is.")
+    assert not verdict(thought, "Hm. Yes, it is.", ended=False)
+    alone = ("evaluate", small, "--suite", "abilities", "--task", "sums", "--thinking")
+    assert "no task of suite abilities is asked as a chat" in calmix(*alone).line
+
+
+def test_why_kl_is_left_out(chats, calmix, tmp_path):
+    dense, small = chats
+    mine = written(tmp_path / "mine.jsonl", {"prompt": "Say x.", "max_tokens": 4})
+    run = ("evaluate", small, "--against", dense, "--prompts", mine)
+    assert "KL" not in calmix(*run).ok().err
+    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(small)
+    ended = calmix(*run).ok()
+    assert "KL is left out: their tokenizers differ" in ended.err
+    assert "KL on the" not in ended.out
 
 
 def test_the_command_compares_prints_and_gates(chats, calmix, tmp_path):
