@@ -177,14 +177,15 @@ class Chat(Generator):
 
 class Prompted(Generator):
     """The model's answers to a user's own prompts: those of the `file` that `prompts.halves` leaves
-    to calibrate with, in its chat template if it has one."""
+    to calibrate with, in its chat template if it has one. A piece begins with all of the template,
+    later prompts are turns of the same chat. Prompts may resemble each other, so repeated 4-grams
+    do not count."""
 
     name = "prompts"
     usual = 0.8
 
     temperature: Positive | None = 0.8
     piece: Piece = 256
-    repeats: Share = 0.3
     file: Path | None = None
 
     def half(self) -> list[OwnPrompt]:
@@ -194,12 +195,19 @@ class Prompted(Generator):
         return halves(read_prompts(self.file))[0]
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Openers]:
-        openers = []
+        first, _, later = chat_turns(tokenizer) or ([], [], [])
+        whole, turns = Openers(), Openers()
         for one in self.half():
             tools = {"tools": [*one.tools]} if one.tools else {}
-            plain = f"{one.plain}\n\n"
-            openers.append(prompt(tokenizer, one.messages, plain, 0, (), **tools).ids)
-        return {self.name: openers}
+            ids = prompt(tokenizer, one.messages, f"{one.plain}\n\n", 0, (), **tools).ids
+            whole.append(ids)
+            turns.append(later + ids[len(first) :] if ids[: len(first)] == first else ids)
+        return {self.name: whole + turns}
+
+    def in_turn(self, openers: Openers, number: int, size: int, seed: int) -> Openers:
+        half = len(openers) // 2
+        head, *rest = super().in_turn(openers[half:], number, size, seed)
+        return [openers[openers.index(head, half) - half], *rest]
 
     def record(self) -> dict[str, Any]:
         hashes = [one.sha256 for one in self.half()]
