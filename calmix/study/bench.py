@@ -205,6 +205,7 @@ class Bench:
             pattern=pattern,
             progress=progress,
             propagation=request.propagation or "sequential",
+            statistics=request.statistics or "robust",
             embeddings=request.embeddings,
         )
         self._pruned = trial.pruned, report

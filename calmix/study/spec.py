@@ -27,7 +27,15 @@ from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.suites import Suite
 from calmix.models.opening import known_model
-from calmix.options import MOST_EMBEDDING, Leakage, Licence, Measure, Options, Propagation
+from calmix.options import (
+    MOST_EMBEDDING,
+    Leakage,
+    Licence,
+    Measure,
+    Options,
+    Propagation,
+    Statistics,
+)
 from calmix.pruning.methods import get_method
 from calmix.sources import Source, own_sources
 from calmix.specs import printed, recovery_of, target_of
@@ -249,7 +257,7 @@ class Amends(Options):
 class StudyFile(_Draw, Grid):
     """A study: models and calibrations by label. Without `grids` its top level is the only grid.
     `primary`, `margin` (in points), `exclude` (a reason for each task) and `comparisons` are
-    declared before the first trial."""
+    declared before the first trial; `statistics` is as for `calmix prune`."""
 
     name: Name
     description: str = ""
@@ -260,6 +268,7 @@ class StudyFile(_Draw, Grid):
     quick: bool = False
     limit: Count | None = None
     right_only: bool = False
+    statistics: Statistics | None = None
     calibrations: Annotated[  # type: ignore[assignment]
         dict[str, Calibration], Filled, BeforeValidator(partial(_by_label, "from"))
     ]

@@ -34,7 +34,7 @@ from calmix.study.spec import NONE, Grid, Study
 
 FORMAT = 1  # of the request; raised when the same request would give another outcome
 # Added later: left out of the request if empty, so that older ids stay valid.
-LATER = ("options", "embeddings", "recovery")
+LATER = ("options", "embeddings", "recovery", "statistics")
 RECORDED = {"method", *RECOVERY_OPTIONS}
 
 Condition = tuple[Any, ...]  # everything but calibration set and seed
@@ -156,6 +156,7 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                 parsed = parse_calibration(entry.written, sources=study.own, **draw)
             drawn = parsed.draw.seed if parsed.saved is None else parsed.saved.manifest.get("seed")
             draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
+            draw["statistics"] = study.file.statistics
             for recovery, (method, target) in product(grid["recovery"], calibrated):
                 request = prune_request(method=method.text, pattern=target, **draw)
                 yield Planned(
@@ -196,6 +197,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
             "suite": {"name": suite.name, "hash": suite.hash, "scorer": SCORER},
             "embeddings": pruning.embeddings,
             "recovery": trial.recovery and trial.recovery.model_dump(include=RECORDED),
+            "statistics": _statistics(pruning),
         }
         request = {k: v for k, v in request.items() if v or k not in LATER}
         shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
@@ -203,6 +205,13 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
             replace(trial, id=sha256_json(request), definition=request, calibration_id=shared)
         )
     return resolved
+
+
+def _statistics(pruning: PruneRequest) -> str | None:
+    """Return the statistics of a trial; None if they are plain, as in all older trials."""
+    method = pruning.chosen
+    fitted = method.needs is not None and not method.dense_inputs
+    return "robust" if fitted and pruning.statistics != "plain" else None
 
 
 def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:

@@ -297,6 +297,22 @@ def test_conditions_include_recovery(tmp_path):
     assert actual["sparsegpt + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
 
 
+def test_statistics_identify_trials():
+    """Trials of stores without a word of statistics were plain."""
+    methods = "methods: {sparsegpt: 0.5, magnitude: 0.5, llama: 'Q4_0 blocks'}\n"
+    requests = {}
+    for said in ("", "statistics: robust\n", "statistics: plain\n"):
+        study = parsed(NEWS + methods + said)
+        trials = resolve_all(study, plan(study))
+        requests[said] = {one.request.method: (one.definition, one.id) for one in trials}
+    default, robust, plain = requests.values()
+    assert default == robust
+    assert robust["sparsegpt"][0] == plain["sparsegpt"][0] | {"statistics": "robust"}
+    assert "statistics" not in plain["sparsegpt"][0]
+    for name in ("magnitude", "llama"):
+        assert robust[name] == plain[name]
+
+
 DECLARES = (
     HEAD + "calibrations: {a: news, b: books, c: stories, mix: 'uniform:news,books'}\n"
     "grids:\n  - methods: {sparsegpt: [0.5, 0.6]}\n    seeds: [0, 1]\n"
