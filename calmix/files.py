@@ -30,7 +30,6 @@ RESULTS = {
     "pack": ("calmix-pack.json", "config.json"),
     "checkpoint": ("calmix.json", "config.json"),
     "calibration set": ("manifest.json", "calibration.safetensors"),
-    "study analysis": ("analysis.json", "ranking.csv"),
     "study report": ("report.html", "summary.txt"),
 }
 KEPT = ("study store", "compressed model")  # never replaced by --overwrite

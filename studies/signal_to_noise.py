@@ -34,11 +34,14 @@ from scipy.optimize import brentq
 from scipy.stats import nct, spearmanr, t
 
 from calmix.analysis.bootstrap import Joint, joint, joints
-from calmix.analysis.cells import TOTAL, select, tables
+from calmix.analysis.cells import TOTAL, shared, tables
+from calmix.errors import InputError
 from calmix.evaluation.measures import Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Measure, Settings
+from calmix.specs import printed, target_of
 from calmix.study import StudyResults, read_results
+from calmix.study.results import Trial
 
 SCORES: tuple[Measure, ...] = ("bits", "smoothed", "accuracy")
 POWER = 0.80
@@ -159,14 +162,23 @@ def needed(difference: float, draw: float, freedom: float, item: float) -> Neede
     return Needed(difference, max(1, math.ceil(on_these * (1 - 1e-12))), enough, times)
 
 
+def select(results: StudyResults, method: str, sparsity: str) -> tuple[Trial, ...]:
+    """Return the finished trials of one method and sparsity, or pattern."""
+    pattern = printed(target_of(sparsity))
+    chosen = [one for one in results.trials if (one.method, one.pattern) == (method, pattern)]
+    if not chosen:
+        raise InputError(f"no finished trial has the method {method} at {pattern}")
+    return tuple(chosen)
+
+
 def noises(
-    results: StudyResults, *, measure: Measure | None = None, **which: str | None
+    results: StudyResults, *, method: str, sparsity: str, measure: Measure | None = None
 ) -> list[Noise]:
-    """Return the noise of every quantity under every condition with calibration that
-    `cells.select` selects by `which`."""
-    settings = Settings(measure=measure, resamples=1)  # as few as possible
-    analysed = joints(results, settings, **which)
-    return [one for each in analysed if each.cells.condition.rows for one in noise_of(each)]
+    """Return the noise of every quantity under every condition of a method at a sparsity."""
+    chosen = {shared(one) for one in select(results, method, sparsity)}
+    every = joints(results, Settings(measure=measure, resamples=1))  # as few as possible
+    some = (one for one in every if shared(one.cells.condition) in chosen)
+    return [noise for one in some for noise in noise_of(one)]
 
 
 def number(value: float | None, digits: int = 1, scale: float = 1.0) -> str:
@@ -212,7 +224,7 @@ def scores(results: StudyResults, method: str, sparsity: str, agreement: str) ->
         }
         for score in SCORES
     }
-    there = {"trials": select(results, method=method, sparsity=agreement)}
+    there = {"trials": select(results, method, agreement)}
     means = {score: tables(results.model_copy(update=there), score)[0] for score in SCORES}
     cells = means["accuracy"]
     first = 1 + len(cells.dimensions)
@@ -237,7 +249,7 @@ def scores(results: StudyResults, method: str, sparsity: str, agreement: str) ->
 
 def of_kinds(results: StudyResults, method: str, sparsity: str) -> None:
     """Print how much a draw of the total moves by how a set is made, and what that tells apart."""
-    trials = select(results, method=method, sparsity=sparsity)
+    trials = select(results, method, sparsity)
     cells = tables(results.model_copy(update={"trials": trials}), "primary")[0]
     item = noises(results, method=method, sparsity=sparsity)[0].item or 0.0
     found = joint(cells, resamples=2, seed=0)

@@ -1,11 +1,10 @@
-"""The whole analysis of a study, and its files."""
+"""The whole analysis of a study."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calmix.analysis.bootstrap import Joint, corrected, joints
@@ -14,7 +13,6 @@ from calmix.analysis.declared import Comparison, judge
 from calmix.analysis.differences import Difference, Gain, compare, gains
 from calmix.analysis.ranking import Ranked, leaders, rank
 from calmix.evaluation.retention import retention
-from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Measure, Settings
 from calmix.study.declaring import Declared, Key
 from calmix.study.results import StudyResults
@@ -158,25 +156,11 @@ class Analysis:
             name: json_normalize(rows, sep="_").astype(object) for name, rows in rows_of.items()
         }
 
-    def save(self, folder: Path) -> None:
-        """Write `analysis.json` and the tables as CSV into a folder, atomically."""
-        with atomic_folder(folder) as beside:
-            write_json(beside / "analysis.json", self.to_dict())
-            for name, table in self.tables().items():
-                if len(table):
-                    write_text(beside / f"{name}.csv", table.to_csv(index=False))
 
-
-def analyse(
-    results: StudyResults,
-    settings: Settings | None = None,
-    *,
-    method: str | None = None,
-    sparsity: str | None = None,
-) -> Analysis:
+def analyse(results: StudyResults, settings: Settings | None = None) -> Analysis:
     """Analyse the finished trials of a study (definitions: docs/studies.md)."""
     settings = settings or Settings()
-    analysed_conditions = list(joints(results, settings, method=method, sparsity=sparsity))
+    analysed_conditions = list(joints(results, settings))
     differences, between = corrected(
         compare(analysed_conditions, settings.default), gains(analysed_conditions)
     )

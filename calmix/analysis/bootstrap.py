@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.analysis.cells import Cells, left_out, rolled_up, select, shared, tables
+from calmix.analysis.cells import Cells, left_out, rolled_up, shared, tables
 from calmix.errors import InputError, nearest
 from calmix.evaluation import retention
 from calmix.evaluation.measures import Array, Z
@@ -279,18 +279,21 @@ def joint(
     )
 
 
-def joints(results: StudyResults, settings: Settings, **which: str | None) -> Iterator[Joint]:
-    """Return the joint bootstrap of every condition, or of those that `cells.select` selects by
-    `which`; each is computed when it is taken. The results for a condition do not depend on which
-    others are selected."""
-    trials = select(results, **which)
-    known = {trial.calibration for trial in trials}
+def joints(results: StudyResults, settings: Settings) -> Iterator[Joint]:
+    """Return the joint bootstrap of every condition; each is computed when it is taken."""
+    if not results.trials:
+        failed = f", {len(results.failed)} failed" if results.failed else ""
+        raise InputError(
+            f"study {results.name} has no finished trials ({results.planned} planned{failed}): "
+            "run it first"
+        )
+    known = {trial.calibration for trial in results.trials}
     if settings.default is not None and settings.default not in known:
         raise InputError(
             f"no finished trial has the calibration set '{settings.default}': "
             f"{nearest(settings.default, known)}"
         )
-    return joined(tables(results, settings.measure, left_out(results, settings)), settings, trials)
+    return joined(tables(results, settings.measure, left_out(results, settings)), settings)
 
 
 def joined(

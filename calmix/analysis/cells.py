@@ -27,7 +27,7 @@ from calmix.evaluation.measures import (
 )
 from calmix.evaluation.retention import check_paired, nan_mean
 from calmix.options import Measure, Settings
-from calmix.specs import printed, target_of
+from calmix.specs import target_of
 from calmix.study.results import StudyResults, Trial
 
 if TYPE_CHECKING:
@@ -131,30 +131,6 @@ def dimensions_of(results: StudyResults) -> tuple[str, ...]:
     names = dict.fromkeys(name for trial in results.trials for name in trial.dimensions)
     ordered = [name for name in results.suite.get("dimensions", ()) if name in names]
     return tuple(dict.fromkeys([*ordered, *names]))
-
-
-def select(
-    results: StudyResults, *, method: str | None = None, sparsity: str | None = None
-) -> tuple[Trial, ...]:
-    """Return the finished trials of one method, sparsity or pattern (`0.6`, `60%`, `2:4`)."""
-    trials = results.trials
-    if not trials:
-        failed = f", {len(results.failed)} failed" if results.failed else ""
-        raise InputError(
-            f"study {results.name} has no finished trials ({results.planned} planned{failed}): "
-            "run it first"
-        )
-    pattern = None if sparsity is None else printed(target_of(sparsity))
-    for name, field, value, wanted in (
-        ("method", "method", method, method),
-        ("sparsity", "pattern", sparsity, pattern),
-    ):
-        known = {getattr(trial, field) for trial in trials}
-        trials = tuple(trial for trial in trials if wanted in (None, getattr(trial, field)))
-        if not trials:
-            line = f"no finished trial has the {name} '{value}': {nearest(str(wanted), known)}"
-            raise InputError(line)
-    return trials
 
 
 def left_out(results: StudyResults, settings: Settings) -> set[str]:

@@ -1,5 +1,4 @@
-"""Ranking of calibration sets by retention, with equal dimensions or the user's weights, and the
-sets tied for first place.
+"""Ranking of calibration sets by retention, and the sets tied for first place.
 
 Everything that names a best set uses this module. Sets are ordered by their measured totals;
 whether two sets differ is decided by the shrunken totals, since the first was picked for its rank.
@@ -8,28 +7,20 @@ whether two sets differ is decided by the shrunken totals, since the first was p
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from calmix.analysis.bootstrap import ROUNDING, Contrast, Estimate, Joint, joints
-from calmix.analysis.cells import dimensions_of
-from calmix.errors import InputError, nearest
+from calmix.analysis.bootstrap import ROUNDING, Contrast, Estimate, Joint
 from calmix.evaluation.measures import Array
-from calmix.evaluation.retention import RESAMPLES
-from calmix.options import Measure, Settings
-from calmix.study.results import StudyResults
 
 SMALL = 4  # fewest sets in a group to estimate its spread
 
 
 @dataclass(frozen=True)
 class Ranked:
-    """One calibration set under one condition, with all that was measured.
-
-    The total is over equally weighted dimensions unless weights were given.
-    """
+    """One calibration set under one condition, with all that was measured."""
 
     calibration: str
     strategy: str
@@ -110,11 +101,11 @@ def leaders(ranking: Sequence[Ranked]) -> list[Ranked]:
     ]
 
 
-def rank(joint: Joint, weight: Array | None = None) -> list[Ranked]:
-    """Rank the calibration sets of a condition by total, or by another weighted quantity, highest
-    first; sets without a value come last."""
+def rank(joint: Joint) -> list[Ranked]:
+    """Rank the calibration sets of a condition by total, highest first; sets without a value come
+    last."""
     cells, names = joint.cells, joint.cells.quantities
-    weight = np.eye(joint.values.shape[1])[0] if weight is None else weight
+    weight = np.eye(joint.values.shape[1])[0]
     measured, values, coefficients = shrink(joint, weight)
     best = _chances(joint, weight, values, coefficients)
     order = np.argsort(-measured, kind="stable").tolist()
@@ -164,71 +155,3 @@ def _named(names: Sequence[str], values: Array) -> dict[str, float | None]:
 def lowest_of(dimensions: Array) -> int | None:
     """Return the position of the lowest value; None if all are nan."""
     return None if np.isnan(dimensions).all() else int(np.nanargmin(dimensions))
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """The best calibration set under one condition.
-
-    Attributes:
-        weights: of the dimensions, normalised to sum to 1.
-        candidates: highest measured retention first; empty if a weighted dimension has no task with
-            signal.
-        best: names of the first set and of those tied with it.
-    """
-
-    condition: str
-    weights: dict[str, float]
-    candidates: tuple[Ranked, ...]
-    best: tuple[str, ...]
-
-
-def check_weights(
-    weights: Mapping[str, float], dimensions: tuple[str, ...], where: str = "the study"
-) -> dict[str, float]:
-    """Return weights for all dimensions, normalised to sum to 1; `where` names what has them."""
-    for name, weight in weights.items():
-        if name not in dimensions:
-            raise InputError(f"{where} has no dimension '{name}': {nearest(name, dimensions)}")
-        if not math.isfinite(weight) or weight < 0:
-            raise InputError(f"the weight of {name} must be 0 or a positive number, not {weight:g}")
-    total = math.fsum(weights.values())
-    if total == 0:
-        raise InputError("all weights are 0: give at least one dimension a positive weight")
-    return {name: weights.get(name, 0.0) / total for name in dimensions}
-
-
-def recommend(
-    results: StudyResults,
-    weights: Mapping[str, float] | None = None,
-    *,
-    measure: Measure | None = None,
-    resamples: int = RESAMPLES,
-    method: str | None = None,
-    sparsity: str | None = None,
-) -> list[Recommendation]:
-    """Rank the calibration sets of each condition by weighted retention and name the best.
-
-    Without weights all dimensions with signal count equally.
-    """
-    settings = Settings(measure=measure, resamples=resamples)
-    analysed = joints(results, settings, method=method, sparsity=sparsity)
-    shares = check_weights(weights, dimensions_of(results)) if weights else None
-    advice = []
-    for joint in analysed:
-        cells, weight = joint.cells, None
-        known = ~np.isnan(cells.means[:, 1 : len(cells.quantities)]).all(0)
-        share = known / max(1, known.sum())
-        if shares is not None:
-            share = np.array([shares[name] for name in cells.dimensions])
-            weight = np.concatenate([[0], share, np.zeros(len(cells.tasks))])
-        ranked = [one for one in rank(joint, weight) if one.total.value is not None]
-        advice.append(
-            Recommendation(
-                cells.condition.label,
-                dict(zip(cells.dimensions, share.tolist(), strict=True)),
-                tuple(ranked),
-                tuple(one.calibration for one in leaders(ranked)),
-            )
-        )
-    return advice

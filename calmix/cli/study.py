@@ -1,12 +1,10 @@
-"""`study`: write, check, plan and run many trials from one file, and analyse the results."""
+"""`study`: write, check, plan and run many trials from one file, and report the results."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
@@ -19,40 +17,23 @@ from calmix.files import (
     write_text,
 )
 from calmix.options import (
-    STUDY_MEASURE,
     TRUST,
-    Measure,
-    Options,
     Settings,
     TrialOptions,
-    Weights,
     advanced,
     option,
     path_option,
-    weights_option,
 )
 from calmix.progress import Progress, duration
 
-if TYPE_CHECKING:
-    from calmix.analysis import Analysis
-    from calmix.study.results import StudyResults
-
-
-WHICH = {"method", "sparsity", "measure"}  # options that choose trials and their measure
 FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
 
 
-class StudyOptions(Options):
-    """Which trials of a study are analysed, and by which measure."""
+class ReportOptions(Settings):
+    """What is analysed, and where the report goes."""
 
-    measure: Measure | None = STUDY_MEASURE
     study: Path = option(..., "A study's results folder.", argument=True)
-    method: str | None = option(None, "Only trials of this pruning method.")
-    sparsity: str | None = option(None, "Only this sparsity or pattern: 0.6 or 2:4.")
-
-
-class AnalyseOptions(Settings, StudyOptions):
     output: Path | None = path_option(None, "Folder to write.", shown="in STUDY")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
@@ -230,90 +211,25 @@ def status(
     line(", ".join(f"{count} {name}" for name, count in counts.items() if count) + work)
 
 
-@verb("analyse", of=studies)
-def analyse(options: AnalyseOptions) -> None:
-    """Judge the declared comparisons, then explore all else; write JSON and CSV."""
-    _analysed(options, "analysis", "analysis.json", lambda _, found, folder: found.save(folder))
-
-
 @verb("report", of=studies)
-def report(options: AnalyseOptions) -> None:
-    """Write an HTML page with figures and tables; print a summary."""
-    from calmix.report.study import write_report
+def report(options: ReportOptions) -> None:
+    """Judge the declared comparisons, explore all else; write a page, JSON and CSV.
 
-    _analysed(options, "report", "report.html", write_report)
-
-
-def _analysed(
-    options: AnalyseOptions,
-    name: str,
-    inside: str,
-    write: Callable[[StudyResults, Analysis, Path], None],
-) -> None:
-    """Analyse a study, `write` the result to a folder and print the summary; an earlier result is
-    replaced."""
-    from calmix.analysis import analyse as analysis_of
-    from calmix.report.study import summary_text
+    An earlier report is replaced.
+    """
+    from calmix.analysis import analyse
+    from calmix.report.study import summary_text, write_report
     from calmix.study import read_results
 
-    study, folder = options.study, options.output or options.study / name
+    study, folder = options.study, options.output or options.study / "report"
     if options.output is None and not study.is_dir():
         raise InputError(f"there is no folder {study}")
-    inputs = [] if real_place(folder) == real_place(study / name) else [study]
-    overwrite = options.overwrite or (folder / inside).is_file()
-    check_output_folder(folder, inputs=inputs, overwrite=overwrite)
+    page = folder / "report.html"
+    inputs = [] if real_place(folder) == real_place(study / "report") else [study]
+    check_output_folder(folder, inputs=inputs, overwrite=options.overwrite or page.is_file())
     results = read_results(study)
-    analysed = analysis_of(results, options, method=options.method, sparsity=options.sparsity)
-    write(results, analysed, folder)
-    print_json(analysed.to_dict())
-    line(summary_text(analysed))
-    line(f"\nwritten to {folder / inside}")
-
-
-@verb("recommend", of=studies)
-def recommend(
-    options: StudyOptions,
-    weights: Weights | None = weights_option("Weight of each dimension, e.g. general=1,code=2."),
-    top: int = option(5, "Sets to list per condition.", ge=1),
-) -> None:
-    """Recommend the calibration set that keeps the most, by your weights."""
-    from calmix.analysis import recommend as best_of
-    from calmix.report import words
-    from calmix.study import read_results
-
-    advice = best_of(read_results(options.study), weights, **options.model_dump(include=WHICH))
-    print_json([asdict(one) for one in advice])
-    for one in advice:
-        if not one.candidates:
-            line(f"{one.condition}: no task with signal in a weighted dimension")
-            continue
-        shares = ", ".join(f"{name} {share:.2g}" for name, share in one.weights.items() if share)
-        if len(set(one.weights.values())) == 1:
-            shares = "all equal"
-        rows = [
-            {
-                "calibration": each.calibration,
-                "made": each.strategy,
-                "retention %": words.with_span(each.total),
-                "shrunken": words.percent(each.shrunken.value),
-                "best": "–" if each.best is None else words.sure(each.best),
-                "seeds": each.total.draws,
-            }
-            for each in one.candidates[:top]
-        ]
-        print_table(
-            rows,
-            least=["seeds", "made", "best", "shrunken"],
-            title=f"{one.condition}, weights {shares}; higher is better",
-        )
-        first, *rest = one.candidates
-        more = " or a set tied with it" if len(one.best) > 1 else "" if rest else ", the only set"
-        best = f". {words.which_is_best(one.candidates)}" if rest else ""
-        line(
-            words.wrapped(
-                f"take {first.calibration}{more}: expect {words.with_span(first.shrunken)} %{best}"
-            )
-        )
-    drawn = any(each.total.draw_low is not None for one in advice for each in one.candidates)
-    over = "test items and seeds" if drawn else "test items alone, with one seed each"
-    line(f"brackets: 95 % intervals over {over} (docs/studies.md)")
+    analysis = analyse(results, options)
+    write_report(results, analysis, folder)
+    print_json(analysis.to_dict())
+    line(summary_text(analysis))
+    line(f"\nwritten to {page}")

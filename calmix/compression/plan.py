@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from calmix.analysis.ranking import check_weights
 from calmix.calibration import (
     CalibrationSet,
     OpenTokenizer,
@@ -556,6 +555,21 @@ def test_level(request: Target) -> float:
     return 1 - (1 - (request.confidence or CONFIDENCE)) / BUILDS
 
 
+def check_weights(weights: Mapping[str, float], dimensions: tuple[str, ...]) -> dict[str, float]:
+    """Return weights for all dimensions, normalised to sum to 1."""
+    for name, weight in weights.items():
+        if name not in dimensions:
+            raise InputError(
+                f"the calibration set has no dimension '{name}': {nearest(name, dimensions)}"
+            )
+        if not math.isfinite(weight) or weight < 0:
+            raise InputError(f"the weight of {name} must be 0 or a positive number, not {weight:g}")
+    total = math.fsum(weights.values())
+    if total == 0:
+        raise InputError("all weights are 0: give at least one dimension a positive weight")
+    return {name: weights.get(name, 0.0) / total for name in dimensions}
+
+
 def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     """Return a mix's weights scaled so that each dimension has its share of `keep`.
 
@@ -567,7 +581,7 @@ def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
     dimensions = {name: get_source(name, parsed.own).dimension for name in parsed.sources}
     dimensions |= {name: name for name in parsed.written}
     known = tuple(dict.fromkeys(dimensions.values()))
-    shares = check_weights(keep, known, "the calibration set")
+    shares = check_weights(keep, known)
     whole = {d: sum(w for n, w in parsed.mix.items() if dimensions[n] == d) for d in known}
     return {
         name: weight / whole[dimensions[name]] * shares[dimensions[name]]

@@ -1,4 +1,4 @@
-"""The report of a study: an HTML page, and a summary in plain text."""
+"""The report of a study: an HTML page, a summary in plain text, and the analysis."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import yaml
 
 from calmix.analysis import Analysis, ConditionAnalysis
 from calmix.analysis.cells import TOTAL, WORST
-from calmix.files import atomic_folder, write_text
+from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Settings
 from calmix.report import words
 from calmix.report.findings import main_condition, summarise
@@ -21,13 +21,17 @@ ROWS = 8  # of a ranking in the summary
 
 
 def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> None:
-    """Write a study's report (`pages`) to a folder, all or nothing.
+    """Write a study's report to a folder, all or nothing: `pages`, and the analysis as tables.
 
     The same results and analysis give the same bytes.
     """
     with atomic_folder(folder) as beside:
         for name, text in pages(results, analysis).items():
             write_text(beside / name, text)
+        write_json(beside / "analysis.json", analysis.to_dict())
+        for name, table in analysis.tables().items():
+            if len(table):
+                write_text(beside / f"{name}.csv", table.to_csv(index=False))
 
 
 def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:

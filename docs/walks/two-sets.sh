@@ -22,5 +22,4 @@ calmix study validate study.yaml
 calmix study plan study.yaml
 calmix study run study.yaml -o store
 calmix study report store
-calmix study recommend store
 echo "arrived after $(($(date +%s) - began)) s"

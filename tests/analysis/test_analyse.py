@@ -1,4 +1,4 @@
-"""The whole analysis: small and unfinished studies, files, recommendation, mistakes, verbs."""
+"""The whole analysis: small and unfinished studies, files, the ranking, mistakes, the verb."""
 
 import csv
 import json
@@ -6,9 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from calmix.analysis import Settings, analyse, recommend
+from calmix.analysis import Settings, analyse
 from calmix.errors import InputError
 from calmix.evaluation.scores import write_scores
+from calmix.report.study import write_report
 from calmix.study.store import read_results
 from tests.synthetic import CONDITIONS, SOURCES, Plan, failed, full_plan, save, study, trial
 
@@ -35,7 +36,7 @@ TRIALS = tuple(
 def test_analysis_files_are_reproducible(tmp_path):
     results = study(full_plan(seeds=(0,), sources=SOURCES[6:14]))
     for name in ("one", "two"):
-        analyse(results, QUICK).save(tmp_path / name)
+        write_report(results, analyse(results, QUICK), tmp_path / name)
     one, two = (
         {path.name: path.read_text() for path in sorted((tmp_path / name).iterdir())}
         for name in ("one", "two")
@@ -46,9 +47,11 @@ def test_analysis_files_are_reproducible(tmp_path):
         "differences.csv",
         "gains.csv",
         "ranking.csv",
+        "report.html",
+        "summary.txt",
         "tasks.csv",
     ]
-    assert not any("nan" in text.lower() for text in one.values())
+    assert not any("nan" in one[name].lower() for name in one if name != "report.html")
     data = json.loads(one["analysis.json"])
     rows, tasks = (
         [*csv.DictReader(one[f"{name}.csv"].splitlines())] for name in ("ranking", "tasks")
@@ -137,71 +140,38 @@ def test_incomplete_study_and_errors():
     part = whole.model_copy(update={"trials": whole.trials[:-1], "failed": (failed("x"),)})
     assert analyse(part, QUICK).conditions[0].missing == [("igsp", 1)]
     results = study(full_plan(seeds=(0,)))
-    shares = [analyse(results, QUICK, sparsity=text) for text in ("60%", " 0.60 ")]
-    assert [[one.condition.pattern for one in made.conditions] for made in shares] == [["60%"]] * 2
     twin = results.trials[0].model_copy(update={"id": "again"})
     doubled = results.model_copy(update={"trials": (*results.trials, twin)})
     empty = results.model_copy(update={"trials": (), "failed": (failed("x"),)})
-    for made, settings, filters, words in [
-        (doubled, QUICK, {}, "two trials of encyclopedia at seed 0"),
-        (empty, QUICK, {}, r"no finished trials \(66 planned, 1 failed\)"),
-        (results, QUICK, {"method": "wnada"}, "did you mean wanda"),
-        (results, QUICK, {"sparsity": "2:4"}, "known: 50%, 60%"),
-        (results, QUICK, {"sparsity": "1.2.3"}, "'1.2.3' is not a share"),
-        (results, QUICK.model_copy(update={"default": "c4"}), {}, "calibration set 'c4'"),
+    for made, settings, words in [
+        (doubled, QUICK, "two trials of encyclopedia at seed 0"),
+        (empty, QUICK, r"no finished trials \(66 planned, 1 failed\)"),
+        (results, QUICK.model_copy(update={"default": "c4"}), "calibration set 'c4'"),
     ]:
         with pytest.raises(InputError, match=words):
-            analyse(made, settings, **filters)
+            analyse(made, settings)
 
 
-def test_recommendation_follows_weights():
-    results = study(Plan(), trials=TRIALS)
-    only = recommend(results)[0]
-    assert [c.calibration for c in only.candidates] == ["blend", "coder", "reader"]
-    assert sum(c.best or 0 for c in only.candidates) == pytest.approx(1)
-    assert (only.best, only.candidates[0].behind) == (("blend",), None)
-    first, second, third = only.candidates
+def test_ranking_is_by_total():
+    first, second, third = analyse(study(Plan(), trials=TRIALS)).conditions[0].ranking
+    assert [one.calibration for one in (first, second, third)] == ["blend", "coder", "reader"]
+    assert sum(one.best or 0 for one in (first, second, third)) == pytest.approx(1)
     assert (second.worst, third.worst) == ("general", "code")
     assert third.lowest.value == pytest.approx(0.21, abs=1e-3)
+    assert first.behind is None
     lead = second.behind
     assert lead.value < first.total.value - second.total.value  # of the shrunken ones
     assert 0 < lead.low < lead.draw_low < lead.value < lead.draw_high < lead.high
-    assert recommend(results, {"general": 1})[0].candidates[0].calibration == "reader"
-    best, value = recommend(results, {"code": 3, "general": 1})[0].candidates[0], 0.685
-    assert (best.calibration, best.total.value) == ("coder", pytest.approx(value, abs=1e-4))
-    # Three sets of different retention are hardly shrunken to their mean.
-    assert value - 0.01 < best.shrunken.value < best.total.value
 
 
-def test_recommend_command(calmix, tmp_path):
-    def recommended(trials, *more):
-        place = tmp_path / str(len(trials))
-        folder = place if place.exists() else save(study(Plan(), trials=trials), place)
-        return calmix("study", "recommend", folder, *more).ok().out
-
-    singles = tuple(one for one in TRIALS if one.strategy == "single" and one.seed < 2)
-    text = recommended(singles, "--weights", "general=1,code=3")
-    assert max(map(len, text.splitlines())) <= 80
-    for words in (
-        "take coder: expect 6",
-        "coder keeps the most: 6",
-        "ahead of reader by ",
-        "brackets: 95 % intervals over test items and seeds (",
-    ):
-        assert words in " ".join(text.split())
-    data = json.loads(recommended(singles, "--weights", "general=1", "--json"))
-    assert data[0]["candidates"][0]["calibration"] == "reader"
-    text = recommended(singles[::2])
-    for words in (
-        "over test items alone, with one seed each",
-        "weights all equal",
-        "take coder or a set tied with it: expect 55",
-    ):
-        assert words in text
-    assert "take coder, the only set: " in recommended(singles[:1])
+def test_ranking_without_signal():
+    blind = trial("blind", "single", "sparsegpt", "60%", 0, {"general": 0.99, "code": None})
+    (blinded,) = analyse(study(Plan(), trials=(blind,)), QUICK).conditions[0].ranking
+    assert (blinded.dimensions["code"].value, blinded.worst) == (None, "general")
+    assert (blinded.behind, blinded.best) == (None, None)
 
 
-def test_analyse_command(calmix, tmp_path):
+def test_report_command(calmix, tmp_path):
     plan = full_plan(
         sources=SOURCES[:5],
         conditions=CONDITIONS[1:],
@@ -210,21 +180,7 @@ def test_analyse_command(calmix, tmp_path):
         dimensions=("general", "code"),
     )
     folder, quick = save(study(plan), tmp_path / "study"), ("--resamples", 20)
-    assert "findings" in calmix("study", "analyse", folder, *quick).ok().out
-    ended = calmix("study", "analyse", folder, "--json", "--method", "wanda", *quick)
-    data = json.loads(ended.out)
-    assert [each["label"] for each in data["conditions"]] == ["Wanda 50%"]
-    assert json.loads((folder / "analysis" / "analysis.json").read_text()) == data
-
-
-def test_no_recommendation_without_signal():
-    blind = trial("blind", "single", "sparsegpt", "60%", 0, {"general": 0.99, "code": None})
-    nobody = study(Plan(), trials=(blind,))
-    assert recommend(nobody)[0].weights == {"general": 1.0, "code": 0.0}
-    assert recommend(nobody)[0].candidates[0].calibration == "blind"
-    assert recommend(nobody, {"code": 1})[0].candidates == ()
-    silent = trial("silent", "single", "sparsegpt", "60%", 0, {"general": None})
-    assert recommend(study(Plan(), trials=(silent,)))[0].candidates == ()
-    (blinded,) = analyse(nobody, QUICK).conditions[0].ranking
-    assert (blinded.dimensions["code"].value, blinded.worst) == (None, "general")
-    assert (blinded.behind, blinded.best) == (None, None)
+    assert "findings" in calmix("study", "report", folder, *quick).ok().out
+    data = json.loads(calmix("study", "report", folder, "--json", *quick).out)
+    assert [each["label"] for each in data["conditions"]] == ["SparseGPT 60%", "Wanda 50%"]
+    assert json.loads((folder / "report" / "analysis.json").read_text()) == data

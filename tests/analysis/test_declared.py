@@ -9,7 +9,7 @@ from calmix.analysis import Settings, analyse
 from calmix.errors import InputError
 from calmix.evaluation.measures import TaskScores
 from calmix.report.findings import summarise
-from calmix.report.study import summary_text
+from calmix.report.study import summary_text, write_report
 from calmix.study.declaring import Declaration, Declared, Pair
 from calmix.study.spec import Amends
 from tests.synthetic import Plan, save, study, trial
@@ -302,16 +302,16 @@ def test_declared_comparisons_come_first(calmix, tmp_path):
     )
     places = [text.index(part) for part in order]
     assert places == sorted(places)
-    analysis.save(tmp_path / "analysis")
-    data = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
+    write_report(results, analysis, tmp_path / "report")
+    data = json.loads((tmp_path / "report" / "analysis.json").read_text())
     assert [one["verdict"] for one in data["comparisons"]] == ["more", "more"]
     assert data["declarations"][0]["intact"]
-    assert (tmp_path / "analysis" / "comparisons.csv").is_file()
+    assert (tmp_path / "report" / "comparisons.csv").is_file()
     folder = save(results, tmp_path / "study")
-    ended = calmix("study", "analyse", folder, "--without", "sums", "--resamples", 20).ok().out
+    ended = calmix("study", "report", folder, "--without", "sums", "--resamples", 20).ok().out
     assert ended.startswith(
         "Study made-up declares no comparisons: everything here is exploratory."
     )
     assert "Left out afterwards, not declared: sums." in ended
-    line = calmix("study", "analyse", folder, "--without", "sms").line
+    line = calmix("study", "report", folder, "--without", "sms").line
     assert line == "error: --without: the study has no task 'sms': did you mean sums?"

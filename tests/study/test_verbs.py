@@ -29,7 +29,7 @@ def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     assert (data["planned"], data["finished"], data["failed"]) == (6, 2, {})
     assert "2 of 6 trials to run" in ended.err
     assert "1/2 code sparsegpt 60% seed 0: total" in ended.err
-    part = calmix("study", "analyse", store, "--resamples", 20).ok().out
+    part = calmix("study", "report", store, "--resamples", 20).ok().out
     assert "Declared and not run: mix sparsegpt 60% seed 0 (tiny) and mix" in part
     assert "mixed: cannot be told, without trials on both sides." in part
     assert "2 finished, 4 pending" in calmix("study", "status", store).out
@@ -40,11 +40,10 @@ def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     page = (store / "report" / "report.html").read_text(encoding="utf-8")
     assert "6 of 6 trials finished" in page
     assert "methods: {sparsegpt: [0.6]" in page
-    data = json.loads(calmix("study", "analyse", store, "--json").out)
+    data = json.loads(calmix("study", "report", store, "--json").out)
     assert [each["label"] for each in data["conditions"]] == ["SparseGPT 60%"]
     strategies = {one["strategy"] for one in data["conditions"][0]["ranking"]}
     assert strategies == {"single", "mix"}
-    assert calmix("study", "recommend", store).out.count("take ") == 1
     assert "finished: 6" in calmix("doctor", "inspect", store).out
     # A distance stored with the scores is part of the trial, and so of the table.
     one = sorted((store / "trials").iterdir())[0]
