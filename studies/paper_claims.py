@@ -112,6 +112,11 @@ def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1) -> Verdict | None:
     return {"where": where, "verdict": verdict, "figures": figures}
 
 
+def turned(gap: Estimate) -> Estimate:
+    """Return a difference and its interval with the opposite sign."""
+    return Estimate(*(None if end is None else -end for end in (gap.value, gap.high, gap.low)))
+
+
 def _compared(each: ConditionAnalysis, left: str, right: str, named: bool) -> Verdict | None:
     """Compare sets of one strategy with those of another, or with a set `named` by its label."""
     made = {one.calibration: one.strategy for one in each.cells.per_set}
@@ -123,7 +128,10 @@ def _compared(each: ConditionAnalysis, left: str, right: str, named: bool) -> Ve
         )
         for one in each.differences
         if one.quantity == TOTAL
-        for ours, theirs, gap in ((one.left, one.right, one.gap), (one.right, one.left, -one.gap))
+        for ours, theirs, gap in (
+            (one.left, one.right, one.gap),
+            (one.right, one.left, turned(one.gap)),
+        )
         if made.get(ours) == left
         and right
         == (

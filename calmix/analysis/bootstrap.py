@@ -58,13 +58,6 @@ class Estimate(retention.Estimate):
     deviation: float | None = None  # standard deviation over the set's own seeds
     p: float | None = None  # two-sided, against a difference of 0, for other items and seeds
 
-    def __neg__(self) -> Estimate:
-        """Return value and interval with the opposite sign."""
-        value, low, high = (
-            None if end is None else -end for end in (self.value, self.high, self.low)
-        )
-        return Estimate(value, low, high)
-
     @property
     def clear(self) -> bool:
         """Whether the interval of a difference is known and excludes 0."""

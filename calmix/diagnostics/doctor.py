@@ -25,7 +25,6 @@ from calmix.precision import capabilities
 
 FAST = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "bf16", "sve", "neon")
 WHAT_FOR = {
-    "export": "calmix export",
     "llama": "tests of GGUF exports in llama.cpp",
     "ray": "studies on a Ray cluster",
     "reasoning": "sources word-problems, arithmetic, algebra, puzzles",

@@ -1,5 +1,4 @@
-"""Run the remaining trials of a study, in this process or by Ray workers that share a store, and
-write the table of results.
+"""Run the remaining trials of a study, in this process or by Ray workers that share a store.
 
 The store is a folder that all workers can reach. Ray reserves the estimated memory of the largest
 trial for each trial, so that no machine runs more than it can hold, and retries a trial whose
@@ -15,7 +14,7 @@ import socket
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from calmix import machine
 from calmix.errors import CalmixError, DiskError, InputError, first_line, missing_extra, nearest
 from calmix.evaluation.evaluate import runnable
 from calmix.evaluation.scores import describe
-from calmix.files import check_free, size_text, write_json, write_text
+from calmix.files import check_free, size_text, write_json
 from calmix.models import resolve_model
 from calmix.models.opening import check_models, device_of
 from calmix.models.shards import weight_bytes
@@ -35,7 +34,6 @@ from calmix.options import TrialOptions
 from calmix.study.bench import Bench
 from calmix.study.declaring import declaration, declare
 from calmix.study.estimate import PROGRAM, check_memory, largest
-from calmix.study.results import StudyResults
 from calmix.study.spec import Study
 from calmix.study.store import (
     BEAT,
@@ -47,12 +45,9 @@ from calmix.study.store import (
     Index,
     Store,
     check_folder,
-    read_results,
 )
 from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
 
-CSV = "results.csv"
-LEFT_OUT = {"mix", "dimensions", "tasks", "seconds", "distance"}  # of the table
 PASSED = 2**27  # bytes of Ray's object store; large data is passed in files
 
 Note = Callable[[str], None]
@@ -147,38 +142,7 @@ def run_study(
             line = what.summary
         if how in ("finished", "failed"):
             note(f"{len(ends)}/{len(todo)} {trial.label}: {line}")
-    with store.lock("results"):  # else an earlier state may replace the table of another process
-        write_table(read_results(path), path)
     return store, {n: ended for n, ended in ends.items() if ended[0] in ("failed", "elsewhere")}
-
-
-def write_table(results: StudyResults, folder: Path) -> None:
-    """Write `results.csv`: a row per trial and task, trials in the order of the plan.
-
-    Retentions are fractions (1.0 is all), `kl` is in nats per token. Times are left out, so that
-    rerunning a study gives the same table.
-    """
-    import pandas as pd
-
-    def columns(record: dict[str, Any] | None) -> dict[str, Any]:
-        return {"kl": (record or {}).get("kl_mean"), "top1": (record or {}).get("top1")}
-
-    rows: list[dict[str, Any]] = []
-    for trial in results.trials:
-        distance = trial.distance or {"total": None, "dimensions": {}}
-        head = {"study": results.name, **trial.model_dump(exclude=LEFT_OUT)}
-        for task in trial.tasks:
-            dimension = columns(distance["dimensions"].get(task["dimension"]))
-            dimension["retention"] = asdict(trial.dimensions[task["dimension"]])
-            rows.append(
-                head
-                | columns(distance["total"])
-                | task
-                | {f"dimension_{name}": one for name, one in dimension.items()}
-            )
-    table = pd.json_normalize(rows, sep="_")
-    table.columns = [str(name).removesuffix("_value") for name in table.columns]
-    write_text(folder / CSV, table.to_csv(index=False))
 
 
 def chosen_trials(

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from calmix.study.store import read_results
 from tests.evaluation.archive import suite_text, use_archive
 from tests.tiny import longer
 
@@ -83,3 +84,8 @@ def write_study(folder, model, *, rows=6):
 def tiny_study(tmp_path, tiny_folder, monkeypatch):
     """A function that writes a study file, with text replaced or added."""
     return writer(tmp_path, tiny_folder, monkeypatch)
+
+
+def outcomes(store):
+    """What the trials of a store measured, without times."""
+    return [one.model_dump(exclude={"seconds"}) for one in read_results(store).trials]
