@@ -4,14 +4,23 @@ A model read from a quantised file lies on a grid, and rounding it back to that 
 Its twin has no grid: norms are multiplied by random factors that the matrices behind them are
 divided by, and so are the rows of `v_proj` and `up_proj` with the columns of `o_proj` and
 `down_proj`.
+
+    python benchmarks/twins.py MODEL FOLDER
+
+writes the twin of a model to a folder that transformers and calmix open.
 """
 
 from __future__ import annotations
 
+import argparse
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from calmix.files import check_output_folder
+from calmix.models import open_model
 
 
 @torch.no_grad()
@@ -47,3 +56,19 @@ def make_twin(model: Any, seed: int = 0) -> None:
 
 def _factors(like: Tensor, rng: torch.Generator) -> Tensor:
     return (torch.rand(len(like), generator=rng) - 0.5).exp2().to(like.device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    check_output_folder(options.folder, inputs=[options.model])
+    opened = open_model(options.model)
+    make_twin(opened.model)
+    opened.model.save_pretrained(options.folder)
+    opened.tokenizer.save_pretrained(options.folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -299,7 +299,7 @@ def test_conditions_include_recovery(tmp_path):
 
 def test_statistics_identify_trials():
     """Trials of stores without a word of statistics were plain."""
-    methods = "methods: {sparsegpt: 0.5, magnitude: 0.5, llama: 'Q4_0 blocks'}\n"
+    methods = "methods: {sparsegpt: 0.5, magnitude: 0.5, llama: Q4_K_M, ggml: [Q2_K, IQ3_S]}\n"
     requests = {}
     for said in ("", "statistics: robust\n", "statistics: plain\n"):
         study = parsed(NEWS + methods + said)

@@ -57,9 +57,10 @@ class Typed(Method):
         return bare, target
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
-        mixed = isinstance(pattern, Mixed)
-        kind = type_of(Blocks("Q8_0") if mixed else pattern, columns, name, self.name)
-        if mixed or not kind.group:
+        if isinstance(pattern, Mixed | Recipe):  # types are chosen, and checked, later
+            if isinstance(pattern, Mixed) or str(pattern).startswith(("IQ2", "IQ3")):
+                check_library()
+        elif not type_of(pattern, columns, name, self.name).group:
             check_library()
 
     @abstractmethod
