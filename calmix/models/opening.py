@@ -367,9 +367,7 @@ def check_quantised(name: str, settings: Mapping[str, Any]) -> None:
 def _unpacked(model: Path | BuiltinModel) -> Path:
     """Return the cache folder of a dequantised GGUF file or checkpoint."""
     if isinstance(model, Path) and model.is_dir():
-        names = [*model_files(model), *map(str, matching(model, COPIED))]
-        key = combined({one: cached_sha256(model / one) for one in names})
-        return cache_dir() / "models" / f"packed-{key[:16]}"
+        return cache_dir() / "models" / f"packed-{content_key(model)}"
     if isinstance(model, Path):
         key = cached_sha256(model)
     else:
@@ -377,6 +375,12 @@ def _unpacked(model: Path | BuiltinModel) -> Path:
         known = ((assets.get_asset(asset).sha256, member) for asset, member in model.parts.items())
         key = sha256_json([value for pair in known for value in pair])
     return cache_dir() / "models" / f"gguf-{key[:16]}"
+
+
+def content_key(folder: Path) -> str:
+    """Return a key of a model folder's configuration, weights and tokenizer for names of copies."""
+    names = [*model_files(folder), *map(str, matching(folder, COPIED))]
+    return combined({one: cached_sha256(folder / one) for one in names})[:16]
 
 
 def size_of(name: str) -> tuple[int | None, int]:

@@ -13,7 +13,7 @@ from calmix.compression.plan import check_request
 from calmix.compression.results import read_compressed
 from calmix.compression.running import stages
 from calmix.compression.stages import Stage
-from calmix.deploy import speed
+from calmix.deploy import gguf, speed
 from calmix.errors import ModelError
 from calmix.models import open_model
 from calmix.options import Compression
@@ -123,9 +123,10 @@ def test_a_file_that_was_changed_or_moved(calmix, words, out):
 
 
 def test_what_cannot_be_written_is_refused_before_any_work(
-    calmix, words, tmp_path, tiny_folder, file
+    calmix, words, tmp_path, tiny_folder, file, monkeypatch
 ):
     out = tmp_path / "out"
+    monkeypatch.setattr(gguf.shutil, "which", lambda name: None)
     save_tiny_model(tmp_path / "mixture", "mixtral")
     save_tiny_model(tmp_path / "qwen", "qwen3")
     shutil.copy(file, tmp_path / "cut.gguf")
@@ -143,6 +144,41 @@ def test_what_cannot_be_written_is_refused_before_any_work(
     ):
         assert said in calmix(*words(out, *more, model=model)).line
         assert not out.exists()
+
+
+CONVERTER = """
+import pathlib, shutil, sys
+folder, _, file, *kind = sys.argv[1:]
+assert kind == ["--outtype", "f16"]
+if "mixtral" in pathlib.Path(folder, "config.json").read_text():
+    sys.exit("loading\\nERROR:hf-to-gguf:Model MixtralForCausalLM is not supported")
+shutil.copy({template!r}, file)
+"""
+
+
+def test_a_folder_is_converted_for_its_layout(
+    calmix, words, options, tmp_path, file, whole, monkeypatch
+):
+    """Once, by a process of its own; the file is that of the same model in GGUF."""
+    folder = Path(shutil.copytree(open_model(file).folder, tmp_path / "folder"))
+    out, script = tmp_path / "out", tmp_path / "convert.py"
+    monkeypatch.setenv("CALMIX_CONVERTER", str(script))
+    assert "cannot convert" in calmix(*words(out, model=folder)).line
+    script.write_text(CONVERTER.format(template=str(file)))
+    save_tiny_model(tmp_path / "mixture", "mixtral")
+    said = calmix(*words(out, model=tmp_path / "mixture")).line
+    assert "mixture: ERROR:hf-to-gguf:Model MixtralForCausalLM is not supported; or" in said
+    (folder / "modeling.py").write_text("")
+    assert "which the converter would run" in calmix(*words(out, model=folder)).line
+    (folder / "modeling.py").unlink()
+    monkeypatch.setenv("CALMIX_CONVERTER", str(tmp_path / "none"))
+    assert "CALMIX_CONVERTER" in calmix(*words(out, model=folder)).line
+    assert not out.exists()
+    monkeypatch.setenv("CALMIX_CONVERTER", str(script))
+    for stage in stages(check_request(Compression(model=str(folder), **options)), out)[:3]:
+        stage.run(Progress())
+        script.unlink(missing_ok=True)
+    assert (out / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
 
 
 def test_a_folder_gets_the_layout_of_a_file_of_the_same_model(calmix, words, tmp_path, file):

@@ -1,0 +1,104 @@
+"""compressed-tensors by calmix, llm-compressor and rounding to nearest: KL to the dense model.
+
+    python benchmarks/compressed_tensors.py --rival RIVAL_PYTHON [--model builtin:smollm2-135m]
+        [--bits 4 3] [--group 64] [--rows 64] [--ways calmix gptq rtn]
+
+The model is a twin (twins.py): the file it came from leaves no grid. All ways quantise the matrices
+of the blocks on the same calibration rows. `gptq` and `rtn` are llm-compressor's, which writes the
+checkpoint that calmix opens; `calmix` is `gptq` with its default statistics, `asymmetric` the same
+with zero points, `plain` with the papers' statistics. `--folders` adds checkpoints made before.
+Printed is KL(dense || quantised) in nats per token as in gguf_types.py, and wall-clock seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from common import commit, machine, run_rival
+from gguf_types import cells, held_out
+from keep_more import MIX
+from twins import make_twin
+
+from calmix.calibration import resolve
+from calmix.evaluation.distance import distance, reference
+from calmix.models import find_blocks, open_model
+from calmix.models.opening import forget
+from calmix.pruning import prune
+
+SOLVED: dict[str, dict[str, Any]] = {
+    "calmix": {},
+    "asymmetric": {"symmetric": False},
+    "plain": {"statistics": "plain"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rival", help="an interpreter that has llmcompressor")
+    parser.add_argument("--model", default="builtin:smollm2-135m")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
+    parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--held-out", type=int, default=8, help="rows of each held-out text")
+    parser.add_argument("--data", help="the data folder")
+    parser.add_argument("--ways", nargs="+", default=[*SOLVED, "gptq", "rtn"])
+    parser.add_argument("--folders", type=Path, nargs="*", default=[])
+    options = parser.parse_args()
+    print(
+        f"{machine()}, commit {commit()}; {' '.join(f'{k}={v}' for k, v in vars(options).items())}"
+    )
+    opened = open_model(options.model, device="cpu")
+    make_twin(opened.model)
+    ids = resolve(MIX, opened, rows=options.rows, length=options.length).ids
+    texts = held_out(opened, options.data, options.held_out, options.length)
+    dense = reference(opened, texts)
+    weights = [layer.view().clone() for layer in find_blocks(opened.model).layers]
+    print(f"\n| bits | way | KL | interval | top-1 | {' | '.join(texts)} | seconds |")
+    print("|---|---|---|---|---|" + "---|" * (len(texts) + 1), flush=True)
+
+    def row(bits: object, way: str, model: Any, seconds: float) -> None:
+        result = distance(model, dense)
+        print(f"| {bits} | {way} | {cells(result)} | {seconds:.0f} |", flush=True)
+
+    with tempfile.TemporaryDirectory() as place:
+        twin = Path(place) / "twin"
+        opened.model.save_pretrained(twin)
+        opened.tokenizer.save_pretrained(twin)
+        for bits in options.bits:
+            for way in options.ways:
+                began = time.perf_counter()
+                if way in SOLVED:
+                    method = f"gptq,group={options.group}"
+                    prune(opened.model, ids, method=method, bits=bits, **SOLVED[way])
+                    row(bits, way, opened, time.perf_counter() - began)
+                    with torch.no_grad():
+                        layers = find_blocks(opened.model).layers
+                        for layer, weight in zip(layers, weights, strict=True):
+                            layer.view().copy_(weight)
+                    continue
+                out = Path(place) / f"{way}-{bits}"
+                how = {"model": twin, "method": way, "bits": bits, "group": options.group}
+                how |= {"dtype": "bfloat16", "packed": 1, "output": out}
+                made = run_rival(options.rival, ids, **how)
+                row(
+                    bits,
+                    f"llm-compressor {made['version']}, {way}",
+                    open_model(out),
+                    made["seconds"],
+                )
+                forget(out)
+        for folder in options.folders:
+            row("-", folder.name, open_model(folder), 0)
+
+
+if __name__ == "__main__":
+    main()
