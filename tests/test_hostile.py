@@ -60,7 +60,6 @@ VERBS = {
     "study run": ("-o", "store"),
     "evaluate suite": (),
     "calibrate sources --sources": (),
-    "calibrate": ("-m", "model", "-o", "set"),
 }
 
 

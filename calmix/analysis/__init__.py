@@ -1,4 +1,4 @@
-"""Analysis of a study: correlations, rankings and differences, with confidence intervals."""
+"""Analysis of a study: rankings and differences, with confidence intervals."""
 
 from calmix.analysis.analyse import Analysis as Analysis
 from calmix.analysis.analyse import ConditionAnalysis as ConditionAnalysis

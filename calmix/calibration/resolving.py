@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field
 
 from calmix.calibration.build import Mix, build, make_mix, mix_text, parse_mix, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, saved_set
@@ -17,7 +16,7 @@ from calmix.calibration.leakage import Guard, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import GENERATORS, Generator, Prompted, generate
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns, load_prompts
 from calmix.calibration.tokenizer import HasTokenizer
-from calmix.errors import InputError, nearest
+from calmix.errors import InputError
 from calmix.files import content_sha256, sha256_json, user_path
 from calmix.models import OpenModel
 from calmix.models.opening import check_length
@@ -26,9 +25,7 @@ from calmix.sources import Source, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, refuse
 from calmix.sources.readers import LocalFile
 from calmix.sources.registry import MIXES, local_file
-from calmix.yaml_files import parse_model, read_text
 
-YAML = (".yaml", ".yml")
 GROUP = "offline"  # in a mix: every builtin source that needs no hub
 # Manifest entries of written text that do not apply to a mix with other text.
 OF_TEXT = ("generated", "settings", "pieces", "perplexity", "temperature", "aggregation_4", "J")
@@ -41,21 +38,6 @@ UNWRITABLE = (
     "cannot write chats. A set without chats can cost it answers: add your own (rows with "
     "'messages')"
 )
-
-
-class SpecFile(DrawOptions):
-    """A YAML file that describes a calibration set; options on the command line take precedence.
-
-    It has exactly one of `mix` (a mapping of weights, or text as on the command line), `uniform` (a
-    list of names) and `generate` (a generator, with its settings in `options`). `sources` describes
-    the user's own, as in a file of sources.
-    """
-
-    mix: dict[str, float] | str | None = None
-    uniform: list[str] | None = None
-    generate: str | None = None
-    options: dict[str, Any] = Field(default={})
-    sources: dict[str, Any] = Field(default={})
 
 
 @dataclass(frozen=True)
@@ -112,33 +94,16 @@ class CalibrationRequest:
         return method or ("mix" if len(names) > 1 else "single")
 
 
-def _described(text: str, own: Mapping[str, Source]) -> tuple[SpecFile, str]:
-    """Return what a text names (a generator, a mix, or what a YAML file holds), and where it is."""
-    path, first = user_path(text), text.partition(",")[0].strip()
-    if first in GENERATORS and first not in own:
-        name, options = named_options("calibration", text)
-        return SpecFile(generate=name, options=options), f"calibration '{text}'"
-    if path.suffix.lower() not in YAML:
-        return SpecFile(mix=text), text
-    file = parse_model(SpecFile, read_text(path), str(path))
-    if sum(part is not None for part in (file.mix, file.uniform, file.generate)) != 1:
-        raise InputError(
-            f"{path}: give exactly one of 'mix' (names with weights), 'uniform' (names) and "
-            f"'generate' ({', '.join(GENERATORS)})"
-        )
-    if file.options and file.generate is None:
-        raise InputError(f"{path}: 'options' needs 'generate'")
-    return file, str(path)
-
-
-def read_generator(name: str, options: Mapping[str, Any], where: str) -> Generator:
-    """Return a generator with its settings."""
-    if name not in GENERATORS:
-        raise InputError(f"unknown generator '{name}': {nearest(name, GENERATORS)}")
+def _generator(text: str, own: Mapping[str, Source]) -> Generator | None:
+    """Return the generator that writes all of the text, with its settings, if one is named."""
+    first = text.partition(",")[0].strip()
+    if first not in GENERATORS or first in own:
+        return None
+    name, options = named_options("calibration", text)
     try:
         return checked(GENERATORS[name], options)
     except InputError as error:
-        raise InputError(f"{where}: {error}") from error
+        raise InputError(f"calibration '{text}': {error}") from error
 
 
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
@@ -171,19 +136,9 @@ def parse_calibration(
         check_length(saved.length, context)
         size = DrawOptions(rows=saved.rows, length=saved.length)
         return CalibrationRequest({}, saved=saved, draw=size, files=[path])
-    (file, where), path = _described(text, own), user_path(text)
-    mix: Mix = {}
-    generator: Generator | None = None
-    own |= own_sources(file.sources, path)
-    if file.generate is not None:
-        generator = read_generator(file.generate, file.options, where)
-    elif isinstance(file.mix, dict):
-        mix = make_mix(file.mix, where)
-    else:
-        named = "uniform:" + ",".join(file.uniform or ()) if file.mix is None else file.mix
-        mix = parse_mix(named)
-    fixed = {name: value for name, value in file.drawn().items() if name != "sources"}
-    draw = DrawOptions(**(fixed | settings))
+    generator = _generator(text, own)
+    mix = parse_mix(text) if generator is None else {}
+    draw = DrawOptions(**settings)
     check_length(draw.length, context)
     if draw.leakage != "off":
         guarded_suites(draw.leakage)
@@ -191,7 +146,7 @@ def parse_calibration(
         raise InputError(f"'packing' has no effect with {generator.name}: leave it out")
     if isinstance(generator, Prompted):
         generator = generator.model_copy(update={"file": draw.prompts})
-    files = [path] if path.suffix.lower() in YAML else []
+    files: list[Path] = []
     request = CalibrationRequest(
         _grouped(mix, own, text, draw.licence), generator, None, own, draw, files
     )
@@ -229,16 +184,14 @@ def resolve(
     """Return the calibration set that a user requests, newly made or read from a folder.
 
     Args:
-        text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, a YAML file, the folder of a
-            saved set, or `self-written`, `chat`, `prompts`, `igsp`, `self-cal` or `sgs`, with
-            options after commas. Without options these can have a share in a mix:
-            `chat:0.5,news:0.5`.
+        text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, the folder of a saved set, or
+            `self-written`, `chat`, `prompts`, `igsp`, `self-cal` or `sgs`, with options after
+            commas. Without options these can have a share in a mix: `chat:0.5,news:0.5`.
         opened: the model; its tokenizer is enough if the model does not write the text.
         tick: called with the name of each source once it is sampled.
         writing: called with what the model writes, tokens done and tokens in total.
         note: called with a line the user should see.
-        **options: those of `DrawOptions`. They override those of a YAML file; `sources` can
-            also be `Source` objects by name.
+        **options: those of `DrawOptions`. `sources` can also be `Source` objects by name.
 
     Raises:
         InputError: the text cannot be used, an option has no effect or contradicts a saved set.

@@ -36,7 +36,7 @@ def draw(
     drawn: DrawOptions,
     how: ModelOptions,
     spec: str = option(
-        ..., "Source, a:0.5,b:0.5, uniform:a,b, YAML, file; or self-written.", argument=True
+        ..., "Source, a:0.5,b:0.5, uniform:a,b, file; or self-written.", argument=True
     ),
     model: str = option(..., "Model that the set is for.", flag="--model -m"),
     output: Path = path_option(..., "Folder to write."),

@@ -140,8 +140,8 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                 request = prune_request(method=method.text, pattern=target, **same)
                 yield Planned(model, NONE, "none", request)
         for seed, label in product(grid["seeds"], grid["calibrations"]):
-            # Precedence: the set's entry, the grid, the top of the study file, the set's own file,
-            # and for the leakage guard the suite that is scored.
+            # Precedence: the set's entry, the grid, the top of the study file, and for the leakage
+            # guard the suite that is scored.
             entry, top = study.file.calibrations[label], study.file.explicit()
             if saved_set(entry.written):  # takes only its entry and the licence
                 draw = {k: v for k, v in top.items() if k == "licence"} | entry.explicit()
@@ -149,11 +149,9 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                 if parse_calibration(entry.written, sources=study.own).generator is not None:
                     top.pop("packing", None)  # has no effect
                 sizes = {k: v for k, v in grid.items() if k in ("rows", "length")}
-                draw = {**top, **sizes, **entry.explicit(), "seed": seed}
+                draw = {"leakage": study.file.suite, **top, **sizes, **entry.explicit()}
+                draw["seed"] = seed
             parsed = parse_calibration(entry.written, sources=study.own, **draw)
-            if parsed.saved is None and "leakage" not in parsed.draw.model_fields_set:
-                draw["leakage"] = study.file.suite
-                parsed = parse_calibration(entry.written, sources=study.own, **draw)
             drawn = parsed.draw.seed if parsed.saved is None else parsed.saved.manifest.get("seed")
             draw |= same | {"calibration": entry.written, "propagation": grid.get("propagation")}
             draw["statistics"] = study.file.statistics

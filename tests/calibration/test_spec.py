@@ -57,51 +57,33 @@ def test_mix_clean_reads_no_scored_benchmark():
         ("self-cal,start=end", "--start end: must be 'prompts', 'auto', 'bos' or 'separator'"),
         ("igsp,stories", "'stories' is not of the form option=value"),
         ("self-written,temperature=inf", "--temperature inf: must be a finite number"),
-        ("no.yaml", "there is no file"),
-        ("rows: 3", "give exactly one of 'mix'"),
-        ("mix: {a: 1}\nuniform: [a]", "give exactly one of 'mix'"),
-        ("uniform: [a]\nrow: 3", "line 2: row: unknown key: did you mean rows"),
-        ("uniform: [a]\noptions: {piece: 9}", "'options' needs 'generate'"),
-        ("generate: igps", "unknown generator 'igps': did you mean igsp"),
-        ("generate: sgs\noptions: {seeds: no-such}", "unknown source 'no-such'"),
-        ("generate: igsp\noptions: {prompts: no.yaml}", "there is no file no.yaml"),
+        ("no.yaml", "unknown source 'no.yaml'"),
+        ("igps", "unknown source 'igps': did you mean igsp"),
+        ("sgs,seeds=no-such", "unknown source 'no-such'"),
+        ("igsp,prompts=no.yaml", "there is no file no.yaml"),
     ],
 )
-def test_invalid_specifications(text, message, tmp_path):
-    file = tmp_path / "mix.yaml"
-    file.write_text(text, encoding="utf-8")
+def test_invalid_specifications(text, message):
     with pytest.raises((InputError, SourceError), match=message):
-        parse_calibration(str(file) if ": " in text else text)
+        parse_calibration(text)
 
 
-def test_name_mix_and_yaml_give_equal_sets(sources, tiny, tmp_path):
-    file = tmp_path / "mix.yaml"
-    lower, upper = sources["lower"], sources["upper"]
-    file.write_text(
-        f"mix: {{'{lower}': 3, '{upper}': 1}}\nrows: 8\nlength: 16\nseed: 5\nleakage: off\n",
-        encoding="utf-8",
-    )
-    by_file = resolve(str(file), tiny)
-    by_text = drawn(f"{lower}:3,{upper}:1", tiny, rows=8, length=16, seed=5)
-    assert torch.equal(by_file.ids, by_text.ids)
-    assert by_file.counts == by_text.counts
-    assert by_file.counts[lower] == 6
-    assert resolve(str(file), tiny, rows=4).rows == 4  # the command line takes precedence
+def test_mix_has_rows_by_weight(sources, tiny):
+    mix = f"{sources['lower']}:3,{sources['upper']}:1"
+    assert drawn(mix, tiny, rows=8, length=16, seed=5).counts[sources["lower"]] == 6
     with pytest.raises(InputError, match="257 is beyond the model's context of 256 tokens"):
-        resolve(str(file), tiny, length=257)
+        drawn(mix, tiny, length=257)
     with pytest.raises(InputError, match="unknown option 'select'"):
-        resolve(str(file), tiny, select="igsp")
+        drawn(mix, tiny, select="igsp")
 
 
-def test_own_sources_from_file_yaml_or_python(sources, tiny, tmp_path):
-    entries = "mine: {reader: {type: file, path: lower.jsonl}}"
-    file, own = tmp_path / "mix.yaml", tmp_path / "own.yaml"
-    file.write_text(f"uniform: [mine]\nsources: {{{entries}}}", encoding="utf-8")
-    own.write_text(entries, encoding="utf-8")
+def test_own_sources_from_file_or_python(sources, tiny, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("mine: {reader: {type: file, path: lower.jsonl}}", encoding="utf-8")
     size = {"rows": 4, "length": 16}
-    drawn_set = drawn(file, tiny, **size)
+    drawn_set = drawn("mine", tiny, sources=own, **size)
     assert drawn_set.manifest["mix"] == {"mine": 1.0}
-    for inputs in (own, own_sources(own), {"mine": get_source(sources["lower"])}):
+    for inputs in (own_sources(own), {"mine": get_source(sources["lower"])}):
         assert drawn("mine", tiny, sources=inputs, **size).sha256 == drawn_set.sha256
     named = {"chat": own_sources(own)["mine"]}  # alone as in a mix
     assert drawn("chat", tiny, sources=named, **size).counts == {"chat": 4}

@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calmix.calibration import CalibrationSet, open_tokenizer, parse_calibration, resolve
+from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
@@ -140,13 +140,6 @@ def _sources(_, path):
             list(source.documents())
 
 
-def _mix(_, path):
-    spec = parse_calibration(str(path))
-    for name in spec.mix:
-        if isinstance((source := get_source(name, spec.own)).reader, LocalFile):
-            list(source.documents())
-
-
 _TINY = tiny_tokenizer()
 
 
@@ -234,7 +227,6 @@ KINDS = {
     "study": Kind("study.yaml", "yaml", _study),
     "suite": Kind("suite.yaml", "yaml", _suite),
     "sources": Kind("sources.yaml", "yaml", _sources),
-    "mix": Kind("mix.yaml", "yaml", _mix),
     "text": Kind("text.txt", "binary", _text),
     "jsonl": Kind("rows.jsonl", "jsonl", _text),
     "parquet": Kind("rows.parquet", "binary", _text),

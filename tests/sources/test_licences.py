@@ -95,7 +95,6 @@ def test_licence_check_covers_seed_texts(tmp_path):
 
 
 def test_forbidden_source_is_refused_everywhere(calmix, tiny_folder, text_file, tmp_path):
-    (tmp_path / "mix.yaml").write_text("uniform: [python-docs, alpaca]\nlicence: permissive\n")
     assert (
         calmix(
             "calibrate",
@@ -117,7 +116,7 @@ def test_forbidden_source_is_refused_everywhere(calmix, tiny_folder, text_file, 
             "source textbook is non-commercial (CC BY-NC 3.0 (SciQ)), not",
         ),
         (("calibrate", "sgs", *options), "source encyclopedia is share-alike"),
-        (("calibrate", tmp_path / "mix.yaml", *options), "source alpaca"),
+        (("calibrate", "uniform:python-docs,alpaca", *options), "source alpaca"),
         ((*prune, "books", *SMALL), "source books is unstated"),
         ((*prune, tmp_path / "set"), "source history is share-alike"),
     ):

@@ -132,17 +132,14 @@ def test_per_set_sampling_options():
 
 
 def test_leakage_suite_of_a_study():
-    Path("own.yaml").write_text("mix: news\nleakage: off\n", encoding="utf-8")
-    sets = "calibrations: {a: news, own: own.yaml, c: {from: news, leakage: smoke}, igsp: igsp}\n"
+    sets = "calibrations: {a: news, c: {from: news, leakage: smoke}, igsp: igsp}\n"
 
     def guards(more=""):
         trials = plan(parsed(f"{HEAD}suite: abilities\n{sets}methods: {{wanda: 0.5}}\n{more}"))
         return [(one.parsed.draw.leakage, one.request.drawn().get("leakage")) for one in trials]
 
-    own = ("off", None)  # its file says so
-    assert guards() == [("abilities",) * 2, own, ("smoke",) * 2, ("abilities",) * 2]
-    top = ("offline",) * 2
-    assert guards("leakage: offline\n") == [top, top, ("smoke",) * 2, top]
+    assert guards() == [("abilities",) * 2, ("smoke",) * 2, ("abilities",) * 2]
+    assert guards("leakage: offline\n") == [("offline",) * 2, ("smoke",) * 2, ("offline",) * 2]
 
 
 def test_committed_study_file_gives_its_set_ids(tmp_path, monkeypatch):
@@ -162,10 +159,8 @@ def test_committed_study_file_gives_its_set_ids(tmp_path, monkeypatch):
     assert same >= {"python-algorithms", "math-solutions"}
 
 
-def test_generator_settings_distinguish_sets(tiny_study, tmp_path):
-    spec = tmp_path / "bos.yaml"
-    spec.write_text("generate: self-cal\noptions: {start: bos}\n", encoding="utf-8")
-    sets = f"auto: self-cal,start=auto\n  bos: {spec}\n  letters: "
+def test_generator_settings_distinguish_sets(tiny_study):
+    sets = "auto: self-cal,start=auto\n  bos: self-cal,start=bos\n  letters: "
     study = load_study(tiny_study(("letters: ", sets)))
     auto, bos = resolve_all(study, plan(study)[:4:2])
     assert (auto.strategy, bos.strategy) == ("self-cal", "self-cal")

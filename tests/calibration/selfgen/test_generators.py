@@ -274,15 +274,13 @@ def test_invalid_prompts(tmp_path):
 
 
 def test_generate_command_and_own_prompts(calmix, tiny_folder, text_file, tmp_path):
-    stored, spec = tmp_path / "prompts.yaml", tmp_path / "mine.yaml"
+    stored = tmp_path / "prompts.yaml"
     stored.write_text("law: [{text: The court}]\ncooking: [{text: Stir}]\n", encoding="utf-8")
-    spec.write_text(
-        f"generate: self-written\noptions: {{prompts: '{stored}', top_k: 1, repeats: 0.01}}\n"
-    )
+    own = f"self-written,prompts={stored},top_k=1,repeats=0.01"
     how = ("-m", tiny_folder, "--rows", 4, "--length", 40, "--leakage", "off", "-o")
     for text, message in (
         ("igsp,candidates=2,temperature=1", "4-gram aggregation .*, perplexity general "),
-        (spec, "[1-4] texts repeat more"),
+        (own, "[1-4] texts repeat more"),
     ):
         ended = calmix("calibrate", text, *how, tmp_path / "set", "--overwrite").ok()
         assert "4 rows of 40 tokens" in ended.out
