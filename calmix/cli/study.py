@@ -47,33 +47,7 @@ def init(
     check_output_file(study, overwrite=overwrite)
     template = resources.files("calmix.study").joinpath("template.yaml")
     write_text(study, template.read_text(encoding="utf-8"))
-    note(f"wrote {study}: calmix study validate {study}")
-
-
-@verb("validate", of=studies)
-def validate(study: Path = FILE) -> None:
-    """Check a study file and list every error with its line."""
-    from calmix.study.declaring import declaration
-    from calmix.study.spec import check_study
-    from calmix.study.trials import plan
-
-    checked, problems = check_study(study)
-    trials = [] if checked is None else plan(checked)
-    sets = len({trial.calibration for trial in trials if trial.rows})
-    declared = None if checked is None else declaration(checked, trials)
-    print_json(
-        {
-            "problems": problems,
-            "trials": [trial.label for trial in trials],
-            "declaration": declared and declared.hash,
-        }
-    )
-    for problem in problems:
-        line(problem)
-    if problems:
-        raise InputError(f"{study} has {len(problems)} mistake{'s' * (len(problems) > 1)}")
-    line(f"{study}: {len(trials)} trials over {sets} calibration sets")
-    line(f"{study} {declared}")
+    note(f"wrote {study}: calmix study plan {study}")
 
 
 @verb("plan", of=studies)
@@ -82,13 +56,21 @@ def plan(
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1."),
     trust_remote_code: bool = TRUST,
 ) -> None:
-    """Print trials, memory and disk before anything runs."""
+    """Print what a study declares, its trials, memory and disk, or every mistake with its line."""
+    from calmix.study import trials
+    from calmix.study.declaring import declaration
     from calmix.study.estimate import estimate
-    from calmix.study.spec import load_study
+    from calmix.study.spec import check_study
 
-    file = load_study(study)
+    file, problems = check_study(study)
+    if file is None:
+        print_json({"problems": problems})
+        for problem in problems:
+            line(problem)
+        raise InputError(f"{study} has {len(problems)} mistake{'s' * (len(problems) > 1)}")
+    declared = declaration(file, trials.plan(file))
     costs = estimate(file, device, trust_remote_code=trust_remote_code)
-    print_json({"study": file.file.name, **costs})
+    print_json({"study": file.file.name, "declaration": declared.hash, **costs})
     rows = [
         {
             "model": each["model"] if len(file.file.models) > 1 else None,
@@ -109,6 +91,7 @@ def plan(
         f"{costs['sets']} calibration sets; at most {size_text(costs['memory'])} of memory, one "
         f"trial at a time, and {size_text(costs['disk'])} on disk"
     )
+    line(f"{study} {declared}")
     for text in costs["notes"]:
         line(f"note: {text}")
 

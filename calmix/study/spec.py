@@ -310,7 +310,7 @@ def load_study(path: Path) -> Study:
     study, problems = check_study(path)
     if study is None:
         more = len(problems) - 1
-        rest = f" (and {more} more: calmix study validate {path})" if more else ""
+        rest = f" (and {more} more: calmix study plan {path})" if more else ""
         raise InputError(problems[0] + rest)
     return study
 

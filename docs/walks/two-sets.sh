@@ -18,7 +18,6 @@ rows: ${ROWS:-32}
 length: ${LENGTH:-512}
 seeds: [0, 1]
 END
-calmix study validate study.yaml
 calmix study plan study.yaml
 calmix study run study.yaml -o store
 calmix study report store

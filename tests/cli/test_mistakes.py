@@ -46,7 +46,6 @@ VERBS = {
     "check": "{scores} --keep-at-least 0.5 -o {out}.json",
     "report": "{results} -o {out}.html",
     "study init": "{out}.yaml",
-    "study validate": "{study}",
     "study plan": "{study}",
     "study run": "{study} -o {out}",
     "study status": "{results}",

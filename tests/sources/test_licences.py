@@ -129,5 +129,5 @@ def test_forbidden_source_is_refused_everywhere(calmix, tiny_folder, text_file, 
         f"name: x\nmodels: {{m: {{name: '{tiny_folder}'}}}}\nlicence: permissive\n"
         "methods: {wanda: [0.5]}\ncalibrations: {a: {from: textbook}, b: {from: python-docs}}\n"
     )
-    (line,) = calmix("study", "validate", study).out.splitlines()
+    (line,) = calmix("study", "plan", study).out.splitlines()
     assert "source textbook is non-commercial" in line

@@ -9,6 +9,8 @@ import pytest
 
 from calmix.evaluation.scores import write_scores
 from calmix.study import load_study, read_results
+from calmix.study.declaring import declaration
+from calmix.study.trials import plan
 
 STORES = [
     path
@@ -22,7 +24,7 @@ def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     more = f"seeds: [0, 1]\ncomparisons:\n{compared}"
     path = tiny_study((', wanda: ["2:4"]', ""), more=more)
     store = tmp_path / "store"
-    assert "6 trials over 3 calibration sets" in calmix("study", "validate", path).ok().out
+    assert "declares 1 comparison by measure" in calmix("study", "plan", path).ok().out
     ended = calmix("study", "run", path, "-o", store, "--only", "code", "--json").ok()
     data = json.loads(ended.out)
     assert (data["planned"], data["finished"], data["failed"]) == (6, 2, {})
@@ -75,7 +77,8 @@ def test_study_init_writes_a_valid_file(calmix, tmp_path):
     declared = text[text.index(start) : text.index("# Grids")].replace("\n# ", "\n")
     whole = tmp_path / "whole.yaml"
     whole.write_text(text.replace("# Grids", f"{declared[2:]}\n# Grids"), encoding="utf-8")
-    assert "declares 1 comparison by measure" in calmix("study", "validate", whole).ok().out
+    study = load_study(whole)
+    assert str(declaration(study, plan(study))).startswith("declares 1 comparison by measure")
     assert "exists" in calmix("study", "init", path).line
     assert calmix("study", "init", path, "--overwrite").code == 0
 
@@ -91,12 +94,12 @@ def test_plan_as_text_and_json(calmix, tiny_study):
 
 def test_validate_lists_all_errors(calmix, tiny_study):
     path = tiny_study(("rows: 6", "row: 6"), ("length: 32", "length: x"))
-    ended = calmix("study", "validate", path)
+    ended = calmix("study", "plan", path)
     assert ended.line == f"error: {path} has 2 mistakes"
     first, second = ended.out.splitlines()
     assert first.startswith(f"{path} line 4: row: unknown key: did you mean rows")
     assert second.startswith(f"{path} line 5: length: must be a valid integer")
-    data = json.loads(calmix("study", "validate", path, "--json").out)
+    data = json.loads(calmix("study", "plan", path, "--json").out)
     assert data["problems"] == [first, second]
     run = calmix("study", "run", path, "-o", path.with_name("store"), "--workers", 2)
     assert "--workers has no effect without" in run.line
