@@ -78,7 +78,7 @@ SAID = {
     COMPRESS + "--bits 2.5 --sparsity 0.5": "bits 2.5: kept weights take whole bits from 2 to 8",
     COMPRESS + "--keep-at-least 1.2": "did you mean 0.012",
     COMPRESS + "--keep-at-least code=0.4 --sparsity 0.5": "--sparsity has no effect with",
-    COMPRESS + "--keep-at-least cod=0.4": "which suite",
+    COMPRESS + "--keep-at-least cod=0.4": "is not scored: did you mean code",
     COMPRESS + "--keep-at-least code=0.4 --within 2d": "is not a time, such as 90m or 2h",
     COMPRESS + "--within 2h": "has no effect without --keep-at-least",
     COMPRESS + "--seeds 2": "--seeds has no effect without --keep-at-least",

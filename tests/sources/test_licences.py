@@ -67,7 +67,7 @@ def test_builtin_entries_have_licence_and_origin(calmix):
     restricted = {n for n, s in builtin_sources().items() if s.use == "non-commercial"}
     assert restricted == {"school-readings", "textbook", "stories", "alpaca"}
     uses = [use_of(model.licence) for model in builtin_models().values()]
-    assert (uses.count("permissive"), uses.count("unstated")) == (2, 1)
+    assert (uses.count("permissive"), uses.count("unstated")) == (3, 1)
     for suite in builtin_suites().values():
         for name, spec in suite.tasks.items():
             assert "/" in provenance(spec)["origin"], (suite.name, name)
