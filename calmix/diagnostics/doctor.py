@@ -6,29 +6,21 @@ Nothing is downloaded, and no file is left behind.
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
-import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from packaging.requirements import Requirement
 
-from calmix import assets
+from calmix import assets, manifest
 from calmix.errors import DiskError
 from calmix.files import cache_dir, check_writable, existing, size_text
 from calmix.machine import cores, host_memory
 from calmix.precision import capabilities
 
 FAST = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "bf16", "sve", "neon")
-WHAT_FOR = {
-    "llama": "tests of GGUF exports in llama.cpp",
-    "ray": "studies on a Ray cluster",
-    "reasoning": "sources word-problems, arithmetic, algebra, puzzles",
-}
 
 
 @dataclass(frozen=True)
@@ -48,22 +40,16 @@ class Check:
 def examine(tick: Callable[[str], None]) -> list[Check]:
     """Run all checks, which takes some seconds; `tick` receives the name of each."""
     checks: list[Check] = []
-    for check in (versions, machine, cache, archives, extras, engine):
+    for check in (versions, machine, cache, archives, engine):
         tick(check.__name__)
         checks += check()
     return checks
 
 
 def versions() -> Iterator[Check]:
-    """Check the versions of required packages."""
-    version = importlib.metadata.version("calmix")
-    yield Check("calmix", "ok", f"{version}, Python {platform.python_version()}", core=True)
-    for requirement in _requirements():
-        name = requirement.name
-        if wrong := _unmet(requirement):
-            yield Check(name, "failed", wrong, f"pip install '{requirement}'", core=True)
-        elif name in ("torch", "transformers"):
-            yield Check(name, "ok", importlib.metadata.version(name), core=True)
+    """Report the versions that decide results; `pip check` compares them with those required."""
+    for name, version in manifest.versions().items():
+        yield Check(name, "ok", version, core=True)
 
 
 def machine() -> Iterator[Check]:
@@ -113,15 +99,6 @@ def archives() -> Iterator[Check]:
         yield Check(f"asset {asset.name}", *outcome)
 
 
-def extras() -> Iterator[Check]:
-    """Check the optional dependencies."""
-    for extra, what in WHAT_FOR.items():
-        wrong = ", ".join(filter(None, map(_unmet, _requirements(extra))))
-        advice = f"pip install 'calmix[{extra}]' for {what}"
-        outcome = ("missing", wrong, advice) if wrong else ("ok", what)
-        yield Check(f"extra {extra}", *outcome)
-
-
 def engine() -> Iterator[Check]:
     """Prune a tiny random model to half its weights, twice with the same result."""
     began = time.perf_counter()
@@ -169,25 +146,6 @@ def _self_test(pattern: str) -> str:
             return f"{pattern}: weights or logits are not finite"
         results.append(torch.cat([p.flatten() for p in weights]))
     return "" if torch.equal(*results) else f"{pattern}: two runs of one request differ"
-
-
-def _requirements(extra: str = "") -> list[Requirement]:
-    """Return the requirements of calmix, or those that an extra adds."""
-    every = [Requirement(line) for line in importlib.metadata.requires("calmix") or ()]
-    return [
-        one for one in every if (one.marker.evaluate({"extra": extra}) if one.marker else not extra)
-    ]
-
-
-def _unmet(requirement: Requirement) -> str | None:
-    """Return why the installation does not meet a requirement; None if it does."""
-    try:
-        version = importlib.metadata.version(requirement.name)
-    except importlib.metadata.PackageNotFoundError:
-        return f"{requirement.name} is not installed"
-    if requirement.specifier.contains(version, prereleases=True):
-        return None
-    return f"{requirement.name} {version} does not meet {requirement.specifier}"
 
 
 def _size(count: int) -> str:
