@@ -4,10 +4,11 @@
         [--bits 4 3] [--group 64] [--rows 64] [--ways calmix gptq rtn]
 
 The model is a twin (twins.py): the file it came from leaves no grid. All ways quantise the matrices
-of the blocks on the same calibration rows. `gptq` and `rtn` are llm-compressor's, which writes the
-checkpoint that calmix opens; `calmix` is `gptq` with its default statistics, `asymmetric` the same
-with zero points, `plain` with the papers' statistics. `--folders` adds checkpoints made before.
-Printed is KL(dense || quantised) in nats per token as in gguf_types.py, and wall-clock seconds.
+of the blocks on the same calibration rows. `gptq` is llm-compressor's, which writes the checkpoint
+that calmix opens; `rtn` rounds to the scales of its default observer. `calmix` is our `gptq` with
+its default statistics, `asymmetric` the same with zero points, `plain` with the papers' statistics.
+`--folders` adds checkpoints made before. Printed is KL(dense || quantised) in nats per token as in
+gguf_types.py, and wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -40,6 +41,15 @@ SOLVED: dict[str, dict[str, Any]] = {
 }
 
 
+@torch.no_grad()
+def round_to_nearest(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """Return a matrix with scales of the largest magnitudes, as compressed-tensors' observer."""
+    parts = weight.unflatten(1, (-1, group))
+    scale = (parts.abs().amax(-1, keepdim=True).float() / (2**bits - 1) * 2).to(weight.dtype)
+    levels = (parts / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    return torch.where(scale == 0, 0, levels * scale).flatten(1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rival", help="an interpreter that has llmcompressor")
@@ -61,7 +71,8 @@ def main() -> None:
     ids = resolve(MIX, opened, rows=options.rows, length=options.length).ids
     texts = held_out(opened, options.data, options.held_out, options.length)
     dense = reference(opened, texts)
-    weights = [layer.view().clone() for layer in find_blocks(opened.model).layers]
+    layers = find_blocks(opened.model).layers
+    weights = [layer.view().clone() for layer in layers]
     print(f"\n| bits | way | KL | interval | top-1 | {' | '.join(texts)} | seconds |")
     print("|---|---|---|---|---|" + "---|" * (len(texts) + 1), flush=True)
 
@@ -76,12 +87,15 @@ def main() -> None:
         for bits in options.bits:
             for way in options.ways:
                 began = time.perf_counter()
-                if way in SOLVED:
-                    method = f"gptq,group={options.group}"
-                    prune(opened.model, ids, method=method, bits=bits, **SOLVED[way])
+                if way != "gptq":
+                    if way == "rtn":
+                        for layer, weight in zip(layers, weights, strict=True):
+                            layer.view().copy_(round_to_nearest(weight, bits, options.group))
+                    else:
+                        method = f"gptq,group={options.group}"
+                        prune(opened.model, ids, method=method, bits=bits, **SOLVED[way])
                     row(bits, way, opened, time.perf_counter() - began)
                     with torch.no_grad():
-                        layers = find_blocks(opened.model).layers
                         for layer, weight in zip(layers, weights, strict=True):
                             layer.view().copy_(weight)
                     continue

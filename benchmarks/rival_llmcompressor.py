@@ -19,9 +19,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, help="folder of the dense model")
     parser.add_argument("--ids", required=True, help="safetensors file with `ids` (rows, length)")
-    parser.add_argument("--method", choices=["sparsegpt", "wanda", "gptq", "rtn"], required=True)
+    parser.add_argument("--method", choices=["sparsegpt", "wanda", "gptq"], required=True)
     parser.add_argument("--sparsity", type=float)
-    parser.add_argument("--bits", type=int, help="of gptq and rtn")
+    parser.add_argument("--bits", type=int, help="of gptq")
     parser.add_argument("--group", type=int, help="weights that share a scale")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], required=True)
     parser.add_argument("--batch", type=int, default=1)
@@ -41,8 +41,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
     rows = {"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()}
     where = {"targets": ["Linear"], "ignore": ["re:.*lm_head"]}
-    if options.method in ("gptq", "rtn"):
-        from llmcompressor.modifiers.quantization import GPTQModifier, QuantizationModifier
+    if options.method == "gptq":
+        from llmcompressor.modifiers.quantization import GPTQModifier
 
         levels = {
             "num_bits": options.bits,
@@ -52,8 +52,7 @@ def main() -> None:
             "group_size": options.group,
         }
         group = {"targets": ["Linear"], "weights": levels}
-        rounding = GPTQModifier if options.method == "gptq" else QuantizationModifier
-        recipe = rounding(config_groups={"all": group}, ignore=where["ignore"])
+        recipe = GPTQModifier(config_groups={"all": group}, ignore=where["ignore"])
     else:
         kind = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[options.method]
         recipe = kind(sparsity=options.sparsity, **where)

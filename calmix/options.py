@@ -333,6 +333,9 @@ class Target(DeviceOptions):
         None, "vllm: inputs that share a scale, e.g. 64.", shown="128, or the most that fit"
     )
     asymmetric: bool = advanced(False, "vllm: a zero point for each group.")
+    imatrix: Path | None = option(
+        None, "GGUF: round as llama.cpp with its importance matrix.", metavar="FILE"
+    )
     keep_at_least: str | None = option(
         None, "Smallest model that provably keeps this: code=0.9,math=0.7.", metavar="FLOORS"
     )

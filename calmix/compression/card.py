@@ -293,6 +293,8 @@ class Card:
     @property
     def guarded(self) -> str:
         """The result of the leakage check in a sentence."""
+        if not self.calibration:
+            return f"The text of the importance matrix {self.asked['imatrix']} is not known."
         leakage = self.calibration.get("leakage")
         if not isinstance(leakage, dict):
             return "The calibration text was not checked for items of the suite."
@@ -397,11 +399,12 @@ def read_card(out: Path) -> Card:
     while manifest["kind"] == "recovered checkpoint":
         recoveries.insert(0, manifest["recovery"])
         recovered, manifest = manifest, manifest["pruned"]
-    calibration = manifest["calibration"]
-    hashes = {
-        f"dense model {model}": manifest["model"]["sha256"],
-        "calibration set": calibration["sha256"],
-    }
+    calibration = manifest["calibration"] or {}
+    hashes = {f"dense model {model}": manifest["model"]["sha256"]}
+    if calibration:
+        hashes["calibration set"] = calibration["sha256"]
+    else:
+        hashes[f"importance matrix {asked['imatrix']}"] = asked["imatrix_sha256"]
     if recoveries:
         hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
     hashes |= {

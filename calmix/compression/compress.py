@@ -123,6 +123,7 @@ def begin(options: Compression, out: Path) -> Walk:
     inputs = [
         options.model,
         saved_set(options.calibration),
+        options.imatrix,
         options.prompts,
         options.like,
         suite_file(options.suite),

@@ -57,7 +57,7 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
                 work, disk = tokens, 8.0 * rows * length
                 memory = memory if draw.written else PROGRAM
             case Prune() as prune:
-                work = tokens
+                work = tokens if rows else ""
                 memory, disk = planned(
                     request.model,
                     prune.request,
@@ -125,6 +125,8 @@ def check_room(request: Request, out: Path) -> None:
 
 def _drawn(request: Request) -> tuple[int, int]:
     """Return rows and length of the calibration set."""
+    if request.imatrix is not None:
+        return 0, 0
     if request.saved:
         draw = parse_calibration(request.calibration).draw
         return draw.rows, draw.length

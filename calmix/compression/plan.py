@@ -44,6 +44,7 @@ from calmix.options import (
 from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
+from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, Recipe
 from calmix.pruning.recipes import check_whole
@@ -56,6 +57,8 @@ BITS = 4.5  # the default
 SCORES, BEHAVIOUR, PROMPTS = "scores.json", "abilities.json", "prompts.json"
 CALIBRATION, PACK, QUANTISED = "calibration", "pack", "quantised"
 TYPE = "Q4_K_M"  # default of GGUF files
+# Options without effect where an importance matrix takes the place of calibration text.
+IMPORTED = ("bits", "size", "keep_at_least", "calibration", "keep", "no_corpus", "licence", "seed")
 WHOLE = 4.0  # default bits of levels in a checkpoint for vLLM
 # Bits per weight that --size may result in. Above, levels do not fit a byte; below, a Huffman code
 # takes more than their entropy.
@@ -101,6 +104,8 @@ EFFORTS = {
 
 def splits(request: Target) -> bool:
     """Whether half of the user's prompts are calibrated on, so that only the others can test."""
+    if request.imatrix is not None:
+        return False
     if request.prompts is None or (text := request.calibration) is None:
         return request.prompts is not None
     if (saved := saved_set(text)) is not None:
@@ -164,6 +169,7 @@ class Request(Target):
     prompts_sha256: str | None
     suite_sha256: str | None = None
     like_sha256: str | None = None
+    imatrix_sha256: str | None = None
     length: int
 
     @property
@@ -230,6 +236,9 @@ def product_of(request: Target) -> str:
 
 def aim(request: Target) -> dict[str, Any]:
     """Return method and target as options of a pruning run."""
+    if product_of(request) == "gguf" and request.imatrix is not None:
+        file = f"imatrix={request.imatrix}"
+        return {"method": f"llama,type={request.type},{file}", "bits": None}
     if product_of(request) == "gguf":
         kind = "" if request.type is None else f",type={request.type}"
         return {"method": f"ggml{kind}", "bits": request.bits and f"{request.bits:g}"}
@@ -336,7 +345,8 @@ def checkpoint_bytes(request: Target, bits: float) -> float:
 
 def file_bytes(request: Target) -> float:
     """Return the bytes of a GGUF file."""
-    empty, target = _empty(request), prune_request(**aim(request), calibration="").target
+    text = "" if request.imatrix is None else None
+    empty, target = _empty(request), prune_request(**aim(request), calibration=text).target
     tensors = planned_bytes(target, empty.model, empty.blocks) or 0
     return overhead(request.model, request.like) + tensors
 
@@ -377,7 +387,9 @@ def check_options(options: Compression) -> Checked:
         "prompts": options.prompts if splits(options) else None,
     }
     draw = {name: value for name, value in draw.items() if value is not None}
-    parsed = parse_calibration(text, licence=options.licence, **({} if saved else draw))
+    text = "" if options.imatrix else text
+    how = {} if saved else draw
+    parsed = parse_calibration(text, licence=options.licence, **how) if text else None
     # The checks of all stages, made before the first begins.
     product, prompts = product_of(options), None
     target = {"product": product, "bits": options.bits, "type": options.type}
@@ -390,7 +402,7 @@ def check_options(options: Compression) -> Checked:
             usual = WHOLE if product == "vllm" else BITS
             target |= {"type": TYPE} if product == "gguf" else {"bits": usual}
         aimed = aim(options.model_copy(update=target))
-        request = prune_request(**aimed, calibration=text, prompts=draw.get("prompts"))
+        request = prune_request(**aimed, calibration=text or None, prompts=draw.get("prompts"))
         if target["type"]:
             target["type"] = request.pattern  # as llama.cpp spells it
         _check_bits(options, options.bits)
@@ -408,7 +420,7 @@ def check_options(options: Compression) -> Checked:
     if options.prompts is not None:
         slices(options)
         file = local_file(str(options.prompts)).path
-        if not splits(options) and any(file.samefile(one) for one in parsed.files):
+        if not splits(options) and parsed and any(map(file.samefile, parsed.files)):
             raise InputError(
                 f"--calibration and --prompts both name {file}: leave out --calibration, and half "
                 "of the prompts calibrate while the others test"
@@ -425,7 +437,7 @@ def check_request(options: Compression) -> Request:
     given, trust = options.calibration, options.trust_remote_code
     check_models(options.model, device=options.device, trust_remote_code=trust)
     tokenizer = open_tokenizer(options.model, trust_remote_code=trust)
-    chats = given is None and options.prompts is None and not options.no_corpus
+    chats = given is None and options.prompts is None and not options.no_corpus and bool(text)
     if chats and chat_turns(tokenizer.tokenizer) is not None:
         text = _beside("chat", text)
     if target["product"] == "gguf":
@@ -459,6 +471,7 @@ def check_request(options: Compression) -> Request:
             "length": min(LENGTH, tokenizer.context or LENGTH),
             "suite_sha256": suite_file(options.suite) and choose(options.suite).hash,
             "like_sha256": options.like and cached_sha256(options.like),
+            "imatrix_sha256": options.imatrix and cached_sha256(options.imatrix),
         }
     )
 
@@ -477,6 +490,8 @@ def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> 
     )
     try:
         check_export(opened, options.like)
+        if options.imatrix is not None:
+            importance(options.imatrix, empty.model, empty.blocks)
         if kind is None:
             method.check(Mixed(BITS), 0)
             check_whole(empty.blocks, "bits per weight")
@@ -497,11 +512,12 @@ def _check_idle(options: Compression, saved: bool) -> None:
             f"{what} has no use for zeros: leave out --for {product}, or --sparsity and --pattern"
         )
     for where, holds, idle in (
+        ("with --imatrix", options.imatrix is not None, IMPORTED),
         ("with --no-corpus", options.no_corpus, ("calibration", "keep", "licence")),
         (f"with {options.calibration}, a saved set", saved, ("seed", "seeds", "keep")),
         ("with --size", options.size is not None, sizes),
         ("with --type", options.type is not None, ("bits",)),
-        (f"with --for {product}", product != "gguf", ("type", "like")),
+        (f"with --for {product}", product != "gguf", ("type", "like", "imatrix")),
         (f"with --for {product}", product != "vllm", ("group", "asymmetric")),
         ("with --for none", product == "none", ("size",)),
         ("with --keep-at-least", walks, (*sizes, "size")),

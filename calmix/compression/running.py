@@ -45,7 +45,7 @@ def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
     dense = Input(request.model, request.sha256)
     if held is None and request.saved:
         held = request.calibration
-    elif held is None:
+    elif held is None and request.imatrix is None:
         held = str(out / CALIBRATION)
         drawn = Draw(request.calibration, request.model, request.draw, how=how)
         what = f"{'write' if drawn.written else 'draw'} the calibration set"
@@ -57,9 +57,10 @@ def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
     exported = request.product in ("gguf", "vllm")
     last = out / QUANTISED if exported else product  # of prune and recoveries
     before = out / "pruned" if recoveries else last
+    held = held or ""
     text = Input(held, CalibrationSet.open(user_path(held)).sha256 if request.saved else "")
     work: dict[str, Any] = {"how": how, "max_memory": request.max_memory}
-    reads = {"model": dense, "calibration": text}
+    reads = {"model": dense} if not held else {"model": dense, "calibration": text}
     target |= {"licence": request.licence if request.saved else None}
     pruned = Prune(target, reads=reads, **work)
     spent = product if before.name == QUANTISED else None

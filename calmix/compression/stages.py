@@ -116,14 +116,20 @@ class Draw(StageRequest):
 
 @dataclass(frozen=True)
 class Prune(StageRequest):
-    """Prune or quantise the `model` on the `calibration`; `target` is as for `prune_request`."""
+    """Prune or quantise the `model` on the `calibration`, if there is one; `target` is as for
+    `prune_request`."""
 
     target: Mapping[str, Any]
 
     @property
+    def text(self) -> str | None:
+        """The calibration set."""
+        return self.named("calibration") if "calibration" in self.reads else None
+
+    @property
     def request(self) -> PruneRequest:
         """The checked request."""
-        return prune_request(**self.target, calibration=self.named("calibration"))
+        return prune_request(**self.target, calibration=self.text)
 
     @property
     def decides(self) -> dict[str, Any]:
@@ -131,7 +137,7 @@ class Prune(StageRequest):
 
     @property
     def words(self) -> tuple[str, ...]:
-        options = self.options(**self.target, calibration=self.named("calibration"))
+        options = self.options(**self.target, calibration=self.text)
         return "prune", self.named("model"), *options
 
     def run(self, output: Path, bar: Progress) -> None:

@@ -48,6 +48,7 @@ from calmix.models.opening import (
     check_gguf,
     content_key,
     gguf_file,
+    gguf_names,
     known_model,
     loading,
     read_gguf,
@@ -212,27 +213,13 @@ def _reader(file: Path, name: str) -> Any:
         return GGUFReader(file)
 
 
-def _mapped(opened: OpenModel, architecture: str) -> tuple[Any, dict[str, str]]:
-    """Return transformers' processor of GGUF tensors, and the tensors' names in the model."""
-    from transformers.modeling_gguf_pytorch_utils import (
-        TENSOR_PROCESSORS,
-        TensorProcessor,
-        get_gguf_hf_weights_map,
-    )
-
-    kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
-    processor = kind(config=opened.model.config.to_dict())
-    with loading(f"transformers cannot read {opened.name} from GGUF"):
-        return processor, dict(get_gguf_hf_weights_map(opened.model, processor))
-
-
 def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
     """Return the places of the template's tensors; InputError if it is another model's."""
     state = opened.model.state_dict()
     architecture = str(reader.get_field("general.architecture").contents())
     other = f"{template} is not a file of the model {opened.name}"
     try:
-        processor, names = _mapped(opened, architecture)
+        processor, names = gguf_names(opened.model, opened.name, architecture)
     except ModelError as error:
         raise InputError(f"{other}: {error}") from error
     places, covered = {}, set()
@@ -441,7 +428,8 @@ def export_imatrix(
     found, sums = find_blocks(opened.model), dict[str, Any]()
     if any(found.mixtures(index) for index in range(len(found))):
         raise ModelError("--to imatrix does not support mixtures of experts yet")
-    names = {hf: name for name, hf in _mapped(opened, opened.model.config.model_type)[1].items()}
+    mapped = gguf_names(opened.model, opened.name, opened.model.config.model_type)[1]
+    names = {hf: name for name, hf in mapped.items()}
     for layer in found.layers:
         if layer.parameter_name not in names:
             raise ModelError(f"{layer.name} has no name in GGUF: no importance matrix is written")

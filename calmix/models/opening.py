@@ -666,6 +666,21 @@ def reading_gguf() -> Iterator[None]:
         yield
 
 
+def gguf_names(model: Any, name: str, architecture: str) -> tuple[Any, dict[str, str]]:
+    """Return transformers' processor of GGUF tensors, and the tensors' names in a model, by those
+    in GGUF; ModelError, which names the model by `name`, if there are none."""
+    from transformers.modeling_gguf_pytorch_utils import (
+        TENSOR_PROCESSORS,
+        TensorProcessor,
+        get_gguf_hf_weights_map,
+    )
+
+    kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+    processor = kind(config=model.config.to_dict())
+    with loading(f"transformers cannot read {name} from GGUF"):
+        return processor, dict(get_gguf_hf_weights_map(model, processor))
+
+
 def read_gguf(file: Path, dtype: torch.dtype) -> Any:
     """Return the model in a GGUF file; ValueError if it lacks weights, as a part of a split file.
 

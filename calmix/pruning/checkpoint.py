@@ -27,6 +27,7 @@ from calmix.calibration.dataset import identified
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import (
     atomic_folder,
+    cached_sha256,
     check_free,
     check_output_folder,
     check_unlocked,
@@ -161,12 +162,14 @@ class _Pruning:
             check_bits(request.target.bits, source.model, source.blocks)
         check_outer(self.engine())
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
+        file = getattr(self.method, "imatrix", "")
         self.asked: dict[str, Any] = {
             "model": source.files.sha256,  # reads the whole model
             "tokenizer": self.tokenizer.identity,
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
             **request.record() | {"calibration": identified(request.calibration)},
+            **({"imatrix": cached_sha256(Path(file))} if file else {}),
             "versions": deciding_versions(),
         }
 

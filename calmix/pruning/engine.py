@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,7 @@ from calmix.precision import bfloat16_products, dtype_name, narrower, reproducib
 from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import (
     Gram,
+    Squares,
     Statistic,
     inverse_factor,
     raised_diagonal,
@@ -49,6 +51,7 @@ from calmix.pruning.gram import (
 )
 from calmix.pruning.held_out import SHARE, HeldOut, checked, held_out_rows
 from calmix.pruning.held_out import TOKENS as JUDGING
+from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.methods.ggml import Typed
@@ -332,6 +335,7 @@ class Run:
             weights are rounded to them.
         changed: number of blocks up to the last one with a changed weight.
         needs_ids: whether the method uses calibration data.
+        importance: of the inputs of layers, from a file that the method names.
         report: the report so far.
     """
 
@@ -357,6 +361,8 @@ class Run:
         if self.method.dense_inputs:
             self.propagation = "block"
         self.needs_ids = self._kind is not None
+        file = getattr(self.method, "imatrix", "")
+        self.importance = importance(Path(file), self.model, self.blocks) if file else {}
         self._batches: list[Batch] = []
         self._unfitted: list[int] = []  # rows held out
         self._waiting: list[tuple[list[Prunable], list[Tensor]]] = []  # pruned weights of a block
@@ -416,7 +422,7 @@ class Run:
                 self._through(index, inputs)
             else:
                 for layer in self.blocks.prunables(index):
-                    self._prune([layer], None)
+                    self._prune([layer], self._imported(layer))
         self._laps.read(seconds)
         rest = "forward" if self.needs_ids else "solve"
         seconds[rest] += time.perf_counter() - began - (sum(seconds.values()) - before)
@@ -669,6 +675,14 @@ class Run:
                 self._prune(step.layers[expert], statistic, held_out.pop(expert, None), tokens)
                 del statistic
 
+    def _imported(self, layer: Prunable) -> Squares | None:
+        """Return the squares of a layer's inputs that come from a file, if the method names one."""
+        if not self.importance:
+            return None
+        squares = Squares(layer.shape[1], device := layer.view().device)
+        squares.sum = self.importance[layer.name].to(device)
+        return squares
+
     def _assign(self, layers: list[Prunable], weights: list[Tensor]) -> None:
         self.changed = self._index + 1
         for layer, weight in zip(layers, weights, strict=True):
@@ -718,7 +732,7 @@ class Run:
             made = [
                 kept.to(self.types.get(one.parameter_name, one.view().dtype)) for one, kept in pairs
             ]
-            if statistic is not None and issubclass(self._kind, Gram):
+            if statistic is not None and isinstance(gathered, Gram):
                 errors = [
                     relative_error(weight, kept, statistic)
                     for weight, kept in zip(weights, made, strict=True)

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from calmix.cli import app
@@ -19,6 +20,7 @@ from calmix.models import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
 from tests.compress.conftest import prepare, stopping
+from tests.pruning.test_imatrix import save_gguf, vectors
 from tests.tiny import save_tiny_model, tiny_gguf
 
 STAGES = ["calibrate", "prune", "export", "evaluate", "answers", "report"]
@@ -207,6 +209,29 @@ def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp
     for stage in stages(request, out)[:3]:
         stage.run(Progress())
     assert 0.98 * 28_000 < (out / "model.gguf").stat().st_size <= 28_000
+
+
+def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp_path):
+    """It is rounded as llama.cpp does; nothing is drawn, and the card says what is not known."""
+    matrix, out = tmp_path / "one.gguf", tmp_path / "out"
+    save_gguf(matrix, vectors(open_model(file).model))
+    words = ("compress", file, "-o", out, "--suite", options["suite"], "--effort", "quick")
+    words += ("--imatrix", matrix, "--type", "Q4_0")
+    for more in ("--bits=4", "--calibration=stories", "--size=1MB", "--for=vllm", "--no-corpus"):
+        assert "has no effect with" in calmix(*words, *more.split("=")).line
+    other = save_gguf(tmp_path / "other.gguf", {"blk.0.attn_q.weight": np.ones(32, np.float32)})
+    assert "is of another model" in calmix(*words, "--imatrix", other).line
+    assert not out.exists()
+    assert "calibrat" not in calmix(*words, "--dry-run").ok().out
+    ended = calmix(*words).ok()
+    assert "--method llama,type=Q4_0" in ended.err
+    assert sorted(path.name for path in out.iterdir()) == [n for n in FILES if n != "calibration"]
+    text = (out / "card.html").read_text(encoding="utf-8")
+    assert f"The text of the importance matrix {matrix} is not known." in text
+    assert calmix(*words).ok().err.count("already done") == 4
+    calmix("doctor", "inspect", out).ok()
+    matrix.write_bytes(other.read_bytes())
+    assert "imatrix_sha256" in calmix(*words).line or "another model" in calmix(*words).line
 
 
 def test_the_speed_is_measured_where_llama_cpp_is_installed(calmix, out, monkeypatch):

