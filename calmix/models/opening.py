@@ -350,8 +350,13 @@ def is_dense(model: Path | BuiltinModel | None) -> bool:
 
 def check_quantised(name: str, settings: Mapping[str, Any]) -> None:
     """Raise ModelError for a quantised checkpoint that cannot be dequantised here."""
-    method = settings.get("quant_method")
+    method, rotated = settings.get("quant_method"), settings.get("transform_config")
     if method == METHOD:
+        if isinstance(rotated, dict) and rotated.get("config_groups"):
+            raise ModelError(
+                f"{name} has rotated weights (transform_config), which calmix does not read: serve "
+                "it, and evaluate the server's address"
+            )
         if not is_packed(settings) and not find_spec("compressed_tensors"):
             raise ModelError(
                 f"{name} has compressed-tensors weights of the form {settings.get('format')}, "
@@ -359,8 +364,9 @@ def check_quantised(name: str, settings: Mapping[str, Any]) -> None:
             )
     elif settings:
         raise ModelError(
-            f"{name} is quantised by {method}, which calmix does not read: name the "
-            "full-precision model, or dequantise it first (GPTQ and AWQ: pip install gptqmodel)"
+            f"{name} is quantised by {method}, which calmix does not read: name the full-precision "
+            "model, or dequantise it (pip install gptqmodel, "
+            "gptqmodel.utils.model_dequant.dequantize_model)"
         )
 
 
@@ -525,10 +531,12 @@ def load_config(
         config = AutoConfig.from_pretrained(
             folder, local_files_only=True, trust_remote_code=trust_remote_code
         )
-    check_quantised(name, quantization(folder))
+    check_quantised(name, settings := quantization(folder))
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{name} is an encoder-decoder: only decoder-only models work")
     check_causal(name, config.to_dict())
+    if settings and not is_packed(settings):  # its dequantised copy is checked
+        return config
     stored = stored_tensors(folder) if weights is None else weights
     counts = [math.prod(one.shape) for one in stored.values()]
     # Some configurations raise on attributes that differ between layers.

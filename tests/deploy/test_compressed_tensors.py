@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from calmix.deploy import compressed_tensors
 from calmix.deploy.compressed_tensors import export, quantization_config
 from calmix.errors import InputError, ModelError
-from calmix.models import open_model, opening
+from calmix.models import check_models, open_model, opening
 from calmix.models.opening import forget, resolve_model, size_of
 from calmix.models.packed import pack, unpack
 from calmix.models.shards import write_model
@@ -143,18 +143,32 @@ def test_checkpoints_of_other_tools_open(tmp_path):
         assert torch.equal(opened, expected(levels))
 
 
+INTEGERS = quantization_config(4, 32, True, ["lm_head"])
+FLOATS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
+
+
 @needs_library
-def test_a_checkpoint_that_the_library_writes_opens(tmp_path):
+@pytest.mark.parametrize("form", ["pack-quantized", "naive-quantized"])
+def test_a_checkpoint_that_the_library_writes_opens(form, tmp_path, monkeypatch):
+    """Ours decodes packed integers, the library everything else."""
     from compressed_tensors.compressors import ModelCompressor
     from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 
     folder = save_tiny_model(tmp_path / "model")
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
+    settings = json.loads(json.dumps(INTEGERS))
+    wide, most = 32, 7
+    if form != "pack-quantized":
+        settings["config_groups"]["group_0"] |= {"weights": FLOATS, "format": form}
+        settings["format"], wide, most = form, -1, 448
     model = AutoModelForCausalLM.from_pretrained(folder)
-    config = QuantizationConfig.model_validate(quantization_config(4, 32, True, ["lm_head"]))
+    config = QuantizationConfig.model_validate(settings)
     apply_quantization_config(model, config)
     for module in model.modules():
         if hasattr(module, "weight_scale"):
-            module.weight_scale.data = module.weight.abs().unflatten(1, (-1, 32)).amax(-1) / 7
+            width = module.weight.shape[1] if wide < 0 else wide
+            largest = module.weight.abs().unflatten(1, (-1, width)).amax(-1)
+            module.weight_scale.data = largest / most
     ModelCompressor(quantization_config=config).compress_model(model)
     packed = {name: value.contiguous() for name, value in model.state_dict().items()}
     packed.pop("lm_head.weight")  # tied
@@ -162,8 +176,13 @@ def test_a_checkpoint_that_the_library_writes_opens(tmp_path):
     settings = config.model_dump(mode="json") | {"quantization_status": "compressed"}
     text = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
     (folder / "config.json").write_text(json.dumps(text))
+    check_models(str(folder))
     ours = open_model(folder).model.get_parameter(f"{LAYER}.weight")
-    assert torch.equal(ours, by_hand(packed, LAYER, 4))
+    if form == "pack-quantized":
+        assert torch.equal(ours, by_hand(packed, LAYER, 4))
+    else:
+        expected = packed[f"{LAYER}.weight"].float() * packed[f"{LAYER}.weight_scale"]
+        torch.testing.assert_close(ours, expected)
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
@@ -183,7 +202,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(opening, "find_spec", lambda name: None)
     for changed, said in (
         ({"format": "float-quantized"}, "pip install compressed-tensors, then run it again"),
-        ({"quant_method": "awq"}, r"is quantised by awq, .* pip install gptqmodel"),
+        ({"quant_method": "awq"}, r"is quantised by awq, .*\(pip install gptqmodel, gptqmodel\.ut"),
+        ({"transform_config": {"config_groups": {"u": {}}}}, "has rotated weights"),
     ):
         text = json.dumps(config | {"quantization_config": config["quantization_config"] | changed})
         (folder / "config.json").write_text(text)
