@@ -110,6 +110,7 @@ def _print_pruned(path: Path, report: PruneReport) -> None:
     """Print the result: a line, and a table of the layers."""
     from calmix.compression.plan import LEAST, MOST
     from calmix.pruning.experts import starved
+    from calmix.pruning.held_out import rows_needed
 
     print_layers([layer for layer in report.layers if layer.error is not None])
     damping = report.options.get("damping", 0)
@@ -117,6 +118,9 @@ def _print_pruned(path: Path, report: PruneReport) -> None:
         line(f"damping was raised for {len(raised)} layers, first {raised[0]} (calmix.json)")
     if warning := starved(report.layers, report.rows):
         line(warning)
+    widest = max((one.columns for one in report.layers if one.shrinkage), default=0)
+    if report.rows and (rows := rows_needed(widest, report.tokens // report.rows)) > report.rows:
+        line(f"few rows for {widest:,} inputs, the most of a layer: --rows {rows} would lose less")
     dense, total = Counter[str](), report.weights + report.dense_weights
     for one in report.dense:
         dense[one.reason] += one.weights

@@ -130,7 +130,7 @@ def _drawn(request: Request) -> tuple[int, int]:
     if request.saved:
         draw = parse_calibration(request.calibration).draw
         return draw.rows, draw.length
-    return plan.EFFORTS[request.effort].rows, request.length
+    return request.rows, request.length
 
 
 def _recovery_memory(

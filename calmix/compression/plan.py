@@ -44,6 +44,7 @@ from calmix.options import (
 from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
+from calmix.pruning.held_out import rows_needed
 from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, Recipe
@@ -160,7 +161,8 @@ class Request(Target):
     """A checked request: everything that decides what OUT will hold.
 
     `calibration` is a specification for `calmix calibrate` or a saved set's folder; the hashes are
-    of the model's files and the user's own prompts and suite; `length` is the tokens per row.
+    of the model's files and the user's own prompts and suite; the set has `rows` of `length`
+    tokens.
     """
 
     calibration: str
@@ -170,13 +172,14 @@ class Request(Target):
     suite_sha256: str | None = None
     like_sha256: str | None = None
     imatrix_sha256: str | None = None
+    rows: int
     length: int
 
     @property
     def draw(self) -> dict[str, Any]:
         """How the calibration text is drawn (`calmix.resolve`)."""
         return {
-            "rows": EFFORTS[self.effort].rows,
+            "rows": self.rows,
             "length": self.length,
             "seed": self.seed,
             "leakage": guarded(self.suite),
@@ -460,6 +463,7 @@ def check_request(options: Compression) -> Request:
                 check_bits(target["bits"], empty.model, empty.blocks)
             except InputError as error:
                 raise InputError(f"{sized}{error}") from error
+    length = min(LENGTH, tokenizer.context or LENGTH)
     return Request(
         **{name: getattr(options, name) for name in Target.model_fields}
         | target
@@ -468,12 +472,22 @@ def check_request(options: Compression) -> Request:
             "seed": options.seed or SEED,
             "sha256": fingerprint(resolve_model(options.model)),
             "prompts_sha256": prompts,
-            "length": min(LENGTH, tokenizer.context or LENGTH),
+            "rows": _rows(options, length),
+            "length": length,
             "suite_sha256": suite_file(options.suite) and choose(options.suite).hash,
             "like_sha256": options.like and cached_sha256(options.like),
             "imatrix_sha256": options.imatrix and cached_sha256(options.imatrix),
         }
     )
+
+
+def _rows(options: Compression, length: int) -> int:
+    """Return the rows of the calibration set: more at standard effort if the model is wide."""
+    rows = EFFORTS[options.effort].rows
+    if options.effort == "quick":
+        return rows
+    widest = max(layer.shape[1] for layer in _empty(options).blocks.layers)
+    return max(rows, rows_needed(widest, length))
 
 
 def _beside(chats: str, text: str) -> str:

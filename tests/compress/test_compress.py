@@ -33,7 +33,7 @@ from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.compress.conftest import stopping
 from tests.evaluation.helpers import save_pair, scored, written
 from tests.evaluation.test_floors import answered
-from tests.tiny import hashes, load_weights, tiny_tokenizer
+from tests.tiny import hashes, load_weights, save_tiny_model, tiny_tokenizer
 
 
 def weights(folder):
@@ -359,6 +359,16 @@ def test_chat_model_gets_chats(tmp_path, tiny_folder, asked):
     }
     given = asked(model=str(folder), calibration="python-docs")
     assert given.calibration == "python-docs"
+
+
+def test_wide_models_get_more_rows(asked, tmp_path):
+    narrow = asked()
+    assert narrow.rows == 64
+    wide = save_tiny_model(tmp_path / "wide", "llama", intermediate_size=40 * narrow.length)
+    assert asked(model=str(wide)).rows == 160
+    assert asked(model=str(wide)).draw["rows"] == 160
+    assert asked(model=str(wide), effort="quick").rows == 32
+    assert asked(model=str(wide), effort="best").rows == 192
 
 
 def test_saved_set_and_own_prompts(calmix, command, tmp_path, tiny_folder, place):
