@@ -44,8 +44,7 @@ from calmix.options import (
 from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
-from calmix.pruning.held_out import rows_needed
-from calmix.pruning.imatrix import importance
+from calmix.pruning.held_out import PER_INPUT, rows_needed
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, Recipe
 from calmix.pruning.recipes import check_whole
@@ -83,6 +82,7 @@ class Effort:
     levels: float = 3.9  # most bits at which quantised weights are trained
     distance: bool = True  # whether the distance to the dense model is measured
     repeat: bool = True  # whether the dense model's answers are generated twice
+    per_input: int = PER_INPUT  # tokens for each input of the widest layer, at least
 
 
 QUICK = {"quick": True}
@@ -96,10 +96,17 @@ def guarded(suite: str) -> str:
 
 EFFORTS = {
     "quick": Effort(
-        32, ("distill",), 1, {**QUICK, "limit": 10}, SHORT, distance=False, repeat=False
+        32,
+        ("distill",),
+        1,
+        {**QUICK, "limit": 10},
+        SHORT,
+        distance=False,
+        repeat=False,
+        per_input=0,
     ),
     "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
-    "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.5),
+    "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.5, per_input=2 * PER_INPUT),
 }
 
 
@@ -483,11 +490,9 @@ def check_request(options: Compression) -> Request:
 
 def _rows(options: Compression, length: int) -> int:
     """Return the rows of the calibration set: more at standard effort if the model is wide."""
-    rows = EFFORTS[options.effort].rows
-    if options.effort == "quick":
-        return rows
+    effort = EFFORTS[options.effort]
     widest = max(layer.shape[1] for layer in _empty(options).blocks.layers)
-    return max(rows, rows_needed(widest, length))
+    return max(effort.rows, rows_needed(widest, length, effort.per_input))
 
 
 def _beside(chats: str, text: str) -> str:

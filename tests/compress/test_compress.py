@@ -252,7 +252,7 @@ def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert taken["prune"]["work"] == "32 rows of 256 tokens"
     assert taken["recover by distill"]["work"] == "1 x 32 rows of 256 tokens"
     assert taken["evaluate"]["work"].endswith(" items")
-    assert taken["answer prompts"]["disk"] == 0 < taken["evaluate"]["disk"]
+    assert taken["answer questions"]["disk"] == 0 < taken["evaluate"]["disk"]
     assert not list(tmp_path.iterdir())
     assert sorted(place.glob("*")) == before
 
@@ -368,7 +368,7 @@ def test_wide_models_get_more_rows(asked, tmp_path):
     assert asked(model=str(wide)).rows == 160
     assert asked(model=str(wide)).draw["rows"] == 160
     assert asked(model=str(wide), effort="quick").rows == 32
-    assert asked(model=str(wide), effort="best").rows == 192
+    assert asked(model=str(wide), effort="best").rows == 320
 
 
 def test_saved_set_and_own_prompts(calmix, command, tmp_path, tiny_folder, place):
