@@ -45,6 +45,7 @@ from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
 from calmix.pruning.held_out import PER_INPUT, rows_needed
+from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, Recipe
 from calmix.pruning.recipes import check_whole
