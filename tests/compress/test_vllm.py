@@ -5,16 +5,19 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from calmix.cli import app
 from calmix.compression.card import read_card
 from calmix.compression.compress import begin
 from calmix.compression.plan import check_request, checkpoint_bytes
+from calmix.compression.running import stages
 from calmix.compression.stages import Stage
 from calmix.models import open_model
 from calmix.options import Compression
+from calmix.progress import Progress
 from tests.compress.conftest import prepare, stopping
-from tests.tiny import save_tiny_model
+from tests.tiny import load_weights, save_tiny_model
 
 STAGES = ["calibrate", "prune", "export", "evaluate", "answers", "report"]
 
@@ -88,6 +91,20 @@ def test_few_bits_are_recovered_on_the_grid(calmix, words, tmp_path):
     text = calmix(*words(tmp_path / "out", "--asymmetric", "--group", 32, "--dry-run")).ok().out
     assert "gptq,group=32,symmetric=false" in text
     assert "calmix recover" not in text
+
+
+def test_recovered_levels_are_those_of_the_checkpoint(options, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    options = options | {"model": str(tiny_folder), "product": "vllm", "bits": 2}
+    request = check_request(Compression(**options))
+    for stage in stages(request, out)[:4]:
+        stage.run(Progress())
+    opened = open_model(out / "model")
+    recovered, pruned = (load_weights(out / name) for name in ("quantised", "pruned"))
+    for name, value in opened.model.state_dict().items():
+        assert torch.equal(value, recovered.get(name, value))
+    moved = [not torch.equal(recovered[name], pruned[name]) for name in recovered]
+    assert any(moved)
 
 
 def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_path):
