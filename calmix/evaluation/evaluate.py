@@ -443,9 +443,16 @@ def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
     if one.tools:
         how["tools"] = [*one.tools]
     made = prompt(tokenizer, one.messages, one.plain, one.tokens, one.until, **how)
-    if own is None or not getattr(tokenizer, "chat_template", None):
+    if own is None:
         return made
     begins = f"the prompt that begins '{own.plain[:40]}'"
+    if opened.context is not None and len(made.ids) >= opened.context:
+        raise ModelError(
+            f"{begins} has {len(made.ids):,} tokens, and the context of {opened.name} holds "
+            f"{opened.context:,}: shorten it or leave it out"
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        return made
     if rendered(tokenizer, own.messages, **how) is None:
         raise ModelError(f"the chat template of {opened.name} refuses {begins}: change its turns")
     if own.tools and not takes_tools(tokenizer):

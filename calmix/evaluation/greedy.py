@@ -80,7 +80,8 @@ def prompt(
     made = None if chat is None else rendered(tokenizer, chat, **how)
     if made is None:
         return Prompt(to_continue(tokenizer, [plain])[0], tokens, until)
-    return Prompt(tokenizer(made, add_special_tokens=False)["input_ids"], tokens)
+    ids = tokenizer(made, add_special_tokens=False, verbose=False)["input_ids"]
+    return Prompt(ids, tokens)
 
 
 @torch.inference_mode()

@@ -412,6 +412,11 @@ def test_the_command_compares_prints_and_gates(chats, calmix, tmp_path):
     assert page.read_text(encoding="utf-8").count("<article") == 6
     assert json.loads(calmix("compare", out, "--json").ok().out)
     assert "has no signal" in calmix("check", out, "--keep-at-least", "mine=0.95").line
+    written(mine, {"prompt": "word " * 2000})
+    said = calmix(*run)
+    assert (said.code, said.err.count("\n")) == (2, 1)
+    assert "the prompt that begins 'word word" in said.line
+    assert "tokens, and the context of" in said.line
     tools = written(mine, {"prompt": "x", "tools": [WEATHER]})
     assert "has no tools, which the prompt that begins 'x' gives" in calmix(*run).line
     assert tools == mine
