@@ -10,7 +10,7 @@ median of true share less bound, in points, beside that of the best bound there 
 the randomised one of Stevens 1950; else the normal one of a spread that is known).
 
 With --skewed only likelihood on made-up losses, most of them small and few large: how often the
-bound, and the bootstrap quantile that it replaced, is above the true share.
+bound is above the true share and, in brackets, by how many points it is short of it.
 """
 
 from __future__ import annotations
@@ -29,17 +29,19 @@ import numpy as np
 from scipy.stats import beta, binom
 
 from calmix.errors import InputError
-from calmix.evaluation import floors, retention
+from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Pair
 from calmix.evaluation.floors import (
     ACCURACY,
     ANSWERS,
     LIKELIHOOD,
+    LOST,
     MEASURES,
     Tested,
     judge,
     lower_bound,
-    studentized_bound,
+    lower_mean,
+    most_lost,
 )
 from calmix.evaluation.measures import Parts, TaskScores, has_signal, parts
 from calmix.evaluation.scores import CapabilityScores
@@ -141,26 +143,14 @@ def split(
             bounds = np.array(
                 [lower_bound(*map(round, two)) for two in zip(count, of, strict=True)]
             )
-        elif measure == LIKELIHOOD:
-            bounds = studentized_bound(
-                [(own[i].name, k := kept[i][0], np.broadcast_to(whole[i][0], k.shape)) for i in use]
-            )
         else:
-            most = max(use, key=lambda i: len(first[i].items))
-            drawn, weights = [], []
-            for i in use:
-                k, w = kept[i][0], whole[i][0][:1]  # the dense model's, and so the same of all
-                if i == most:
-                    chance = first[i].chance
-                    k = np.hstack([k, np.full((len(k), 1), -chance)])
-                    w = np.hstack([w, np.full((len(w), 1), 1 - chance)])
-                times = retention.item_weights(own[i].name, k.shape[1], resamples=2000, seed=0)
-                of = times @ w.T
-                drawn.append(times @ k.T / np.where(of > 0, of, np.nan))
-                weights.append(float(w[0].sum()))
-            means = retention.nan_mean(np.stack(drawn), 0, np.array(weights)[:, None, None])
-            quantile = np.nanquantile if np.isnan(means).any() else np.quantile
-            bounds = quantile(means, 0.05, axis=0)
+            rows = [(kept[i][0], whole[i][0]) for i in use]
+            if measure == ACCURACY:
+                rows = [(np.hstack([k for k, _ in rows]), np.hstack([w for _, w in rows]))]
+                lost = [np.ones(len(theirs))]
+            else:
+                lost = [most_lost(*both) for both in rows]
+            bounds = lower_mean(rows, lost)
         bounds = np.minimum(bounds, one.provable)
         if not seed:  # this is the test that calmix makes
             cut = [some(task, cut[0]) for task, cut in zip(theirs[0], cuts, strict=True)]
@@ -261,34 +251,52 @@ def planted_likelihood(results: StudyResults, rng: np.random.Generator) -> None:
 
 
 def skewed() -> None:
-    """Print how often a bound is above the true share, by distribution of the losses (mean 1, of
-    10 on average) and number of items in one task or three."""
+    """Print how often a bound is above the true share, by distribution of the losses (5 to 20 % of
+    what the items have) and number of items in one task or three."""
     rng, draws = np.random.default_rng(0), 2000
-    losses: dict[str, Callable[[tuple[int, int]], np.ndarray]] = {
-        "normal": lambda shape: rng.normal(1, 0.5, shape),
-        "exponential": lambda shape: rng.exponential(1, shape),
-        "gamma, shape 0.2": lambda shape: rng.gamma(0.2, 5, shape),
-        "log-normal, sigma 1": lambda shape: rng.lognormal(-0.5, 1, shape),
-        "log-normal, sigma 1.5": lambda shape: rng.lognormal(-1.125, 1.5, shape),
-        "Pareto, index 2.5": lambda shape: 1.5 * rng.pareto(2.5, shape),
-        "one item of 20": lambda shape: rng.exponential(20, shape) * (rng.random(shape) < 0.05),
+
+    def rare(share: float, lost: float, whole: np.ndarray) -> np.ndarray:
+        return lost * whole * (rng.random(whole.shape) < share)
+
+    losses: dict[str, tuple[float, Callable[[np.ndarray], np.ndarray]]] = {
+        "normal": (0.1, lambda whole: rng.normal(1, 0.5, whole.shape)),
+        "exponential": (0.1, lambda whole: rng.exponential(1, whole.shape)),
+        "gamma, shape 0.2": (0.1, lambda whole: rng.gamma(0.2, 5, whole.shape)),
+        "log-normal, sigma 1": (0.1, lambda whole: rng.lognormal(-0.5, 1, whole.shape)),
+        "log-normal, sigma 1.5": (0.1, lambda whole: rng.lognormal(-1.125, 1.5, whole.shape)),
+        "log-normal, sigma 2": (0.1, lambda whole: rng.lognormal(-2, 2, whole.shape)),
+        "Pareto, index 2.5": (0.1, lambda whole: 1.5 * rng.pareto(2.5, whole.shape)),
+        "5 % of items lose all": (0.05, functools.partial(rare, 0.05, 1.0)),
+        "20 % of items lose all": (0.2, functools.partial(rare, 0.2, 1.0)),
+        "5 % lose all, the others a little": (
+            0.1,
+            lambda whole: 0.05 * whole * rng.exponential(1, whole.shape) + rare(0.05, 1, whole),
+        ),
+        "5 % lose twice it": (0.1, functools.partial(rare, 0.05, 2.0)),
+        "2 % lose 2.5 times it, the others 5 %": (
+            0.1,
+            lambda whole: 0.05 * whole + rare(0.02, 2.5, whole),
+        ),
+        "5 % lose an exponential of twice it": (
+            0.1,
+            lambda whole: rng.exponential(1, whole.shape) * rare(0.05, 2, whole),
+        ),
     }
-    print("| losses | items | tasks | above, % | of quantile | short, points | of quantile |")
-    print("|---|---:|---:|---:|---:|---:|---:|")
-    for name, draw in losses.items():
-        for items, tasks in ((30, 1), (60, 1), (100, 1), (300, 1), (90, 3)):
-            rows, means = [], []
-            for task in range(tasks):
+    sizes = ((20, 1), (30, 1), (60, 1), (100, 1), (200, 1), (400, 1), (90, 3), (300, 3))
+    heads = [f"{items}{f' in {tasks}' if tasks > 1 else ''}" for items, tasks in sizes]
+    print(f"| losses | {' | '.join(heads)} |\n|---|{'---:|' * len(sizes)}")
+    for name, (mean, draw) in losses.items():
+        cells = []
+        for items, tasks in sizes:
+            rows = []
+            for _ in range(tasks):
                 whole = rng.gamma(4, 2.5, (draws, items // tasks))
-                rows.append((str(task), whole - draw(whole.shape), whole))
-                times = retention.item_weights(str(task), items // tasks, resamples=2000, seed=0)
-                means.append(times @ rows[-1][1].T / (times @ whole.T))
-            best = lower_bound(items, items)
-            quantile = np.quantile(np.mean(means, 0), 0.05, axis=0)
-            bounds = [np.minimum(one, best) for one in (studentized_bound(rows), quantile)]
-            above = " | ".join(f"{100 * np.mean(one > 0.9):.1f}" for one in bounds)
-            slack = " | ".join(f"{100 * np.median(0.9 - one):.1f}" for one in bounds)
-            print(f"| {name} | {items} | {tasks} | {above} | {slack} |", flush=True)
+                rows.append((whole - draw(whole), whole))
+            best = 1 - LOST * (1 - lower_bound(items, items))
+            bounds = lower_mean(rows, [most_lost(*both) for both in rows]).clip(max=best)
+            above, short = (bounds > 1 - mean).mean(), np.median(1 - mean - bounds)
+            cells.append(f"{100 * above:.1f} ({100 * short:.1f})")
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def main() -> None:
@@ -300,8 +308,7 @@ def main() -> None:
     if options.skewed:
         skewed()
         return
-    retention.item_weights = functools.cache(retention.item_weights)
-    floors.item_weights = retention.item_weights
+    floors.random_weights = functools.lru_cache(8)(floors.random_weights)
     rng, told, largest = np.random.default_rng(0), defaultdict[str, list[Any]](list), None
     with tempfile.TemporaryDirectory() as place:
         for path in options.stores or sorted(STORES.glob("*/store.tar.xz")):

@@ -103,23 +103,20 @@ class Progress:
         """Show how many tokens of a text the model has written."""
         self.show(label, done / total if total else None)
 
-    def show(
-        self, text: str, share: float | None, key: str = "", left: float | None = None
-    ) -> None:
+    def show(self, text: str, share: float | None, key: str = "") -> None:
         """Show a share of the work from 0 to 1, or None if it is unknown.
 
         Args:
             key: identifies the work, by default `text`.
-            left: seconds left, if known better than from the share.
         """
         if Progress._over is not None and Progress._over is not self:
             Progress._over.part(text, share, key or text)
             return
-        key, now = key or text, time.monotonic()
+        key, now, left = key or text, time.monotonic(), None
         if share is not None:
             share = self._most[key] = max(self._most.get(key, 0.0), min(0.99, share))
             began, first = self._since.setdefault(key, (now, share))
-            if left is None and share - first > 0.02:  # a resumed run begins with a share
+            if share - first > 0.02:  # a resumed run begins with a share
                 left = (now - began) / (share - first) * (1 - share)
         remaining = f"{duration(left)} left" if left is not None and left >= 1 else ""
         if self._view is not None:

@@ -94,10 +94,11 @@ def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
         say=bar.each("export", 2),
     )
     if made["kl"] > FAR:
+        finer = "f16" if options.weights == "q8_0" else "q8_0"
         note(
-            f"warning: a file at KL {made['kl']:.2g} can lose many answers: SmolLM2-135M at 4.5 "
-            "bits kept 57 of 65, rounded to Q4_0 (KL 0.68) 35. Use --weights q8_0, or solve the "
-            "types: calmix prune MODEL --method ggml,type=Q4_K_M"
+            f"warning: at KL {made['kl']:.2g} to the model a file can lose many answers: "
+            "SmolLM2-135M at 4.5 bits kept 57 of 65, rounded to Q4_0 (KL 0.68) 35. Solve the "
+            f"types instead: calmix compress MODEL --type Q4_K_M, or use --weights {finer}"
         )
     kinds = ", ".join(f"{count} {kind}" for kind, count in made["types"].items())
     return made, (

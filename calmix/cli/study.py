@@ -24,7 +24,7 @@ from calmix.options import (
     option,
     path_option,
 )
-from calmix.progress import Progress, duration
+from calmix.progress import Progress
 
 FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
@@ -171,7 +171,7 @@ def status(
     """Show which trials are finished, running, failed or pending."""
     from calmix.study.store import open_store
 
-    opened_store, rows, seconds = open_store(store), [], []
+    opened_store, rows = open_store(store), []
     for entry in opened_store.index.trials:
         state, text = opened_store.state(entry.id), ""
         if state == "failed":
@@ -179,19 +179,14 @@ def status(
         elif state == "running":
             text = opened_store.runner(entry.id) or ""
         elif state == "finished":
-            trial = opened_store.result(entry).trial
-            seconds.append(trial.seconds.get("total", 0.0))
-            text = trial.summary
+            text = opened_store.result(entry).trial.summary
         rows.append({"trial": entry.label, "state": state, "note": text})
     states = [row["state"] for row in rows]
     counts = {name: states.count(name) for name in ("finished", "running", "failed", "pending")}
-    left = counts["running"] + counts["pending"]
-    ahead = sum(seconds) / len(seconds) * left if seconds else None
     name = opened_store.index.name
-    print_json({"study": name, **counts, "seconds_left": ahead, "trials": rows})
+    print_json({"study": name, **counts, "trials": rows})
     print_table(rows, title=f"study {name}", text=["trial", "note"], least=[])
-    work = f"; {duration(ahead)} of work left" if left and ahead is not None else ""
-    line(", ".join(f"{count} {name}" for name, count in counts.items() if count) + work)
+    line(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
 
 @verb("report", of=studies)

@@ -4,11 +4,10 @@ Each ability is judged by the first of these measures that its suites provide:
 
     generated answers   fraction of the dense model's right answers that stay right; exact lower
                         bound of a binomial proportion (Clopper and Pearson 1934)
-    accuracy            accuracy above chance, pooled over tasks with signal; bootstrap quantile
-                        over the items and one more lost item (ours: without it the bound is too
-                        high when few are lost; with it, it is within one item of the exact bound)
-    likelihood          retention of the primary score; bootstrap-t (`studentized_bound`), because
-                        quantiles are too high where few items lose much
+    accuracy            accuracy above chance, pooled over tasks with signal; `lower_mean`, with one
+                        more item lost
+    likelihood          mean retention of the primary score over tasks; `lower_mean`, with one more
+                        item that loses `LOST` times the mean, or as much as the worst
 
 A bound never exceeds what the same number of items would prove if all were kept. All abilities must
 pass, so their number needs no correction (intersection-union test, Berger 1982).
@@ -18,7 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -27,7 +26,7 @@ from calmix.errors import InputError
 from calmix.evaluation import behaviour
 from calmix.evaluation.behaviour import Pair, TaskPair
 from calmix.evaluation.measures import Array, Measure, TaskScores, has_signal, parts
-from calmix.evaluation.retention import RESAMPLES, item_weights, retention
+from calmix.evaluation.retention import RESAMPLES
 from calmix.manifest import sealed, versions
 from calmix.options import parse_share
 
@@ -35,6 +34,7 @@ CONFIDENCE = 0.95
 FILE = "check.json"  # verdict of `calmix check` in an output folder of calmix compress
 FLAG = "--keep-at-least"
 LEAST = 5  # right answers without which an ability has no signal: an exact bound needs few
+LOST = 3.0  # times the mean of the items that one more item may lose by likelihood
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
 # The tasks a measure applies to, the score it uses, and the items behind a bound.
 MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure, str]] = {
@@ -184,34 +184,37 @@ def lower_bound(kept: int, of: int, confidence: float = CONFIDENCE) -> float:
     return float(betaincinv(kept, of - kept + 1, 1 - confidence)) if kept else 0.0
 
 
-def studentized_bound(
-    tasks: Sequence[tuple[str, Array, Array]], confidence: float = CONFIDENCE
-) -> Array:
-    """Return the one-sided lower bound of the mean retention of tasks, shape (models,).
+def random_weights(items: int) -> Array:
+    """Return random weights of items, uniform but for their sum, shape (resamples, items)."""
+    return np.random.default_rng(0).exponential(size=(RESAMPLES, items))
 
-    Each task has a name and, of shape (models, items), its `kept` and `whole`. Bootstrap-t over the
-    items of every task (Hall 1988), with the item that lowers its retention most counted twice
-    (ours: rare losses are seldom in a sample as often as they should be).
+
+def lower_mean(
+    tasks: Sequence[tuple[Array, Array]], lost: Sequence[Array], confidence: float = CONFIDENCE
+) -> Array:
+    """Return a one-sided lower bound of the mean retention of tasks, shape (models,).
+
+    Each task has its `kept` and `whole`, of shape (models, items). The bound is a quantile over
+    random weights of the items and of one more, in the task where it does most harm; `lost` is what
+    it loses there, of shape (models,) by task. It is Gaffke's bound of a mean (2005), which is that
+    of Clopper and Pearson if items are kept or lost.
     """
-    means, variances = [], []
-    for name, *both in tasks:
-        kept, whole = both
-        ratio = kept.sum(1, keepdims=True) / whole.sum(1, keepdims=True)
-        worst = (kept - ratio * whole).argmin(1)[:, None]
-        kept, whole = (np.hstack([one, np.take_along_axis(one, worst, 1)]) for one in both)
-        count = kept.shape[1]
-        drawn = item_weights(name, count, resamples=RESAMPLES, seed=0)
-        weights = np.vstack([np.ones(count), drawn])  # the sample itself, then each resample
-        of = weights @ whole.T
-        of = np.where(of > 0, of, np.nan)
-        ratio = weights @ kept.T / of
-        products = [weights @ one.T for one in (kept**2, kept * whole, whole**2)]
-        squares = products[0] - 2 * ratio * products[1] + ratio**2 * products[2]
-        means.append(ratio)
-        variances.append(np.maximum(squares, 0) / of**2)
-    mean, error = np.mean(means, 0), np.sqrt(np.sum(variances, 0)) / len(tasks)
-    steps = np.divide(mean - mean[0], error, out=mean - mean[0], where=error != 0)
-    return mean[0] - np.nanquantile(steps[1:], confidence, axis=0) * error[0]
+    sizes = [whole.shape[1] for _, whole in tasks]
+    weights = random_weights(1 + sum(sizes))
+    parted = np.split(weights[:, 1:], np.cumsum(sizes)[:-1], axis=1)
+    harm = [most / whole.sum(1) for (_, whole), most in zip(tasks, lost, strict=True)]
+    ratios = []
+    for at, ((kept, whole), most, own) in enumerate(zip(tasks, lost, parted, strict=True)):
+        more, mean = weights[:, :1] * (np.argmax(harm, 0) == at), whole.mean(1)
+        of = own @ whole.T + more * mean
+        left = own @ kept.T + more * (mean - most)
+        ratios.append(np.divide(left, of, out=np.full_like(of, np.nan), where=of > 0))
+    return np.nanquantile(np.mean(ratios, 0), 1 - confidence, axis=0)
+
+
+def most_lost(kept: Array, whole: Array) -> Array:
+    """Return what one more item may lose by likelihood, shape (models,)."""
+    return np.maximum(LOST * whole.mean(1), (whole - kept).max(1))
 
 
 def judge(
@@ -278,35 +281,24 @@ def _judged(
             break
     else:
         return None
-    each, level = 1.0, 2 * confidence - 1
+    each = 1.0  # what a lost item counts for, in mean items
     if measure == ANSWERS:
         count = behaviour.counted(ability, pairs)  # None if no item is right and only those count
         if count is None or (items := count.dense) < LEAST:
             return None
         kept, low = count.kept / items, lower_bound(count.kept, items, confidence)
-    elif measure == ACCURACY:
-        made = [parts(*both, "accuracy") for both in pairs]
-        whole = math.fsum(float(one.whole.sum()) for one in made)
-        items = round(math.fsum(value for before, _ in pairs for value in before.values))
-        each = items / whole  # above chance, a right answer counts for more than one
-        most = max(pairs, key=lambda both: len(both[0].items))
-        longer = [
-            replace(task, items=(*task.items, ""), values=(*task.values, value))
-            for task, value in zip(most, (1.0, 0.0), strict=True)
-        ]
-        one_more_lost = [longer if both is most else both for both in pairs]
-        resampled = retention(*zip(*one_more_lost, strict=True), measure=score, level=level)
-        kept = float(sum(one.kept.sum() for one in made) / sum(one.whole.sum() for one in made))
-        low = resampled.of(ability).low or 0.0
     else:
-        items = sum(len(before.items) for before, _ in pairs)
-        made = [parts(*both) for both in pairs]
-        kept = math.fsum(one.retention for one in made) / len(made)
-        rows = [
-            (both[0].name, one.kept[None], one.whole[None])
-            for both, one in zip(pairs, made, strict=True)
-        ]
-        low = float(studentized_bound(rows, confidence)[0])
+        made = [parts(*both, score) for both in pairs]
+        rows = [(one.kept[None], one.whole[None]) for one in made]
+        if measure == ACCURACY:
+            rows = [(np.hstack([one[0] for one in rows]), np.hstack([one[1] for one in rows]))]
+            items = round(math.fsum(value for before, _ in pairs for value in before.values))
+            each, lost = items / float(rows[0][1].sum()), [np.ones(1)]
+        else:
+            items = sum(len(before.items) for before, _ in pairs)
+            each, lost = LOST, [most_lost(*row) for row in rows]
+        kept = float(np.mean([before.sum() / whole.sum() for before, whole in rows]))
+        low = float(lower_mean(rows, lost, confidence)[0])
     best = 1 - each * (1 - lower_bound(items, items, confidence))
     if best < 0.01:
         return None

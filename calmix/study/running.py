@@ -126,19 +126,17 @@ def run_study(
     write_json(path / INDEX, store.index.model_dump())
     if len(todo) < len(resolved):
         note(f"{len(todo)} of {len(resolved)} trials to run")
-    ends, seconds = dict[str, Ended](), list[float]()
+    ends = dict[str, Ended]()
 
     def stage(trial: Planned, what: str, done: int, total: int) -> None:
         number = min(len(ends) + 1, len(todo))  # one that another process left may be run again
         text = f"trial {number} of {len(todo)}: {trial.label} {what}".rstrip()
-        left = (len(todo) - len(ends)) * sum(seconds) / max(1, len(seconds))
-        show(text, done / total if total else None, left=left or None)
+        show(text, done / total if total else None)
 
     for trial, ended in (execute or run_locally)(Bench(study, store, options), todo, stage, note):
         ends[trial.label] = how, what = ended
         line = f"{how}: {what}"
         if how == "finished":
-            seconds.append(what.seconds.get("total", 0.0))
             line = what.summary
         if how in ("finished", "failed"):
             note(f"{len(ends)}/{len(todo)} {trial.label}: {line}")

@@ -120,8 +120,9 @@ def test_large_divergence_warns(calmix, quantised, tmp_path, monkeypatch):
     for far, warned in ((0.68, True), (0.05, False)):
         monkeypatch.setattr(gguf, "difference", lambda *_, far=far: far)
         ended = calmix(*words, tmp_path / f"{far}.gguf").ok()
-        said = f"warning: a file at KL {far} can lose many answers: SmolLM2-135M at 4.5 bits"
-        assert (said in ended.err) == warned
+        said = f"warning: at KL {far} to the model a file can lose many answers: SmolLM2-135M"
+        remedy = "calmix compress MODEL --type Q4_K_M, or use --weights q8_0\n"
+        assert (said in ended.err, remedy in ended.err) == (warned, warned)
 
 
 def test_levels_without_fast_bfloat16(quantised, tmp_path, monkeypatch):

@@ -40,7 +40,7 @@ def run(path, store, heard=lambda text: None, **options):
         load_study(path),
         store,
         note=lambda text: (heard(text), notes.append(text)),
-        show=lambda text, share, left: shown.append(text),
+        show=lambda text, share: shown.append(text),
         **options,
     )
     ended = [one.groups() for text in notes if (one := re.match(r"\d+/\d+ (.*?): (.*)", text))]
