@@ -551,10 +551,11 @@ def _check_idle(options: Compression, saved: bool) -> None:
 def _check_bits(options: Compression, bits: float | None) -> None:
     """Refuse bits at which no measured model keeps its answers, unless they are wanted anyway."""
     if bits is not None and bits < SURVIVED and not options.anyway:
-        how = "--bits" if options.size is None else f"--size {options.size} leaves"
+        size = f"--size {options.size} leaves {max(bits, 0):g} bits per weight"
         raise InputError(
-            f"{how} {bits:g} bits per weight: below {SURVIVED:g} no measured model keeps its "
-            "answers (SmolLM2-135M kept 3 of 87 at 1.7). Choose more, or pass --anyway"
+            f"{f'--bits {bits:g}' if options.size is None else size}: below {SURVIVED:g} bits per "
+            "weight no measured model keeps its answers (SmolLM2-135M kept 3 of 87 at 1.7). Choose "
+            "more, or pass --anyway"
         )
 
 

@@ -7,7 +7,8 @@ Each ability is judged by the first of these measures that its suites provide:
     accuracy            accuracy above chance, pooled over tasks with signal; `lower_mean`, with one
                         more item lost
     likelihood          mean retention of the primary score over tasks; `lower_mean`, with one more
-                        item that loses `LOST` times the mean, or as much as the worst
+                        item that loses as much as the worst, or all that a mean item has (`LOST`
+                        times that in `bits`, which `smoothed` bounds and nothing else does)
 
 A bound never exceeds what the same number of items would prove if all were kept. All abilities must
 pass, so their number needs no correction (intersection-union test, Berger 1982).
@@ -34,7 +35,7 @@ CONFIDENCE = 0.95
 FILE = "check.json"  # verdict of `calmix check` in an output folder of calmix compress
 FLAG = "--keep-at-least"
 LEAST = 5  # right answers without which an ability has no signal: an exact bound needs few
-LOST = 3.0  # times the mean of the items that one more item may lose by likelihood
+LOST = 3.0  # times what a mean item has: the loss of one more item in bits, which have no limit
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
 # The tasks a measure applies to, the score it uses, and the items behind a bound.
 MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure, str]] = {
@@ -212,9 +213,9 @@ def lower_mean(
     return np.nanquantile(np.mean(ratios, 0), 1 - confidence, axis=0)
 
 
-def most_lost(kept: Array, whole: Array) -> Array:
+def most_lost(kept: Array, whole: Array, times: float = 1.0) -> Array:
     """Return what one more item may lose by likelihood, shape (models,)."""
-    return np.maximum(LOST * whole.mean(1), (whole - kept).max(1))
+    return np.maximum(times * whole.mean(1), (whole - kept).max(1))
 
 
 def judge(
@@ -296,7 +297,8 @@ def _judged(
             each, lost = items / float(rows[0][1].sum()), [np.ones(1)]
         else:
             items = sum(len(before.items) for before, _ in pairs)
-            each, lost = LOST, [most_lost(*row) for row in rows]
+            each = LOST if any(before.primary == "bits" for before, _ in pairs) else 1.0
+            lost = [most_lost(*row, each) for row in rows]
         kept = float(np.mean([before.sum() / whole.sum() for before, whole in rows]))
         low = float(lower_mean(rows, lost, confidence)[0])
     best = 1 - each * (1 - lower_bound(items, items, confidence))

@@ -466,7 +466,7 @@ def test_low_bits_need_anyway(calmix, command, tmp_path):
     out = tmp_path / "out"
     for bits in (0.5, 1, 1.99):
         line = calmix(*command(out, "--bits", bits)).line
-        assert f"--bits {bits:g} bits per weight: below 2 no measured model keeps" in line
+        assert f"--bits {bits:g}: below 2 bits per weight no measured model keeps" in line
         assert line.endswith("or pass --anyway")
     line = calmix(*command(out, "--size", "1kB")).line
     low = re.search(r"has from ([\d.]+) kB", line)[1]
