@@ -261,9 +261,10 @@ def judge(
         )
         nearest = dict(floors) | {one.ability: math.floor(100 * one.provable) / 100 for one in few}
         lowered = ",".join(f"{name}={floor:g}".lstrip("=") for name, floor in nearest.items())
+        remedy = f", or use {FLAG} {lowered}" if min(nearest.values()) > 0 else ""
         raise InputError(
             f"{FLAG} cannot be proven at {100 * confidence:g} % confidence even if all is kept: "
-            f"{short}; evaluate more items, or use {FLAG} {lowered}"
+            f"{short}; evaluate more items{remedy}"
         )
     return Verdict(confidence, tested, silent, behaviour.not_run(pairs))
 
@@ -302,7 +303,7 @@ def _judged(
         kept = float(np.mean([before.sum() / whole.sum() for before, whole in rows]))
         low = float(lower_mean(rows, lost, confidence)[0])
     best = 1 - each * (1 - lower_bound(items, items, confidence))
-    if best < 0.01:
+    if best < 0.01 and measure != LIKELIHOOD:
         return None
     return Tested(
         ability,

@@ -145,6 +145,11 @@ def test_unprovable_floor_names_the_nearest():
     lost = bits([0.5] * 20, [2] * 20)
     with pytest.raises(InputError, match=r"89 items and has 20; .* 0\.9,code=0\.58$"):
         judged("0.9", scored(lost), scored(lost))
+    few = scored(bits([0.5] * 5, [2] * 5))  # of which none has to be lost
+    with pytest.raises(
+        InputError, match=r"code=0\.9 needs 89 items and has 5; evaluate more items$"
+    ):
+        judged("0.9", few, few)
     strict = scored(accuracy([1.0] * 50 + [0.0] * 50))  # a right answer weighs 2: 25 above chance
     (found,) = judged("0.8", strict, strict).tested
     assert found.provable == pytest.approx(1 - 2 * (1 - lower_bound(50, 50)))
