@@ -129,20 +129,6 @@ def test_lock_ends_with_its_process(tiny_study, tmp_path, monkeypatch):
     assert opened_store.state(pending) == "pending"
 
 
-def test_index_has_one_writer(ran, monkeypatch):
-    path, store = ran[:2]
-    owners = []
-
-    def reading(folder):
-        owners.append(open_store(folder).runner("results"))
-        return read_results(folder)
-
-    monkeypatch.setattr(running_module, "read_results", reading)
-    run(path, store)
-    assert owners == [f"pid {os.getpid()} on {socket.gethostname()}"]
-    assert not list((store / "locks").iterdir())
-
-
 def test_result_of_another_process_counts_once(tiny_study, tmp_path):
     def execute(bench, todo, stage, note):
         for trial in todo:
