@@ -419,7 +419,6 @@ def test_search_command_ends_with_a_card(calmix, command, options, tmp_path, mon
         whole = {"dense": 1.0, "scores": lost} if "dense" in told else {"scores": 1.0}
         for whose, nats in whole.items():
             for task in told.get(whose, told)["tasks"]:
-                task["primary"] = "smoothed"  # of which few items prove a low floor
                 for row, gold in zip(task["loglikelihoods"], task["gold"], strict=True):
                     row[gold] = -nats
         write_scores(path, told)
