@@ -9,12 +9,12 @@ from calmix.models import find_blocks
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import METHODS, Method, Solution
 from calmix.pruning.methods.base import Quantiser
-from calmix.pruning.methods.ggml import Ggml
+from calmix.pruning.methods.ggml import Typed
 from calmix.pruning.patterns import clear
 from calmix.pruning.trace import Calls, observe_block
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
-SPARSE = [n for n, kind in METHODS.items() if not issubclass(kind, Quantiser | Ggml)]
+SPARSE = [n for n, kind in METHODS.items() if not issubclass(kind, Quantiser | Typed)]
 
 
 class Absolute(Statistic):
