@@ -56,7 +56,7 @@ def compress(
             title = f"{options.model} to keep {options.keep_at_least}, with all candidates"
         print_json([asdict(one) for one in costs])
         print_costs(costs, title)
-        if not request.saved:
+        if request.calibration and not request.saved:
             line(f"calibration: {request.rows} rows of {request.length} tokens")
         if walk.floors:
             line(words.wrapped(walk.provable()))

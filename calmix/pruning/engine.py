@@ -158,8 +158,8 @@ def prune(
         run.robust = statistics == "robust" and not chosen.dense_inputs
         if run.robust and run.needs_ids:
             rows = check_ids(ids, chosen.name)
-            run.weigh(costs_in_memory(model, blocks, rows, _half(progress, 0)))
-            progress = _half(progress, 1)
+            run.weigh(costs_in_memory(model, blocks, rows, _half(progress, 0, len(blocks))))
+            progress = _half(progress, 1, len(blocks))
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
         if run.changed:
@@ -169,12 +169,14 @@ def prune(
     return run.report
 
 
-def _half(progress: Callable[[int, int], None] | None, before: int) -> Callable[[int, int], None]:
-    """Return the progress of one of two passes, after `before` of them."""
+def _half(
+    progress: Callable[[int, int], None] | None, before: int, blocks: int
+) -> Callable[[int, int], None]:
+    """Return the progress of one of two passes over the blocks, after `before` of them."""
 
     def tick(done: int, total: int) -> None:
         if progress is not None:
-            progress(before * total + done, 2 * total)
+            progress(before * blocks + done * blocks // total, 2 * blocks)
 
     return tick
 

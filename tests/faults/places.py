@@ -27,7 +27,6 @@ NAMES = (
     "prune wanda",
     "prune magnitude",
     "prune block",
-    "prune targets",
     "recover distill",
     "recover blocks",
     "calibrate",

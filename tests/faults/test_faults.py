@@ -28,7 +28,7 @@ def place(request, chosen, tmp_path_factory):
 def tries(count, *, now=0, names=NAMES):
     """Repeat a test `count` times for every command; in `make test`, `now` times for one."""
     chosen = [(name, number) for name in names for number in range(count)]
-    few = [("prune targets", number) for number in range(now)]
+    few = [("prune sparsegpt", number) for number in range(now)]
     return pytest.mark.parametrize(("place", "number"), chosen if LONG else few, indirect=["place"])
 
 

@@ -57,10 +57,10 @@ class Typed(Method):
         return bare, target
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
-        if isinstance(pattern, Mixed | Recipe):  # types are chosen, and checked, later
-            if isinstance(pattern, Mixed) or str(pattern).startswith(("IQ2", "IQ3")):
-                check_library()
-        elif not type_of(pattern, columns, name, self.name).group:
+        later = isinstance(pattern, Mixed | Recipe)  # types are chosen later
+        kind = type_of(Blocks("Q8_0") if later else pattern, columns, name, self.name)
+        searched = str(pattern).startswith(("IQ2", "IQ3")) if later else not kind.group
+        if searched or isinstance(pattern, Mixed):
             check_library()
 
     @abstractmethod
