@@ -197,7 +197,7 @@ def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp
     for more, said in (
         (("--bits", 3), "3 bits per weight are out of reach: GGUF files of this model have 4."),
         (("--size", "1MB"), "--size 1MB: "),
-        (("--size", "1kB"), "--size 1kB leaves -"),
+        (("--size", "1kB"), "--size 1kB leaves 0 bits"),
         (("--bits", 1), "--bits 1 bits per weight: below 2"),
     ):
         assert said in calmix(*words(out, *more)).line

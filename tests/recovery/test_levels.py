@@ -32,7 +32,7 @@ def quantised(request, place):
 def test_levels_stay_on_the_grid(calmix, quantised, tmp_path):
     place, name = quantised
     output, cut = tmp_path / "out", tmp_path / "cut"
-    more = ("--epochs", 4, "--lr", 0.005 if name == "ecq" else 0.02)
+    more = ("--epochs", 4, "--lr", 0.005 if name == "ecq" else 0.01)
     ended = calmix(*command(place, output, "distill", *more, pruned=name)).ok()
     assert "weights stay on their grid" in ended.out
     recorded = manifest(output)["recovery"]
