@@ -268,7 +268,7 @@ def test_dry_run_fetches_nothing(calmix, tmp_path, monkeypatch):
         assert "Nothing was fetched or written" in ended.out
         told = json.loads(calmix(*verb_words, *more, "--json").out)
         assert told["first"].startswith("fetches ")
-    assert "--bits 1 bits per weight" in calmix("compress", model, "--bits", 1, *more).line
+    assert "--bits 1: below 2 bits" in calmix("compress", model, "--bits", 1, *more).line
     assert not list(tmp_path.iterdir())
 
 

@@ -198,7 +198,7 @@ def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp
         (("--bits", 3), "3 bits per weight are out of reach: GGUF files of this model have 4."),
         (("--size", "1MB"), "--size 1MB: "),
         (("--size", "1kB"), "--size 1kB leaves 0 bits"),
-        (("--bits", 1), "--bits 1 bits per weight: below 2"),
+        (("--bits", 1), "--bits 1: below 2 bits per weight"),
     ):
         assert said in calmix(*words(out, *more)).line
     told = calmix(*words(out, "--keep-at-least", "code=0.3", "--dry-run")).ok().out
