@@ -49,7 +49,7 @@ from calmix.pruning.gram import (
     raised_diagonal,
     relative_error,
 )
-from calmix.pruning.held_out import SHARE, HeldOut, checked, held_out_rows
+from calmix.pruning.held_out import DOUBT, SHARE, HeldOut, checked, held_out_rows
 from calmix.pruning.held_out import TOKENS as JUDGING
 from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import Method, get_method
@@ -685,6 +685,11 @@ class Run:
         squares.sum = self.importance[layer.name].to(device)
         return squares
 
+    def _stored(self, layers: list[Prunable], weights: Sequence[Tensor]) -> list[Tensor]:
+        """Return weights in the types in which they will be stored."""
+        pairs = zip(layers, weights, strict=True)
+        return [w.to(self.types.get(one.parameter_name, one.view().dtype)) for one, w in pairs]
+
     def _assign(self, layers: list[Prunable], weights: list[Tensor]) -> None:
         self.changed = self._index + 1
         for layer, weight in zip(layers, weights, strict=True):
@@ -723,25 +728,28 @@ class Run:
                     shrinkage = gathered.shrinkage()
                 with raised_diagonal(statistic, shrinkage):
                     solved = self.method.solve(weights, statistic, patterns)
-                if held_out is not None and statistic is not None and held_out.judges:
-                    squares = statistic.diagonal()
-                    solved, corrected = checked(
-                        self.method, weights, solved, squares, patterns, held_out
-                    )
             except SolverError as failure:
                 raise SolverError(f"{layers[0].name}: {failure}") from failure
-            pairs = list(zip(layers, solved.weights, strict=True))
-            made = [
-                kept.to(self.types.get(one.parameter_name, one.view().dtype)) for one, kept in pairs
-            ]
+            made = self._stored(layers, solved.weights)
             if statistic is not None and isinstance(gathered, Gram):
                 errors = [
-                    relative_error(weight, kept, statistic)
-                    for weight, kept in zip(weights, made, strict=True)
+                    relative_error(*pair, statistic) for pair in zip(weights, made, strict=True)
                 ]
                 judged = errors
-                if held_out is not None and held_out.judges:
-                    judged = [held_out.error(*pair) for pair in zip(weights, made, strict=True)]
+            if statistic is not None and held_out is not None and held_out.judges:
+                judged = [held_out.error(*pair) for pair in zip(weights, made, strict=True)]
+                doubtful = [
+                    at for at, one in enumerate(judged) if (one or 0) > DOUBT * (errors[at] or 0)
+                ]
+                squares = statistic.diagonal()
+                solved, replaced = checked(
+                    self.method, weights, solved, squares, patterns, held_out, doubtful
+                )
+                made = self._stored(layers, solved.weights)
+                for at in replaced:
+                    corrected[at] = False
+                    errors[at] = relative_error(weights[at], made[at], statistic)
+                    judged[at] = held_out.error(weights[at], made[at])
         if self.report.propagation == "block":
             self._waiting.append((layers, made))
         else:

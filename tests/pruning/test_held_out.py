@@ -44,9 +44,7 @@ def test_error_is_that_of_the_tokens_given():
 def test_held_out_rows_are_not_fitted(propagation, monkeypatch):
     """Other tokens in those rows change the errors reported, and no weight."""
     monkeypatch.setattr(engine, "costs_in_memory", lambda *_: {})  # their mean is over all rows
-    monkeypatch.setattr(
-        engine, "checked", lambda _, weights, solved, *__: (solved, [True] * len(weights))
-    )
+    monkeypatch.setattr(engine, "checked", lambda _, weights, solved, *__: (solved, []))
     results = []
     for changed in (False, True):
         model, ids = tiny_model("llama"), tiny_ids(rows=ROWS)
@@ -116,10 +114,10 @@ def test_corrections_that_do_harm_are_dropped(method, target):
     chosen, pattern = get_method(method).aim(as_pattern(target))
     solved = chosen.solve([weight, weight], gram, [pattern] * 2)
     harmless = torch.ones(128).diag()
-    made, corrected = checked(
-        chosen, [weight, weight], solved, gram.diagonal(), [pattern] * 2, judge
+    made, replaced = checked(
+        chosen, [weight, weight], solved, gram.diagonal(), [pattern] * 2, judge, [0, 1]
     )
-    assert corrected == [False, False]
+    assert replaced == [0, 1]
     for before, after in zip(solved.weights, made.weights, strict=True):
         assert judge.error(weight, after) < judge.error(weight, before)
         assert relative_error(weight, after, harmless) < relative_error(weight, before, harmless)
@@ -136,6 +134,6 @@ def test_corrections_that_help_stay():
     chosen, pattern = get_method("gptq,group=32").aim(as_pattern("3 bits"))
     gram = tokens.T @ tokens
     solved = chosen.solve([weight], gram, [pattern])
-    made, corrected = checked(chosen, [weight], solved, gram.diagonal(), [pattern], judge)
-    assert corrected == [True]
+    made, replaced = checked(chosen, [weight], solved, gram.diagonal(), [pattern], judge, [0])
+    assert replaced == []
     assert torch.equal(made.weights[0], solved.weights[0])
