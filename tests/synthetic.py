@@ -61,6 +61,12 @@ OTHERS = {
     "sgs": ("sgs", 0.01),
     "igsp": ("igsp", 0.04),
 }
+LIFTS = {  # large ones
+    "mix-8": ("mix", 0.2),
+    "igsp": ("igsp", 0.1),
+    "self-cal": ("self-cal", 0.1),
+    "sgs": ("sgs", -0.1),
+}
 CONDITIONS = (("sparsegpt", "50%"), ("sparsegpt", "60%"), ("wanda", "50%"))
 
 

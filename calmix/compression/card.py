@@ -28,7 +28,7 @@ from calmix.compression.stages import StageRequest
 from calmix.deploy.speed import INSTALL, engine, measure
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import floors
-from calmix.evaluation.answers import compare_answers
+from calmix.evaluation.answers import Answers, compare_answers
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.generations import Answered, load_answers
 from calmix.evaluation.retention import Retention
@@ -186,17 +186,20 @@ class Card:
             f"test is the other {count}. The split is by hash."
         )
 
+    @cached_property
+    def _compared(self) -> Answers | None:
+        return compare_answers(self.prompted) if self.prompted else None
+
     @property
     def changed(self) -> list[str]:
         """What changed in the answers to the user's prompts, in sentences."""
-        found = compare_answers(self.prompted) if self.prompted else None
-        return sentences(found, self.prompted[1].distance) if found and self.prompted else []
+        found, prompted = self._compared, self.prompted
+        return sentences(found, prompted[1].distance) if found and prompted else []
 
     @property
     def faults(self) -> list[dict[str, Any]]:
         """The table of faults in these answers."""
-        found = compare_answers(self.prompted) if self.prompted else None
-        return fault_rows(found) if found else []
+        return fault_rows(self._compared) if self._compared else []
 
     @property
     def shortly(self) -> str:

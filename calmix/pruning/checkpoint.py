@@ -68,8 +68,8 @@ from calmix.pruning.engine import (
     BACKWARD,
     Patterns,
     Run,
-    check_outer,
     check_pattern,
+    check_run,
     memory_errors,
 )
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
@@ -160,7 +160,7 @@ class _Pruning:
         check_pattern(source.blocks, self.pattern, self.method)
         if isinstance(request.target, Mixed):
             check_bits(request.target.bits, source.model, source.blocks)
-        check_outer(self.engine())
+        check_run(self.engine())
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         file = getattr(self.method, "imatrix", "")
         self.asked: dict[str, Any] = {
@@ -186,7 +186,7 @@ class _Pruning:
             embeddings=request.embeddings,
         )
         run.report.pattern = request.pattern or run.report.pattern
-        run.robust = request.statistics == "robust" and not self.method.dense_inputs
+        run.robust = self.weighs
         return run
 
     @property
@@ -198,8 +198,7 @@ class _Pruning:
     @property
     def weighs(self) -> bool:
         """Whether tokens are weighted by what their errors cost."""
-        plain = self.method.needs is None or self.method.dense_inputs
-        return self.request.statistics == "robust" and not plain
+        return self.method.is_robust(self.request.statistics)
 
     def finished(self) -> PruneReport | None:
         """Return the report of an output finished by an earlier run of the same request."""

@@ -24,7 +24,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +151,12 @@ def prune(
         check_vocabulary(type(model).__name__, input_embeddings(), check_ids(ids, chosen.name))
     run = Run(model, blocks, chosen, pattern, propagation, paused, sources, embeddings)
     run.report.pattern = what
-    check_outer(run)
+    check_run(run)
     if stored is not None:
         run.types = {name: narrower(stored, p.dtype) for name, p in model.named_parameters()}
     try:
-        run.robust = statistics == "robust" and not chosen.dense_inputs
-        if run.robust and run.needs_ids:
+        run.robust = chosen.is_robust(statistics)
+        if run.robust:
             rows = check_ids(ids, chosen.name)
             run.weigh(costs_in_memory(model, blocks, rows, _half(progress, 0, len(blocks))))
             progress = _half(progress, 1, len(blocks))
@@ -252,8 +252,10 @@ def _outside(blocks: DecoderBlocks, pattern: Patterns) -> dict[str, Pattern]:
     return {n: one for n, one in every if isinstance(one, Blocks) and not n.startswith(inside)}
 
 
-def check_outer(run: Run) -> None:
-    """Refuse patterns of embeddings and head that do not fit, before any block has changed."""
+def check_run(run: Run) -> None:
+    """Refuse an importance matrix of another model, and patterns of embeddings and head that do not
+    fit, before any block has changed."""
+    _ = run.importance
     if not (wanted := run.outer):
         return
     layers = outer_layers(run.model)
@@ -337,7 +339,6 @@ class Run:
             weights are rounded to them.
         changed: number of blocks up to the last one with a changed weight.
         needs_ids: whether the method uses calibration data.
-        importance: of the inputs of layers, from a file that the method names.
         report: the report so far.
     """
 
@@ -363,8 +364,6 @@ class Run:
         if self.method.dense_inputs:
             self.propagation = "block"
         self.needs_ids = self._kind is not None
-        file = getattr(self.method, "imatrix", "")
-        self.importance = importance(Path(file), self.model, self.blocks) if file else {}
         self._batches: list[Batch] = []
         self._unfitted: list[int] = []  # rows held out
         self._waiting: list[tuple[list[Prunable], list[Tensor]]] = []  # pruned weights of a block
@@ -376,6 +375,12 @@ class Run:
             self.method.options,
             seconds=dict.fromkeys(("prepare", "statistics", "solve", "forward"), 0.0),
         )
+
+    @cached_property
+    def importance(self) -> dict[str, Tensor]:
+        """The importance of the inputs of layers, from the file that the method names, if any."""
+        file = getattr(self.method, "imatrix", "")
+        return importance(Path(file), self.model, self.blocks) if file else {}
 
     @property
     def outer(self) -> dict[str, Pattern]:
@@ -633,11 +638,14 @@ class Run:
 
         def add(sums: dict[int, Statistic], expert: int, inputs: Tensor) -> None:
             with self._laps.lap("statistics"):
-                if self._unfitted and sums is own:  # rows cannot be told apart here
-                    judging = torch.arange(len(inputs), device=inputs.device) % SHARE == SHARE - 1
-                    held_out[expert].add(inputs[judging])
-                    inputs = inputs[~judging]
                 sums[expert].add(inputs)
+
+        def add_own(expert: int, inputs: Tensor) -> None:
+            if self._unfitted:  # rows cannot be told apart here
+                judging = torch.arange(len(inputs), device=inputs.device) % SHARE == SHARE - 1
+                held_out[expert].add(inputs[judging])
+                inputs = inputs[~judging]
+            add(own, expert, inputs)
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal sampled
@@ -646,7 +654,7 @@ class Run:
                 routed.counted[number] = routed.counts(rows, args, kwargs)
             before = number * report.rows_at_once * length
             tokens = torch.arange(-before % spacing, rows * length, spacing).to(routed.device)
-            routed.collect(step, experts, (args, kwargs), partial(add, own))
+            routed.collect(step, experts, (args, kwargs), add_own)
             if smoothed and len(tokens):
                 sampled += len(tokens)
                 routed.everything(step, smoothed, tokens, (args, kwargs), partial(add, every))
@@ -745,9 +753,9 @@ class Run:
                 solved, replaced = checked(
                     self.method, weights, solved, squares, patterns, held_out, doubtful
                 )
-                made = self._stored(layers, solved.weights)
                 for at in replaced:
                     corrected[at] = False
+                    [made[at]] = self._stored([layers[at]], [solved.weights[at]])
                     errors[at] = relative_error(weights[at], made[at], statistic)
                     judged[at] = held_out.error(weights[at], made[at])
         if self.report.propagation == "block":

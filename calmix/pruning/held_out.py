@@ -21,8 +21,6 @@ from calmix.pruning.methods.base import Quantiser, Saliency, Sparse, by_kind
 from calmix.pruning.methods.ggml import Ggml
 from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import Pattern
-from calmix.pruning.solvers.grids import Symmetric
-from calmix.pruning.solvers.surgeon import solve_columns
 
 SHARE = 16  # one in so many rows is held out, of experts one in so many tokens
 TOKENS = 1024  # stored of them per input
@@ -95,10 +93,7 @@ def uncorrected(
         solved = by_kind(masking.choose, weights, squares, patterns)
         if not method.bits:
             return solved
-        factor = _diagonal_factor(squares, method.rounding_damping)
-        rounding = Symmetric(solved.weights, method.group, method.bits)
-        rounded, grids = solve_columns(solved.weights, factor, None, rounding, solved.pruned)
-        return replace(solved, weights=rounded, grids=grids)
+        return method.rounded(solved, _diagonal_factor(squares, method.rounding_damping))
     if isinstance(method, Ggml):
         factor = _diagonal_factor(squares, method.damping)
         alone = method.model_copy(update={"sweeps": 0})

@@ -207,9 +207,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
 
 def _statistics(pruning: PruneRequest) -> str | None:
     """Return the statistics of a trial; None if they are plain, as in all older trials."""
-    method = pruning.chosen
-    fitted = method.needs is not None and not method.dense_inputs
-    return "robust" if fitted and pruning.statistics != "plain" else None
+    return "robust" if pruning.chosen.is_robust(pruning.statistics) else None
 
 
 def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:

@@ -31,6 +31,12 @@ def options(place):
     return {"effort": "quick", **files}
 
 
+def arguments(options, model, output, *more):
+    """Return the arguments of a compression."""
+    given = [word for name, value in options.items() for word in (f"--{name}", value)]
+    return tuple(map(str, ("compress", model, "-o", output, *given, *more)))
+
+
 @pytest.fixture(scope="session")
 def command(options, tiny_folder):
     """Return a function that makes the arguments of a compression, by default to 60 % sparsity."""

@@ -19,7 +19,7 @@ from calmix.errors import ModelError
 from calmix.models import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
-from tests.compress.conftest import prepare, stopping
+from tests.compress.conftest import arguments, prepare, stopping
 from tests.pruning.test_imatrix import save_gguf, vectors
 from tests.tiny import save_tiny_model, tiny_gguf
 
@@ -50,8 +50,7 @@ def words(options, file):
     """Return a function that makes the arguments of a compression to a file."""
 
     def made(output, *more, model=file):
-        given = [word for name, value in options.items() for word in (f"--{name}", value)]
-        return tuple(map(str, ("compress", model, "-o", output, *given, *more)))
+        return arguments(options, model, output, *more)
 
     return made
 

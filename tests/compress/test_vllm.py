@@ -16,7 +16,7 @@ from calmix.compression.stages import Stage
 from calmix.models import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
-from tests.compress.conftest import prepare, stopping
+from tests.compress.conftest import arguments, prepare, stopping
 from tests.tiny import load_weights, save_tiny_model
 
 STAGES = ["calibrate", "prune", "export", "evaluate", "answers", "report"]
@@ -27,8 +27,7 @@ def words(options, tiny_folder):
     """Return a function that makes the arguments of a compression to a checkpoint."""
 
     def made(output, *more, model=tiny_folder):
-        given = [word for name, value in options.items() for word in (f"--{name}", value)]
-        return tuple(map(str, ("compress", model, "-o", output, "--for", "vllm", *given, *more)))
+        return arguments(options, model, output, "--for", "vllm", *more)
 
     return made
 

@@ -12,12 +12,6 @@ from tests.report.conftest import SMALL
 from tests.synthetic import Plan, failed, full_plan, study, trial
 
 QUICK = Settings(resamples=100)
-LIFTS = {
-    "mix-8": ("mix", 0.2),
-    "igsp": ("igsp", 0.1),
-    "self-cal": ("self-cal", 0.1),
-    "sgs": ("sgs", -0.1),
-}
 
 
 def of(results, **settings):

@@ -10,16 +10,10 @@ from calmix.analysis import Settings, analyse
 from calmix.analysis.cells import TOTAL, WORST
 from calmix.analysis.differences import SINGLES
 from tests.analysis.test_differences import BETTER, KEPT, NAMES, PLAIN, TUNED, analysed, gap
-from tests.synthetic import SLOPES, Plan, full_plan, informed, save, study
+from tests.synthetic import LIFTS, SLOPES, Plan, full_plan, informed, save, study
 
 pytestmark = pytest.mark.long
 QUICK = Settings(resamples=100)
-LIFTS = {
-    "mix-8": ("mix", 0.2),
-    "igsp": ("igsp", 0.1),
-    "self-cal": ("self-cal", 0.1),
-    "sgs": ("sgs", -0.1),
-}
 METRIC = "A metric of the text raises one dimension and lowers another"
 
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor
 
 from calmix.errors import InputError
+from calmix.options import Statistics
 from calmix.pruning.gram import OUTPUTS, Factor, Gram, Squares, Statistic, inverse_factor
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, Unstructured, clear
 from calmix.pruning.solvers.ggml import Encoded
@@ -111,6 +112,10 @@ class Method(BaseModel, ABC):
     def needs(self) -> type[Statistic] | None:
         """The statistic needed with these options."""
         return self.statistic
+
+    def is_robust(self, statistics: Statistics | None) -> bool:
+        """Whether statistics that a run asks for, robust by default, are so with this method."""
+        return statistics != "plain" and self.needs is not None and not self.dense_inputs
 
     def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
         """Return the method to run and its target; an InputError if no target is given."""
@@ -346,11 +351,14 @@ class Sparse(Method):
             made = refit(weights, chosen.weights, statistic, steps=self.refit)
             chosen = replace(chosen, weights=made)
         if self.bits and not chosen.grids:  # GPTQ's loop, with a fixed mask
-            rounding = Symmetric(chosen.weights, self.group, self.bits)
-            factor = inverse_factor(statistic, self.rounding_damping)
-            made, grids = solve_columns(chosen.weights, factor, None, rounding, chosen.pruned)
-            chosen = replace(chosen, weights=made, grids=grids)
+            chosen = self.rounded(chosen, inverse_factor(statistic, self.rounding_damping))
         return chosen
+
+    def rounded(self, pruned: Solution, factor: Factor) -> Solution:
+        """Return pruned layers with their kept weights rounded."""
+        rounding = Symmetric(pruned.weights, self.group, self.bits)
+        made, grids = solve_columns(pruned.weights, factor, None, rounding, pruned.pruned)
+        return replace(pruned, weights=made, grids=grids)
 
     @property
     def rounding_damping(self) -> float:
