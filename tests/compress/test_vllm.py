@@ -71,6 +71,7 @@ def test_the_checkpoint_is_what_is_scored(calmix, words, whole, tmp_path):
         assert "model.safetensors is damaged or changed" in calmix(*command).line
 
 
+@pytest.mark.long
 def test_an_interrupt_resumes_to_the_same_checkpoint(calmix, words, whole, tmp_path, monkeypatch):
     out, run = tmp_path / "out", Stage.run
     for done in range(3):

@@ -18,10 +18,10 @@ from calmix.models.opening import end_tokens, in_chat
 from tests.evaluation.helpers import opened
 from tests.tiny import ARCHITECTURES, quick, save_tiny_model, tiny_tokenizer
 
-QUICK = ("gemma3_text", "opt", "bloom", "mamba", "rwkv")
+QUICK = ("gemma3_text", "opt", "mamba")
 
 
-@pytest.mark.parametrize("kind", quick(QUICK, (*ARCHITECTURES, "deepseek_v3")))
+@pytest.mark.parametrize("kind", quick(QUICK, (*ARCHITECTURES, "rwkv", "deepseek_v3")))
 def test_batched_answers_match_single_ones(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(greedy, "ROWS", 4)  # so that most rows start in the place of a finished one
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")

@@ -15,7 +15,6 @@ from calmix.study.running import check_room, on_ray
 from calmix.study.store import SILENCE, open_store
 from tests.forks import command, run, start, stopped, wait
 from tests.study.conftest import outcomes, write_study
-from tests.tiny import quick
 
 
 def states(store):
@@ -81,8 +80,9 @@ def killer(store, killed):
     return note
 
 
+@pytest.mark.long
 @pytest.mark.real
-@pytest.mark.parametrize("dies", quick([False], [True]))
+@pytest.mark.parametrize("dies", [False, True])
 def test_ray_gives_the_same_results_after_worker_loss(undisturbed, tmp_path, monkeypatch, dies):
     pytest.importorskip("ray")
     path, whole = undisturbed
