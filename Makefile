@@ -16,7 +16,8 @@ $(BIN)/python:
 
 # A recent pip resolves dependencies three times as fast as Python 3.11's. Modules are compiled on
 # all cores, except rarely imported ones. Errors are ignored: some packages contain templates.
-SELDOM := tests?|transformers/models|ray|sklearn|nltk|pip|mypy|debugpy|libcst|textual|IPython
+SELDOM := tests?|testing|transformers/models|ray|sklearn|nltk|pip|mypy|debugpy|libcst|textual|IPython
+SELDOM := $(SELDOM)|setuptools|pygments|networkx|physics|distutils|_inductor|onnx|_export
 define install
 	$(BIN)/python -m pip install -q -U pip
 	$(BIN)/python -m pip install -qq --no-compile -e '$(1)'

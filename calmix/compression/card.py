@@ -17,8 +17,8 @@ from calmix.compression.plan import (
     EFFORTS,
     PACK,
     PROMPTS,
-    SCORES,
     Request,
+    score_files,
     slices,
     target,
 )
@@ -390,11 +390,13 @@ class Card:
 
 def read_card(out: Path) -> Card:
     """Read the card of the model in a folder of `calmix compress`."""
-    file = Request(**read_compressed(out)["request"]).file
-    record, results = verified(out, file, SCORES)
-    asked, folder = record["request"], out / file
+    request = Request(**read_compressed(out)["request"])
+    first = score_files(request)[0]
+    record, results = verified(out, request.file, first)
+    asked, folder = record["request"], out / request.file
     model = asked["model"]
-    pairs = load_pairs([out / SCORES, *(path for path in [out / BEHAVIOUR] if path.exists())])
+    names = [first, *[BEHAVIOUR] * (first != BEHAVIOUR and (out / BEHAVIOUR).exists())]
+    pairs = load_pairs([out / name for name in names])
     recoveries = list[Mapping[str, Any]]()
     written = read_record(folder)
     exported = "opened" in written
@@ -411,7 +413,7 @@ def read_card(out: Path) -> Card:
     if recoveries:
         hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
     hashes |= {
-        name if folder.is_file() else f"{file}/{name}": value
+        name if folder.is_file() else f"{request.file}/{name}": value
         for name, value in results.hashes(folder).items()
         if name.endswith((WEIGHTS, GGUF)) or name == "config.json"
     }

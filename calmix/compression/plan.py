@@ -78,10 +78,9 @@ class Effort:
     rows: int  # of the calibration set
     recoveries: tuple[str, ...]  # one after the other
     epochs: int  # of the last recovery
-    likelihood: Mapping[str, Any]  # the slice of the likelihood suite that is scored
+    likelihood: Mapping[str, Any] | None  # the slice of the likelihood suite that is scored, if any
     behaviour: Mapping[str, Any]  # the slice of the behaviour suite
     levels: float = 3.9  # most bits at which quantised weights are trained
-    distance: bool = True  # whether the distance to the dense model is measured
     repeat: bool = True  # whether the dense model's answers are generated twice
     per_input: int = PER_INPUT  # tokens for each input of the widest layer, at least
 
@@ -96,16 +95,7 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(
-        32,
-        ("distill",),
-        1,
-        {**QUICK, "limit": 10},
-        SHORT,
-        distance=False,
-        repeat=False,
-        per_input=0,
-    ),
+    "quick": Effort(16, ("distill",), 1, None, SHORT, repeat=False, per_input=PER_INPUT // 2),
     "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.5, per_input=2 * PER_INPUT),
 }
@@ -123,6 +113,13 @@ def splits(request: Target) -> bool:
     return bool(re.search(r"(?:^|,)\s*prompts\s*(?:[:,]|$)", text))
 
 
+def score_files(request: Target) -> list[str]:
+    """Return the files of scores that a compression leaves, but for those of the user's prompts."""
+    if request.suite != "offline":
+        return [SCORES]
+    return [BEHAVIOUR] if EFFORTS[request.effort].likelihood is None else [SCORES, BEHAVIOUR]
+
+
 def slices(request: Target) -> dict[str, tuple[Suite | str, Mapping[str, Any]]]:
     """Return the suite of each score file and the slice that is scored.
 
@@ -133,14 +130,16 @@ def slices(request: Target) -> dict[str, tuple[Suite | str, Mapping[str, Any]]]:
     suite, part = "abilities", effort.behaviour
     if alone:
         suite = request.suite
-        part = {key: one for key, one in effort.likelihood.items() if key != "limit"}
+        part = {key: one for key, one in effort.behaviour.items() if key == "quick"}
     if request.keep_at_least is not None and request.effort == "standard":
         floors = parse_floors(request.keep_at_least)
         named = tuple(name for name in choose(suite).dimensions if name in floors)
         part = {} if "" in floors else {**part, "whole": named}
-    found: dict[str, tuple[Suite | str, Mapping[str, Any]]] = {SCORES: (suite, part)}
-    if not alone:
-        found = {SCORES: (request.suite, effort.likelihood), BEHAVIOUR: (suite, part)}
+    found: dict[str, tuple[Suite | str, Mapping[str, Any]]] = {}
+    for file in score_files(request):
+        found[file] = suite, part
+    if len(found) > 1:
+        found[SCORES] = request.suite, effort.likelihood or {}
     if request.prompts is not None:
         found[PROMPTS] = prompt_suite(request.prompts, test_half=splits(request)), {}
     return found
@@ -150,7 +149,7 @@ def decisive(request: Target) -> list[str]:
     """Return the score files that floors are tested on: behaviour, which has every ability, or a
     suite that is scored alone, and the user's prompts; of these only the ones that are named."""
     floors = parse_floors(request.keep_at_least or "0.5")
-    files = [BEHAVIOUR if request.suite == "offline" else SCORES, PROMPTS]
+    files = [*score_files(request)[-1:], PROMPTS]
     known = scored(request)
     files = [file for file in files if file in known]
     named = [file for file in files if floors.keys() & known[file].dimensions.keys()]

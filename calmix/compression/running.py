@@ -107,7 +107,6 @@ def scoring(
         part,
         file == PROMPTS and splits(request),
         dense,
-        distance=effort.distance or file != SCORES,
         repeat=effort.repeat and dense is None and choose(suite).asks,
         allow_code_execution=request.allow_code_execution,
         reads=reads,

@@ -227,7 +227,6 @@ class Score(StageRequest):
         suite, part: the suite and which of it (`calmix.evaluation.evaluate.choose`); a user's
             prompts are a suite too, of which `half` may be kept from calibration.
         dense: a file of the dense model's scores, used instead of scoring it.
-        distance: whether to measure the distance to the dense model.
         repeat: whether to generate the dense model's answers twice.
     """
 
@@ -235,7 +234,6 @@ class Score(StageRequest):
     part: Mapping[str, Any]
     half: bool = False
     dense: Path | None = None
-    distance: bool = True
     repeat: bool = False
     allow_code_execution: bool = False
 
@@ -260,7 +258,6 @@ class Score(StageRequest):
             **asked,
             **self.part,
             "repeat": self.repeat,
-            "no_distance": against is not None and not self.distance,
             "allow_code_execution": self.allow_code_execution,
         }
         return "evaluate", self.named("model"), *option_words({**options, **self.how})
@@ -268,7 +265,7 @@ class Score(StageRequest):
     def run(self, output: Path, bar: Progress) -> None:
         suite, left_out = self.chosen
         against = self.named("against") if "against" in self.reads else None
-        apart = self.distance and self.dense is None and against is not None
+        apart = self.dense is None and against is not None
         scores, dense = evaluate_against(
             self.named("model"),
             suite,

@@ -49,6 +49,7 @@ from calmix.models.opening import (
     content_key,
     gguf_file,
     gguf_names,
+    gguf_reader,
     known_model,
     loading,
     read_gguf,
@@ -206,11 +207,9 @@ def _template(name: str) -> Path | BuiltinModel:
 
 def _reader(file: Path, name: str) -> Any:
     """Return a reader of a file whose header is sound."""
-    from gguf import GGUFReader
-
     with loading(f"cannot read {name}"):
         check_gguf(file)
-        return GGUFReader(file)
+        return gguf_reader(file)
 
 
 def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
@@ -267,8 +266,12 @@ def _order(
             raise ModelError(f"{name} is part of a parameter: such models have no GGUF export")
         return np.asarray(made)
 
+    zeros = np.zeros(shape, np.float32)
     with np.errstate(all="ignore"):  # of a logarithm
-        offset = float(read(np.zeros(shape)).flat[0])
+        first = read(zeros)
+        if first is zeros and not zeros.any():
+            return shape, None, 0.0
+        offset = float(first.flat[0])
         plain = np.arange(np.prod(shape), dtype=np.float64).reshape(shape)
         places = (read(plain.copy()) - offset).astype(np.int64)  # in the file
     if np.array_equal(places, plain):

@@ -658,6 +658,17 @@ def dtype_of(name: str) -> torch.dtype | str:
     return DTYPES.get(name, name)
 
 
+def gguf_reader(file: Path | str) -> Any:
+    """Return gguf's reader of a file, over a plain array: it takes thousands of slices, which are
+    slow of numpy's memory maps."""
+    import numpy as np
+    from gguf.gguf_reader import GGUFReader
+
+    mapped = np.memmap
+    with patch.object(np, "memmap", lambda *how, **more: mapped(*how, **more).view(np.ndarray)):
+        return GGUFReader(file)
+
+
 @contextlib.contextmanager
 def reading_gguf() -> Iterator[None]:
     """Make transformers read a GGUF file once, not three times, map names once, not per module,
@@ -665,7 +676,7 @@ def reading_gguf() -> Iterator[None]:
     import gguf
     from transformers import modeling_gguf_pytorch_utils as reading
 
-    read, names = functools.cache(gguf.GGUFReader), functools.cache(gguf.get_tensor_name_map)
+    read, names = functools.cache(gguf_reader), functools.cache(gguf.get_tensor_name_map)
     with (
         patch.object(gguf, "GGUFReader", lambda path: read(str(path))),
         patch.object(gguf, "get_tensor_name_map", names),
@@ -685,7 +696,7 @@ def gguf_names(model: Any, name: str, architecture: str) -> tuple[Any, dict[str,
 
     kind = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
     processor = kind(config=model.config.to_dict())
-    with loading(f"transformers cannot read {name} from GGUF"):
+    with loading(f"transformers cannot read {name} from GGUF"), reading_gguf():
         return processor, dict(get_gguf_hf_weights_map(model, processor))
 
 

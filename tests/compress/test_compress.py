@@ -249,8 +249,8 @@ def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert [one["stage"] for one in told][1] == "prune"
     assert all(one["memory"] > 0 for one in told)
     taken = {one["stage"]: one for one in told}
-    assert taken["prune"]["work"] == "32 rows of 256 tokens"
-    assert taken["recover by distill"]["work"] == "1 x 32 rows of 256 tokens"
+    assert taken["prune"]["work"] == "16 rows of 256 tokens"
+    assert taken["recover by distill"]["work"] == "1 x 16 rows of 256 tokens"
     assert taken["evaluate"]["work"].endswith(" items")
     assert taken["answer questions"]["disk"] == 0 < taken["evaluate"]["disk"]
     assert not list(tmp_path.iterdir())
@@ -367,7 +367,7 @@ def test_wide_models_get_more_rows(asked, tmp_path):
     wide = save_tiny_model(tmp_path / "wide", "llama", intermediate_size=40 * narrow.length)
     assert asked(model=str(wide)).rows == 160
     assert asked(model=str(wide)).draw["rows"] == 160
-    assert asked(model=str(wide), effort="quick").rows == 32
+    assert asked(model=str(wide), effort="quick").rows == 80
     assert asked(model=str(wide), effort="best").rows == 320
 
 

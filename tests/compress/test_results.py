@@ -167,7 +167,7 @@ def test_model_of_another_set_is_refused(calmix, command, lines, out, tiny_folde
         "-m",
         tiny_folder,
         "--rows",
-        32,
+        16,
         "--length",
         256,
         "--seed",
