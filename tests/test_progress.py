@@ -1,9 +1,6 @@
 """Progress: one line whose share never falls, in a terminal, a notebook or a file."""
 
-import io
-
 import pytest
-from rich.console import Console
 
 from calmix import progress
 from calmix.progress import Progress
@@ -43,15 +40,6 @@ def test_progress_share(drawn):
     assert drawn[-1][0] == "drawing news"
 
 
-def test_time_left_after_resume(drawn, now):
-    with Progress() as bar:
-        show = bar.of("pruning blocks")
-        show(20, 30)
-        now[0] += 60
-        show(21, 30)
-    assert [left for *_, left in drawn] == ["", "9 min left"]
-
-
 def test_stage_lines(drawn, now):
     """The time left is that of the work inside, from its own pace."""
     with Progress(3) as bar:
@@ -77,27 +65,6 @@ def test_stage_lines(drawn, now):
         ("3/3 recover: pruning blocks", 0.5, "60 s left"),
     ]
     assert Progress._over is None
-
-
-def test_long_stage_text_is_cut(drawn):
-    with Progress(2) as bar:
-        bar.begin("prune")
-        with Progress() as inner:
-            inner.show("a text of the block that is now pruned, and more", None)
-    assert drawn[-1][0] == "1/2 prune: a text of the block that is..."
-
-
-def test_bar_pulses_without_a_share(monkeypatch):
-    monkeypatch.setattr(Progress, "console", Console(file=io.StringIO()))
-    totals = []
-    monkeypatch.setattr(
-        "rich.progress.Progress.update", lambda bar, *_, **__: totals.append(bar.tasks[0].total)
-    )
-    draw, end = progress._terminal()
-    for share in (None, 0.5, None):
-        draw("x", share, "")
-    end()
-    assert totals == [None, 1.0, None]
 
 
 def test_progress_without_a_terminal(capsys, now):

@@ -11,7 +11,7 @@ from calmix.errors import InputError
 from calmix.evaluation.scores import write_scores
 from calmix.report.study import write_report
 from calmix.study.store import read_results
-from tests.synthetic import CONDITIONS, SOURCES, Plan, failed, full_plan, save, study, trial
+from tests.synthetic import SOURCES, Plan, failed, full_plan, save, study, trial
 
 QUICK = Settings(resamples=50)
 KEPT = {
@@ -107,17 +107,6 @@ def test_accuracy_and_flips_skip_right_only_tasks(tmp_path):
             write_scores(file, json.loads(file.read_text()) | {"right_only": True})
 
 
-@pytest.mark.parametrize(("sources", "seeds"), [(1, (0,)), (3, (0,)), (4, (0, 1))])
-def test_tiny_studies(sources, seeds):
-    names = [f"s{number}" for number in range(sources)]
-    analysis = analyse(study(Plan(sources=names, seeds=seeds)), QUICK)
-    only = analysis.conditions[0]
-    json.dumps(analysis.to_dict(), allow_nan=False)
-    assert len(only.ranking) == sources
-    assert not only.differences
-    assert (only.ranking[0].total.draw_low is None) == (len(seeds) == 1)
-
-
 def test_equal_sets_share_the_probability_of_being_best():
     shares = {"general": 0.44, "math": 0.40}
     trials = tuple(trial(name, "single", "wanda", "50%", 0, shares) for name in "abc")
@@ -169,18 +158,3 @@ def test_ranking_without_signal():
     (blinded,) = analyse(study(Plan(), trials=(blind,)), QUICK).conditions[0].ranking
     assert (blinded.dimensions["code"].value, blinded.worst) == (None, "general")
     assert (blinded.behind, blinded.best) == (None, None)
-
-
-def test_report_command(calmix, tmp_path):
-    plan = full_plan(
-        sources=SOURCES[:5],
-        conditions=CONDITIONS[1:],
-        others={},
-        seeds=(0, 1),
-        dimensions=("general", "code"),
-    )
-    folder, quick = save(study(plan), tmp_path / "study"), ("--resamples", 20)
-    assert "findings" in calmix("study", "report", folder, *quick).ok().out
-    data = json.loads(calmix("study", "report", folder, "--json", *quick).out)
-    assert [each["label"] for each in data["conditions"]] == ["SparseGPT 60%", "Wanda 50%"]
-    assert json.loads((folder / "report" / "analysis.json").read_text()) == data

@@ -1,7 +1,5 @@
 """Declared comparisons: verdicts, predictions, the best of several sets, exclusions, gaps."""
 
-import json
-
 import numpy as np
 import pytest
 
@@ -9,10 +7,9 @@ from calmix.analysis import Settings, analyse
 from calmix.errors import InputError
 from calmix.evaluation.measures import TaskScores
 from calmix.report.findings import summarise
-from calmix.report.study import summary_text, write_report
 from calmix.study.declaring import Declaration, Declared, Pair
 from calmix.study.spec import Amends
-from tests.synthetic import Plan, save, study, trial
+from tests.synthetic import Plan, study, trial
 
 QUICK = Settings(resamples=400)
 DATE = "2026-01-02T03:04:05+00:00"
@@ -285,33 +282,3 @@ def test_dense_repeat_is_the_ceiling():
     assert analysis.ceilings == {"m": pytest.approx(0.99)}
     line = "The dense model against itself, in other batches: 99.0 % (m)."
     assert line in summarise(analysis)["certainty"]
-
-
-def test_declared_comparisons_come_first(calmix, tmp_path):
-    results = made({"mix": 80, "a": 40, "b": 60})
-    analysis = analyse(declaring(results, {"mixed": over("a"), "other": over("b")}), QUICK)
-    text = summary_text(analysis)
-    assert max(map(len, text.splitlines())) <= 80
-    order = (
-        "declares 2 comparisons",
-        "Declared comparisons",
-        "  - mixed: more, +40.0",
-        "All else is exploratory. Corrected together",
-        "Right answers relative to the dense model",
-        "How certain",
-    )
-    places = [text.index(part) for part in order]
-    assert places == sorted(places)
-    write_report(results, analysis, tmp_path / "report")
-    data = json.loads((tmp_path / "report" / "analysis.json").read_text())
-    assert [one["verdict"] for one in data["comparisons"]] == ["more", "more"]
-    assert data["declarations"][0]["intact"]
-    assert (tmp_path / "report" / "comparisons.csv").is_file()
-    folder = save(results, tmp_path / "study")
-    ended = calmix("study", "report", folder, "--without", "sums", "--resamples", 20).ok().out
-    assert ended.startswith(
-        "Study made-up declares no comparisons: everything here is exploratory."
-    )
-    assert "Left out afterwards, not declared: sums." in ended
-    line = calmix("study", "report", folder, "--without", "sms").line
-    assert line == "error: --without: the study has no task 'sms': did you mean sums?"

@@ -114,19 +114,6 @@ def test_one_seed_borrows_spread():
     assert [one.joint.freedom for one in conditions if one.condition.model != "other"] == [0, 0]
 
 
-def test_accuracy_beside_primary_scores():
-    """The made-up tasks keep 0.9 times as much in accuracy; texts have none."""
-    results = study(Plan(seeds=(0,), sources=("a", "b")))
-    actual, by_accuracy = (
-        {one.calibration: one for one in analyse(results, settings).conditions[0].ranking}
-        for settings in (QUICK, QUICK.model_copy(update={"measure": "accuracy"}))
-    )
-    for name, one in actual.items():
-        answers, text = (by_accuracy[name].tasks[task].value for task in ("code_a", "code_b"))
-        assert answers == pytest.approx(0.9 * one.tasks["code_a"].value, abs=0.01)
-        assert (one.accuracy["code"], text) == (pytest.approx(answers), None)
-
-
 def test_accuracy_and_flips_match_evaluate():
     def more(tasks):
         one = next(task for task in tasks if task.name == "code_a")

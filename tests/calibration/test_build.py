@@ -115,23 +115,6 @@ def test_single_document_is_used_whole(tmp_path, tiny):
     assert seeds[0].manifest["sources"][str(path)]["drawn"] == ["0"]
 
 
-def test_few_long_documents_are_used_whole(tmp_path, tiny):
-    folder = tmp_path / "books"
-    folder.mkdir()
-    for name in "ab":
-        text = "".join(f"{name}{number:04d} " for number in range(4000))
-        (folder / f"{name}.txt").write_text(text, encoding="utf-8")
-    drawn_set = build(parse_mix(str(folder)), tiny, rows=8, length=50)
-    starts = {row[0] for text in tiny.tokenizer.batch_decode(drawn_set.ids) for row in text.split()}
-    assert {"a", "b"} <= starts
-    assert "3" in {
-        row[1]
-        for text in tiny.tokenizer.batch_decode(drawn_set.ids)
-        for row in text.split()
-        if len(row) == 5
-    }
-
-
 def test_chats_use_the_chat_template(tmp_path, tiny):
     path = tmp_path / "chats.jsonl"
     said = {"user": "hello there", "assistant": "yes " * 9}

@@ -5,10 +5,8 @@ import re
 
 import pytest
 
-from calmix.cli.common import Terminal, print_table
-from calmix.diagnostics import doctor
+from calmix.cli.common import print_table
 from calmix.evaluation.scores import CapabilityScores
-from calmix.files import size_text
 from tests.evaluation.helpers import bits, choices
 
 HEADS = ("task", "scored by", "retention %", "what it is about")
@@ -63,41 +61,6 @@ def test_long_cells_are_not_cut(columns, capsys):
     name = "model.layers.10.self_attention.query_key_value_projection" * 2
     print_table([{"a": name, "b": "1.25"}], title="a title of more words than columns " * 4)
     assert name in capsys.readouterr().out
-
-
-def test_tables_are_unlimited_without_a_terminal(capsys, monkeypatch):
-    monkeypatch.delenv("COLUMNS", raising=False)
-    wide = {f"column {n}": f"value {n}" * 3 for n in range(12)}
-    print_table([wide])
-    assert any(line.count("value") == 36 for line in capsys.readouterr().out.splitlines())
-    print_table(
-        [
-            {"a": "x", "number": "1.5 %", "word": "", "none": None},
-            {"a": "y", "number": None, "word": "w", "none": None},
-        ]
-    )
-    *_, first, second, _ = capsys.readouterr().out.splitlines()
-    assert (first.rstrip(), second.rstrip()) == (" x   1.5 %", " y       -  w")
-    monkeypatch.setattr(Terminal, "is_terminal", True)
-    monkeypatch.setattr(Terminal, "width", 72)
-    print_table([wide])
-    assert "(a wider terminal shows column 3, " in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [
-        (0, "0 bytes"),
-        (512, "512 bytes"),
-        (3210, "3.21 kB"),
-        (3.21e6, "3.21 MB"),
-        (999.6e6, "1000 MB"),
-        (14e9, "14 GB"),
-        (1.234e12, "1230 GB"),
-    ],
-)
-def test_size_text(count, text):
-    assert size_text(count) == text
 
 
 def test_lists_fit_the_terminal(calmix, monkeypatch):
@@ -165,37 +128,3 @@ def test_retention_table_fits(calmix, tmp_path, monkeypatch, count):
         low, value, high = (f"{100 * total[k]:.1f}" for k in ("low", "value", "high"))
         check(ended.out, 80, f"{value} [{low}, {high}]".replace("-", "\N{MINUS SIGN}"))
     check(calmix("evaluate", "rescore", files[0]).out, 80, "a_rather_long_name_of_it")
-
-
-def test_pruning_tables_fit(calmix, tiny_folder, text_file, tmp_path, columns):
-    pruned = tmp_path / "pruned"
-    ended = calmix(
-        "prune",
-        tiny_folder,
-        "-o",
-        pruned,
-        "--calibration",
-        text_file,
-        "--sparsity",
-        0.5,
-        "--rows",
-        8,
-        "--length",
-        32,
-        "--leakage",
-        "off",
-    ).ok()
-    table, _, _ = ended.out.rpartition(" weights pruned")
-    errors = re.findall(r"\d+\.\d\d%", table)
-    assert len(errors) >= 7
-    check(table, columns, "error", *errors)
-    for more in ((), ("--layers",)):
-        ended = calmix("doctor", "inspect", pruned, *more)
-        rows = [line for line in ended.out.splitlines() if "_proj " in line and "error" not in line]
-        assert len(rows) == (14 if more else 7)
-        check("\n".join(rows), columns, *re.findall(r"\d+\.\d\d%", "\n".join(rows)))
-    sound = doctor.Check("extra ray", "missing", "ray is not installed here " * 3)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(doctor, "examine", lambda tick: [sound])
-        printed = calmix("doctor").out.rpartition("pruning works")[0]
-    check(printed, columns, "extra ray", "missing", "installed")

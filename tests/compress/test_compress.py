@@ -1,20 +1,17 @@
 """From a model to its card: all stages, an interrupt after each, and errors; `calmix check`."""
 
-import itertools
 import json
 import re
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
 
 import calmix as api
 from calmix.calibration import parse_calibration, parse_mix
-from calmix.cli import compress as verb
 from calmix.compression.card import card_page, read_card
 from calmix.compression.compress import Compressed
 from calmix.compression.plan import aim, weighed
@@ -216,28 +213,6 @@ def test_card_leads_with_right_answers(calmix, command, compressed, tmp_path):
     for text in pages(right_only=True):
         assert f"Right answers: {total}" not in text
         assert "only these were asked: gains were not measured" in text
-
-
-def test_printed_time_covers_the_command(calmix, command, compressed, tmp_path, monkeypatch):
-    """Of a search for the smallest model too, not only of the stages after it."""
-    clock = itertools.count(0, 600)
-    monkeypatch.setattr(verb, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    out = shutil.copytree(compressed, tmp_path / "out")
-    assert "card.html, after 10 min\n" in calmix(*command(out)).ok().out
-
-
-def test_hash_before_recovery(compressed, tmp_path):
-    """Not that of the model between two recoveries, as `--effort best` makes it."""
-    out = Path(shutil.copytree(compressed, tmp_path / "out"))
-    path = out / "model" / "calmix.json"
-    once = json.loads(path.read_text(encoding="utf-8"))
-    between = {"name": str(out / "blocks"), "sha256": "0" * 64}
-    shutil.rmtree(out / "pruned")  # with it, the hash would be compared
-    write_json(path, sealed(once | {"model": between, "pruned": once}))
-    card = read_card(out)
-    assert len(card.recoveries) == 2
-    hashed = {one["what"]: one["SHA-256"] for one in card.hashes}
-    assert hashed["pruned model, before recovery"] == once["model"]["sha256"]
 
 
 def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
@@ -488,29 +463,6 @@ def test_oversized_pack_is_refused(calmix, command, tmp_path, monkeypatch):
     assert (ended.code, bool(re.match(said, ended.err.splitlines()[-1]))) == (2, True)
     assert (out / "model").exists()
     assert not (out / "pack").exists()
-
-
-def test_inspect_checks_all_stages(calmix, compressed, tmp_path):
-    out = tmp_path / "out"
-    shutil.copytree(compressed, out)
-    for name in ("", "scores.json", "answers.json"):
-        ended = calmix("doctor", "inspect", out / name).ok()
-    assert "recovery by distill: held-out rows" in calmix("doctor", "inspect", out / "model").out
-    told = json.loads(calmix("doctor", "inspect", out, "--json").out)
-    assert told["kind"] == "compressed model"
-    assert told["facts"]["model"] == "recovered checkpoint"
-    assert told["facts"]["method"] == "admm 0.6"
-    assert len(told["layers"]) == 14
-    (out / "scores.json").unlink()
-    (out / "model" / "config.json").unlink()
-    ended = calmix("doctor", "inspect", out, "--json")
-    told = json.loads(ended.out)
-    # Not as a command: it would need all options of the first run.
-    assert told["facts"]["left to do"] == "evaluate (run its calmix compress again to resume)"
-    assert told["facts"]["model"] == "recovered checkpoint, damaged"
-    assert (ended.code, "config.json is missing" in ended.line) == (2, True)
-    write_json(out / "compress.json", read_compressed(out) | {"versions": {}})
-    assert "compress.json" in calmix("doctor", "inspect", out).line
 
 
 def test_check_appears_on_its_own_card(calmix, compressed, tmp_path):

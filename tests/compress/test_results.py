@@ -8,14 +8,12 @@ import pytest
 
 from calmix.compression.results import Results
 from calmix.compression.running import stages
-from calmix.compression.stages import Stage
 from calmix.evaluation.scores import write_scores
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
 from calmix.progress import Progress
 from calmix.pruning.engine import Run
 from calmix.pruning.work import SUFFIX
-from tests.compress.conftest import stopping
 from tests.diagnostics.conftest import interrupting
 from tests.tiny import hashes
 
@@ -182,40 +180,6 @@ def test_model_of_another_set_is_refused(calmix, command, lines, out, tiny_folde
     shutil.rmtree(out / "calibration")
     calmix("report", out).ok()  # what is gone is not compared
     calmix(*command(out)).ok()  # and the same is drawn again
-
-
-def test_hand_made_model_is_refused(
-    calmix, command, compressed, tiny_folder, tmp_path, monkeypatch
-):
-    out, run = tmp_path / "out", Stage.run
-    monkeypatch.setattr(Stage, "run", stopping(run, 1))
-    assert calmix(*command(out)).code == 130
-    monkeypatch.setattr(Stage, "run", run)
-    by_hand = (
-        "prune",
-        tiny_folder,
-        "--calibration",
-        out / "calibration",
-        "--sparsity",
-        0.6,
-        "-o",
-        out / "pruned",
-        "--overwrite",
-    )
-    calmix(*by_hand, "--method", "wanda").ok()
-    line = calmix(*command(out)).line
-    assert "pruned was made on another request (method: wanda, now " in line
-    assert line.endswith(f"delete {out}/pruned and run its calmix compress again")
-    (asked,) = (
-        one
-        for one in json.loads((compressed / "compress.json").read_text())["stages"]
-        if one["leaves"] == "pruned"
-    )
-    calmix(*by_hand, "--method", asked["request"]["method"]).ok()
-    calmix(*command(out)).ok()
-    assert hashes(out / "pruned").keys() == hashes(compressed / "pruned").keys()
-    for name in hashes(out / "model").keys() - {"README.md", "calmix.json"}:
-        assert (out / "model" / name).read_bytes() == (compressed / "model" / name).read_bytes()
 
 
 def test_killed_and_moved_run_resumes(calmix, command, compressed, tmp_path):

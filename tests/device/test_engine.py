@@ -10,7 +10,6 @@ from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods.admm import Admm
-from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.trace import Batch, Calls
 from tests.device.traced import empty_model, tracing
 from tests.tiny import VOCABULARY, quick, tiny_config, tiny_ids, tiny_model
@@ -116,23 +115,6 @@ def test_device_sums_in_fixed_order(monkeypatch, kind):
     ordered.clear()
     prune(tiny_model(kind), tiny_ids(), method=QUICK, pattern=HALF)
     assert not any(ordered)
-
-
-def test_embeddings_are_rounded_in_place(monkeypatch):
-    """Those apart from the head too, whose inputs all count alike."""
-    seen = []
-
-    def rounded(weight, gram, bits):
-        seen.append(gram.device.type)
-        return weight, Grid(torch.ones(1, 1), bits)
-
-    monkeypatch.setattr("calmix.pruning.engine.round_rows", rounded)
-    with tracing(None) as traced:
-        run = a_run("magnitude")(empty_model(tiny_config("gpt_neox"), torch.float32))
-        run.embeddings = 4
-        run.outside()
-    assert seen == ["cuda", "cuda"]
-    assert not traced.copies
 
 
 # Mixtures of experts

@@ -5,10 +5,9 @@ import itertools
 import pytest
 import torch
 
-from calmix.pruning import gram
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import SemiStructured, Unstructured, smallest
+from calmix.pruning.patterns import SemiStructured, Unstructured
 from tests.device.traced import tracing
 from tests.pruning.toy import SPARSE
 from tests.tiny import quick
@@ -57,23 +56,3 @@ def test_solve_reads_few_numbers(how):
         assert set(traced.reads) <= {"tolist", "_local_scalar_dense"}
         assert traced.reads.total() <= 25
         assert not traced.copies, traced.copies
-
-
-def test_error_of_a_large_layer_uses_few_kernels():
-    with tracing() as traced:
-        weight = torch.randn(14336, 4096, dtype=torch.bfloat16)
-        traced.operations.clear()
-        assert gram.relative_error(weight, weight.clone(), torch.randn(4096, 4096)) >= 0
-    assert traced.operations.total() < 100
-    assert traced.reads == {"tolist": 1}
-
-
-@pytest.mark.parametrize("score", [(5, 64), (1, 5000), (3, 2)])
-def test_masks_need_no_host_reads(score):
-    with tracing() as traced:
-        values = torch.rand(score)
-        assert on_device(smallest(values, 2), smallest(values, score[1] - 1), smallest(values, 0))
-        assert Unstructured(0.5).mask(values).shape == score
-        assert SemiStructured(1, 2).mask(values).dtype == torch.bool
-    assert not traced.reads
-    assert not traced.copies

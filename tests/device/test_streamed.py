@@ -65,16 +65,6 @@ def numberless(monkeypatch, tiny_folder):
     streamed.close()
 
 
-def test_copies_without_a_stream(numberless):
-    streamed, *_ = numberless
-    streamed._queue = None
-    with tracing(None) as traced:
-        read, copied = streamed._read(streamed.block_names(0))
-    assert copied is None
-    assert not traced.copies
-    assert {value.device.type for value in read.values()} == {"cpu"}
-
-
 @pytest.mark.parametrize("method", quick(["wanda,refit=2"], ["sparsegpt"]))
 def test_block_is_copied_once(numberless, tmp_path, monkeypatch, method):
     """Its weights come and go; hidden states stay."""

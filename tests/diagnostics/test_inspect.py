@@ -109,21 +109,6 @@ def test_inspect_skips_running_trials(calmix, made, tmp_path):
     assert "intact" in calmix("doctor", "inspect", store).ok().out
 
 
-def test_inspect_names_self_written_text(calmix, made, tmp_path):
-    pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
-    manifest = json.loads((pruned / "calmix.json").read_text(encoding="utf-8"))
-    manifest["calibration"]["written"] = {"chat": {}}
-    write_json(pruned / "calmix.json", sealed(manifest))
-    assert health(calmix, pruned)["facts"]["calibration"] == "mine, chat (8 x 32 tokens)"
-    copied = shutil.copytree(made / "set", tmp_path / "held")
-    drawn = json.loads((copied / "manifest.json").read_text(encoding="utf-8"))
-    drawn["written"] = {"chat": {}}
-    for by in ("drawing and chat", "chat"):
-        write_json(copied / "manifest.json", sealed(drawn))
-        assert health(calmix, copied)["facts"]["made by"] == by
-        drawn.pop("sources", None)
-
-
 def test_inspect_checks_a_packs_model(calmix, made, tmp_path):
     """An intact pack with the manifest of another model."""
     copy = shutil.copytree(made / "pack", tmp_path / "pack")

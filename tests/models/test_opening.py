@@ -6,12 +6,10 @@ import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import transformers
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load, save_file
@@ -267,18 +265,6 @@ def test_gguf_file_is_read_alone(tmp_path, monkeypatch):
     assert open_model(str(own / "1.gguf")).model.config.vocab_size == 320
     rejected(own / "4.gguf", "it scales rotary positions, which transformers ignores in GGUF: name")
     rejected(own / "b.gguf", r"lacks 1 weights, first 'model.layers.1.mlp.up_proj.weight': merge")
-
-
-def test_gguf_is_dequantised_even_with_kernels(monkeypatch):
-    """For some architectures recent versions of transformers would leave them packed."""
-    requests, result = {}, (SimpleNamespace(), {"missing_keys": set()})
-    monkeypatch.setattr(
-        "transformers.AutoModelForCausalLM.from_pretrained",
-        lambda *of, **how: requests.update(how) or result,
-    )
-    assert opening.read_gguf(Path("a.gguf"), torch.float32) is result[0]
-    if hasattr(transformers, "GgufConfig"):
-        assert requests["quantization_config"].dequantize
 
 
 REAL = {

@@ -39,21 +39,6 @@ def test_gram_matches_float64(columns, dtype, elsewhere, monkeypatch):
 # The precision of products
 
 
-def test_half_types_multiplied_as_bfloat16(monkeypatch):
-    seen = []
-
-    def allowed(given):
-        seen.append(given)
-        return nullcontext()
-
-    monkeypatch.setattr(gram_module, "bfloat16_products", allowed)
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        x = torch.ones(5, 4, dtype=dtype)
-        Gram(4, CPU).add(x)
-        Gram(4, CPU).add(x.as_subclass(Elsewhere))
-    assert seen == [False, False, False, True, True, True]  # float16 in tf32, not in bfloat16
-
-
 @pytest.mark.parametrize("setting", ["high", "medium"])
 def test_precision_settings_are_restored(setting, monkeypatch):
     """What a solver does not allow itself is float32, not what the user has set."""
@@ -182,10 +167,3 @@ def test_one_row_is_shrunk_most():
     gram.add(torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(1)))
     gram.matrix()
     assert gram.shrinkage() == gram_module.MOST_SHRINKAGE
-
-
-def test_raised_diagonal_is_put_back():
-    gram = torch.diag(torch.tensor([1.0, 0.0, 3.0]))
-    with gram_module.raised_diagonal(gram, 0.3):
-        assert torch.allclose(gram.diagonal(), torch.tensor([1.4, 0.0, 3.4]))
-    assert torch.equal(gram.diagonal(), torch.tensor([1.0, 0.0, 3.0]))

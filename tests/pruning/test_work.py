@@ -1,7 +1,5 @@
 """The work folder: locking, resuming, damage; hidden states in memory or on disk."""
 
-import errno
-
 import pytest
 import torch
 
@@ -89,16 +87,6 @@ def test_errors_leave_nothing_full_disk_keeps_work(tmp_path):
         assert work.path.exists() == stays
 
 
-def test_temporary_files_are_removed(tmp_path):
-    """Such as the model without its dropped experts, of which the pruned one takes no room."""
-    work = claimed(tmp_path / "out")
-    work.save(SHARD, TENSORS)
-    size = work.bytes
-    (work.scratch("dropped") / "model.safetensors").write_bytes(b"0" * 10**6)
-    assert 0 < work.bytes == size < 10**6
-    work.abandon()
-
-
 def test_work_folder_lock(tmp_path):
     work = claimed(tmp_path / "out")
     with pytest.raises(InputError, match="is at work on"):
@@ -156,12 +144,3 @@ def test_states_round_trip(tmp_path, room, files):
         assert all(torch.equal(states[n], value) for n, value in enumerate(values))
         if block < 2:  # those of half the bytes find more room
             assert len(list(tmp_path.iterdir())) == files
-
-
-def test_full_disk_is_one_line(tmp_path, monkeypatch):
-    def full(*given):
-        raise OSError(errno.ENOSPC, "x")
-
-    monkeypatch.setattr("pathlib.Path.write_bytes", full)
-    with pytest.raises(DiskError, match="no space left"):
-        States(tmp_path, CPU)[0] = torch.ones(2)

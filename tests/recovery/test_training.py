@@ -15,7 +15,6 @@ from calmix.recovery.training import (
     Masters,
     TrainingState,
     rate,
-    rows_at_once,
     size_of,
     split_rows,
     steps_of,
@@ -55,20 +54,6 @@ def test_learning_rate_schedule():
     assert rates[5:] == sorted(rates[5:], reverse=True)
     assert 0 < rates[-1] < 0.02
     assert rate(0, 1, 1.0) == 1.0
-
-
-@pytest.mark.parametrize(
-    ("batch", "length", "rows"),
-    [
-        (4, 512, [4, 2, 1]),
-        (4, 1024, [2, 1]),
-        (6, 512, [3, 2, 1]),
-        (4, 4096, [1]),
-        (1, 16, [1]),
-    ],
-)
-def test_micro_batches(batch, length, rows):
-    assert rows_at_once(batch, length) == rows
 
 
 def curve(held_out, steps=20, **how):

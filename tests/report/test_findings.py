@@ -6,8 +6,7 @@ from calmix.analysis import Settings, analyse
 from calmix.analysis.ranking import leaders
 from calmix.report import words
 from calmix.report.findings import summarise
-from calmix.report.study import pages, summary_text
-from tests.analysis.test_differences import BETTER, KEPT, PLAIN, analysed
+from calmix.report.study import pages
 from tests.report.conftest import SMALL
 from tests.synthetic import Plan, failed, full_plan, study, trial
 
@@ -75,32 +74,6 @@ def test_small_and_unfinished_studies():
     assert " are tied (" in equal["conditions"][0][0]
     silent = trial("a", "single", "sparsegpt", "60%", 0, {"general": None})
     assert "no task of the suite has signal" in of(study(Plan(), trials=(silent,)))["headline"]
-
-
-def test_summary_sentences():
-    analysis = analyse(study(full_plan(conditions=SMALL["conditions"])), QUICK)
-    summary, lines = summarise(analysis), summary_text(analysis).splitlines()
-    assert max(map(len, lines)) <= 80
-    text = " ".join(" ".join(lines).split())
-    assert all(
-        line in text for said in (*summary["conditions"], summary["methods"]) for line in said
-    )
-    assert all(line in text for line in summary["certainty"])
-    assert text.index("shrunken") < text.index("SparseGPT 50%: findings")
-    assert "  and 14 more" in lines
-
-
-def test_gains_to_the_next_weaker_method():
-    summary = summarise(analysed(KEPT))["methods"]
-    assert [line.split(":")[0] for line in summary] == [
-        "ADMM 60% against SparseGPT 60%",
-        "ADMM + distill,epochs=4 60% against ADMM 60%",
-    ]
-    assert "points in total, mean of 3 sets (corrected p " in summary[0]
-    few = {PLAIN: {"mix": (0.5, 0.5)}, BETTER: {"mix": (0.501, 0.5)}}
-    (line,) = summarise(analysed(few, default="mix"))["methods"]
-    assert line.startswith("ADMM 60% against SparseGPT 60%: ")
-    assert " points in total, mean of 1 set (corrected p " in line
 
 
 @pytest.mark.parametrize(

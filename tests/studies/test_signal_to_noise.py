@@ -1,18 +1,15 @@
 """Planted noise is estimated, and detectable differences are detected in 80 % of studies."""
 
 import math
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import signal_to_noise
 from scipy import stats
-from signal_to_noise import detectable, needed, noise_of
+from signal_to_noise import detectable, noise_of
 
 from calmix.analysis.bootstrap import joint
 from tests.analysis.test_coverage import Truth, made
-from tests.synthetic import Plan, save, study
 
 pytestmark = pytest.mark.long
 
@@ -60,36 +57,3 @@ def test_detectable_difference_has_80_percent_power(draws, freedom, item):
     assert detected(result, draws, 0.012, freedom, item) == pytest.approx(
         0.80, abs=0.015 if item else 0.005
     )
-
-
-@pytest.mark.parametrize("difference", [0.01, 0.02, 0.03])
-def test_needed_seeds_are_minimal(difference):
-    draw, freedom, item = 0.015, 12, 0.003
-    result = needed(difference, draw, freedom, item)
-    assert result.draws_items >= result.draws > 1
-    for draws, other in ((result.draws, 0.0), (result.draws_items, item)):
-        assert detectable(draws, draw, freedom, other) <= difference
-        assert detectable(draws - 1, draw, freedom, other) > difference
-
-
-def test_power_by_hand():
-    # (1.96 + 0.84)^2 x 2 x s^2 / d^2 = 7.849 x 2
-    assert needed(0.01, 0.01, 1e7, 0.0).draws == 16
-    assert detectable(16, 0.01, 1e7) == pytest.approx(2.8016 * 0.01 * math.sqrt(1 / 8), rel=1e-4)
-    assert (needed(0.01, 0.0, 3, 0.001).draws_items, detectable(2, 0.0, 3)) == (1, 0)
-    result = needed(0.01, 0.001, 12, 0.01)  # more seeds do not help
-    assert (result.draws_items, result.items) == (None, pytest.approx(7.849, rel=1e-3))
-    # With this many times the items, unlimited seeds just detect it.
-    assert detectable(10**9, 0.001, 12, 0.01 / math.sqrt(result.items)) == pytest.approx(0.01)
-    assert needed(0.01, 0.001, 12, 0.01 / math.sqrt(1.1 * result.items)).draws_items is not None
-
-
-def test_script_prints_signal_and_seeds(tmp_path, monkeypatch, capsys):
-    results = study(Plan(sources=("news", "books", "stories"), seeds=(0, 1)))
-    store = save(results, tmp_path / "store")
-    monkeypatch.setattr(sys, "argv", ["signal_to_noise.py", str(store)])
-    signal_to_noise.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert "SparseGPT 60%, by primary: 3 sets, points of retention" in lines
-    row = next(line.split() for line in lines if line.startswith("total "))
-    assert row[-1].count("/") == 1

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -10,13 +9,10 @@ import pytest
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.evaluate import choose
 from calmix.models import find_blocks
-from calmix.specs import prune_request
 from calmix.study import estimate, load_study
 from calmix.study.estimate import EmptyModel, suite_size
 from calmix.study.trials import plan
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model
-
-asked = partial(prune_request, method="sparsegpt", sparsity=0.5, calibration="stories")
 
 
 @pytest.mark.parametrize("kind", quick(["gpt2", "gpt_oss"], ARCHITECTURES + MIXTURES))
