@@ -17,7 +17,6 @@ import torch
 from safetensors.torch import save_file
 
 import calmix
-from calmix.models.attention import MARK
 from calmix.precision import capabilities
 
 HERE = Path(__file__).parent
@@ -109,12 +108,6 @@ class Readout:
             name: {text: 100 * whole / bits[name][text] for text, whole in texts.items()}
             for name, texts in self._dense[key].items()
         }
-
-
-def use_torchs_attention(model: Any) -> None:
-    """Let a model that calmix has opened attend as transformers' `sdpa` does."""
-    for module in model.modules():
-        vars(module).pop(MARK, None)
 
 
 def means(texts: dict[str, dict[str, float]]) -> dict[str, float]:

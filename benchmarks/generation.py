@@ -17,7 +17,7 @@ import torch
 
 from calmix import open_model
 from calmix.calibration.selfgen.writing import WriteRequest, write
-from calmix.models.attention import cache_argument
+from calmix.models.caches import cache_argument
 
 
 def forward_alone(model: torch.nn.Module, rows: int, length: int) -> float:

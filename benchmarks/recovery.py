@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from common import commit, machine, use_torchs_attention
+from common import commit, machine
 from speed import MIX, floor
 
 from calmix.calibration import build, parse_mix
@@ -45,7 +45,6 @@ WAYS = {
 def there_and_back(model: str, ids: torch.Tensor) -> float:
     """Seconds of one pass of the blocks there and back, with the gradients of their weights."""
     base = open_model(model).model
-    use_torchs_attention(base)
     for block in find_blocks(base).blocks:
         block.requires_grad_(True)
     base.train()

@@ -3,9 +3,8 @@
     python benchmarks/speed.py [--rival PYTHON] [--repeats 3] [--pattern 2:4]
 
 Everything is timed in one run on the same ids, the engines in turn. The floor is one forward pass
-of the blocks as transformers runs them, with PyTorch's attention, plus one Gram matrix per distinct
-input as plain products of this machine; Wanda's floor is the forward pass alone. Prints a Markdown
-table.
+of the blocks as transformers runs them, plus one Gram matrix per distinct input as plain products
+of this machine; Wanda's floor is the forward pass alone. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from common import commit, machine, run_rival, use_torchs_attention
+from common import commit, machine, run_rival
 
 from calmix.calibration import build, parse_mix
 from calmix.machine import MICRO_TOKENS
@@ -37,7 +36,6 @@ MIX = "uniform:python-stdlib,encyclopedia,math-solutions,stories"
 def floor(ids: torch.Tensor, name: str = MODEL) -> tuple[float, float]:
     """Seconds of one forward pass of the blocks, and of one Gram matrix per distinct input."""
     model = open_model(name).model
-    use_torchs_attention(model)
     device = next(model.parameters()).device
     found, ids = find_blocks(model), ids.to(device)
     with torch.inference_mode(False):

@@ -21,8 +21,8 @@ from calmix.evaluation.scorer import attention_window, not_finite, prefix_cache
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
 from calmix.models import OpenModel
-from calmix.models.attention import cache_argument, mixes_rows, own_places, repeated_cache
 from calmix.models.blocks import decoder_of
+from calmix.models.caches import cache_argument, mixes_rows, own_places, repeated_cache
 from calmix.models.opening import (
     end_tokens,
     generating,

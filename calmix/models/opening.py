@@ -51,7 +51,6 @@ from calmix.files import (
 )
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
-from calmix.models.attention import use_own_attention
 from calmix.models.blocks import evaluating
 from calmix.models.chat_template import templated
 from calmix.models.gguf_header import Header, read_header
@@ -502,7 +501,7 @@ def open_model(
         )
     if dtype == "auto" and (fits := suited(model.dtype, target)) != model.dtype:
         model = model.to(fits)
-    use_own_attention(model.requires_grad_(False))
+    model.requires_grad_(False)
     plain = torch.contiguous_format
     if (head := model.get_output_embeddings()) is not None:
         # Without a contiguous copy of a batch's last positions, torch copies the weights for every

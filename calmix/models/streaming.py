@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from calmix.errors import ModelError
-from calmix.models.attention import use_own_attention
 from calmix.models.blocks import DecoderBlocks, find_blocks
 from calmix.models.opening import (
     ModelFiles,
@@ -135,8 +134,7 @@ class StreamedModel:
             module._is_hf_initialized = not any(True for _ in module.buffers(recurse=False))
         with torch.no_grad():
             model.initialize_weights()
-        use_own_attention(model.requires_grad_(False))
-        return model.eval()
+        return model.requires_grad_(False).eval()
 
     def _parameters(self) -> dict[str, Tensor]:
         return dict(self.model.named_parameters(remove_duplicate=False))

@@ -21,7 +21,6 @@ from calmix.evaluation.tasks import load_items
 from calmix.files import size_text
 from calmix.machine import device_memory, host_memory
 from calmix.models import find_blocks, resolve_model
-from calmix.models.attention import use_own_attention
 from calmix.models.blocks import outer_weights
 from calmix.models.opening import DTYPES, device_of, known_model, loading
 from calmix.options import Recovering
@@ -63,7 +62,6 @@ class EmptyModel:
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **trust)
             model.tie_weights()
         self.model: Any = model.requires_grad_(False).eval()
-        use_own_attention(self.model)
         self.blocks = find_blocks(self.model)
         self.weights = sum(p.numel() for p in self.model.parameters())
         self.block_weights = sum(p.numel() for p in self.blocks.blocks.parameters())

@@ -16,7 +16,6 @@ from calmix.errors import InputError, ModelError
 from calmix.files import sha256_file, write_json
 from calmix.manifest import SEAL, sealed
 from calmix.models import open_model
-from calmix.models.attention import use_own_attention
 from calmix.models.shards import PACK, with_length
 from tests.faults.places import tree
 
@@ -35,7 +34,6 @@ def test_pack_round_trip(pruned, tmp_path, calmix, monkeypatch):
     dense, seen = open_model(str(pruned)).model, []
     monkeypatch.setenv("HOME", str(tmp_path))
     model = load("~/pack", progress=lambda *of: seen.append(of))
-    use_own_attention(model)
     ids = torch.arange(1, 9)[None]
     assert (model.dtype, seen) == (torch.float32, [(1, 1)])
     assert torch.equal(model(ids).logits, dense(ids).logits)

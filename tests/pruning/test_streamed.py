@@ -14,7 +14,6 @@ from calmix.calibration import CalibrationSet
 from calmix.errors import InputError, ModelError, PassingError
 from calmix.machine import out_of_memory
 from calmix.models import open_model
-from calmix.models.attention import use_own_attention
 from calmix.models.opening import fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
@@ -111,7 +110,6 @@ def test_streamed_matches_in_memory(case, tmp_path):
     if kind in MIXTURES:
         save_file(found, folder / "model.safetensors", {"format": "pt"})
         loaded = AutoModelForCausalLM.from_pretrained(folder)
-        use_own_attention(loaded)
         with torch.no_grad():
             assert torch.equal(loaded(tiny_ids(2)).logits, model(tiny_ids(2)).logits)
 

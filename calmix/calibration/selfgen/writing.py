@@ -25,7 +25,7 @@ from calmix.errors import InputError
 from calmix.files import write_bytes
 from calmix.machine import device_memory, out_of_memory
 from calmix.models import OpenModel
-from calmix.models.attention import cache_argument, mixes_rows, reserved_cache
+from calmix.models.caches import cache_argument, mixes_rows, reserved_cache
 from calmix.models.opening import end_tokens, generating, quiet_transformers
 
 BATCH = 128  # rows at a time; on two cores throughput does not grow beyond
