@@ -23,7 +23,7 @@ from calmix.calibration import (
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.deploy.compressed_tensors import group_for
-from calmix.deploy.gguf import check_export, overhead
+from calmix.deploy.gguf import check_export, layout_sha256, overhead
 from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
@@ -482,7 +482,7 @@ def check_request(options: Compression) -> Request:
             "rows": _rows(options, length),
             "length": length,
             "suite_sha256": suite_file(options.suite) and choose(options.suite).hash,
-            "like_sha256": options.like and cached_sha256(options.like),
+            "like_sha256": options.like and layout_sha256(options.like),
             "imatrix_sha256": options.imatrix and cached_sha256(options.imatrix),
         }
     )

@@ -29,16 +29,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from calmix.assets import get_asset
 from calmix.calibration import CalibrationSet, open_tokenizer
 from calmix.deploy.checking import difference, open_as_stored
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import (
     alone,
     cache_dir,
+    cached_sha256,
     check_output_file,
     hidden,
     real_place,
     replacing,
+    sha256_json,
     sync,
 )
 from calmix.models import OpenModel, check_models, open_model, resolve_model
@@ -195,6 +198,14 @@ def overhead(name: str, like: Path | None = None) -> int:
         file = gguf_file(_template(template), beside)
         tensors = _reader(file, template).tensors
         return file.stat().st_size - sum(int(one.n_bytes) for one in tensors)
+
+
+def layout_sha256(like: Path) -> str:
+    """Return the SHA-256 of the GGUF file or builtin model whose layout another file takes."""
+    origin = _template(str(like))
+    if isinstance(origin, Path):
+        return cached_sha256(origin)
+    return sha256_json([get_asset(part).sha256 for part in origin.parts])
 
 
 def _template(name: str) -> Path | BuiltinModel:

@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from calmix.calibration import resolve
 from calmix.deploy import gguf
-from calmix.deploy.gguf import export
+from calmix.deploy.gguf import export, layout_sha256
+from calmix.errors import InputError
 from calmix.models import open_model
 from calmix.pruning.checkpoint import prune_checkpoint, read_told
 from calmix.pruning.solvers.grids import read_blocks
@@ -217,3 +219,11 @@ def test_importance_matrix(calmix, quantised, text_file, tmp_path):
         np.testing.assert_allclose(
             held[f"{name}.in_sum2"].data.reshape(-1), expected.numpy(), rtol=1e-4
         )
+
+
+@pytest.mark.real
+def test_a_builtin_model_gives_a_layout(tmp_path):
+    layouts = Path("builtin:smollm2-135m"), Path("builtin:gemma3-270m")
+    assert len({layout_sha256(like) for like in layouts}) == 2
+    with pytest.raises(InputError, match="not a GGUF file"):
+        layout_sha256(tmp_path)
