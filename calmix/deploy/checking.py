@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,23 +23,25 @@ def open_as_stored(name: str, folder: Path) -> OpenModel:
     return open_model(name, dtype=dtype, device="cpu")
 
 
-def difference(
-    opened: OpenModel, logits: Callable[[Tensor], Tensor], most: float, weights: str
-) -> float:
+def reference(model: Any) -> tuple[Tensor, Tensor]:
+    """Return random token ids and a model's logits in float32, to which its weights are cast."""
+    vocabulary = model.config.get_text_config().vocab_size
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
+    with torch.no_grad():
+        return ids, model.float()(ids).logits
+
+
+def check_logits(name: str, before: Tensor, after: Tensor, most: float, weights: str) -> float:
     """Return mean KL(model || export) in nats per token.
 
     Raises ModelError if the KL is more than `most` for an export with these `weights`.
     """
-    vocabulary = opened.model.config.get_text_config().vocab_size
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
-    with torch.no_grad():
-        after = logits(ids).double().log_softmax(-1)
-        before = opened.model.float()(ids).logits.double().log_softmax(-1)
+    after, before = (logits.double().log_softmax(-1) for logits in (after, before))
     kl = float((before.exp() * (before - after)).sum(-1).mean())
     if not kl <= most:
         raise ModelError(
-            f"the export of {opened.name} differs from the model (KL {kl:.3g} nats per token, "
+            f"the export of {name} differs from the model (KL {kl:.3g} nats per token, "
             f"limit {most:g} with {weights} weights): nothing was written"
         )
     return kl

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from calmix.assets import get_asset
 from calmix.calibration import CalibrationSet, open_tokenizer
-from calmix.deploy.checking import difference, open_as_stored
+from calmix.deploy.checking import check_logits, open_as_stored, reference
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import (
     alone,
@@ -118,7 +118,10 @@ def export(
         if find_spec("llama_cpp"):
             engine, run = "llama.cpp", _in_llama_cpp
             most = max(most, ROUNDED) if ours else most
-        kl = difference(opened, partial(run, new), most, weights)
+        ids, before = reference(opened.model)
+        del opened  # before the file is read: one model is in memory at a time
+        with torch.no_grad():
+            kl = check_logits(name, before, run(new, ids), most, weights)
         new.chmod(0o644)
         sync(new)  # a rename can reach the disk before the bytes
         new.replace(real_place(output))
