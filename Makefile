@@ -88,8 +88,8 @@ docs: $(VENV)/.ready
 	$(BIN)/python -m pip install -q -e '.[docs]'
 	rm -rf out/site-src && mkdir -p out/site-src/benchmarks
 	cp benchmarks/README.md out/site-src/benchmarks
-	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CITATION.cff LICENSE docs studies \
-	  out/site-src
+	cp -r README.md CHANGELOG.md CONTRIBUTING.md SECURITY.md CITATION.cff LICENSE docs recipes \
+	  studies out/site-src
 	$(BIN)/python docs/pages.py out/site-src/docs
 	$(BIN)/jupyter-nbconvert --to markdown --log-level WARN out/site-src/docs/notebooks/*.ipynb
 	sed -i.bak 's/\.ipynb)/.md)/' out/site-src/README.md out/site-src/docs/tasks/*.md && \

@@ -47,3 +47,19 @@ def test_home_page_in_a_browser(page):
 
     with served(SITE) as address:
         readable(page, address, figures=0, texts=60, home=address, then=shown)
+
+
+@needs_chromium
+@pytest.mark.long
+@pytest.mark.skipif(not (SITE / "index.html").exists(), reason="make docs has built no site")
+def test_search_of_a_site_opened_from_the_disk(page):
+    page.open(SITE / "index.html", width=1280)
+    page.run("document.querySelector('#__search').click()")
+    page.run("document.querySelector('[data-md-component=search-query]').focus()")
+    hits = "document.querySelectorAll('.md-search-result__item').length"
+    for word in ("lea", "kage"):
+        page.send("Input.insertText", text=word)
+    page.run(
+        f"new Promise(r => {{const t = setInterval(() => {hits} && r(clearInterval(t)), 50)}})"
+    )
+    assert all(url.startswith(("file:", "data:")) for url in page.requests)
