@@ -93,35 +93,3 @@ def test_thread_count_in_a_container(groups, monkeypatch, asked, threads):
     monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
     opening.device_of("cpu")
     assert now == [threads]
-
-
-class Mark:
-    """An event of a fake device: marks are a second apart."""
-
-    made = 0
-
-    def __init__(self, device, enable_timing):
-        self.device = device
-
-    def record(self, queue):
-        assert queue == ("queue of", self.device)
-        self.at = Mark.made = Mark.made + 1
-
-    def synchronize(self):
-        self.passed = True
-
-    def elapsed_time(self, other):
-        assert other.passed
-        return 1000.0 * (other.at - self.at)
-
-
-def test_device_seconds(monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: ("queue of", device))
-    monkeypatch.setattr(torch, "Event", Mark)
-    laps, seconds = machine.Laps(torch.device("cuda", 1)), {"solve": 0.5, "statistics": 0.0}
-    with laps.lap("solve"), laps.lap("statistics"):
-        pass
-    laps.read(seconds)
-    laps.read(seconds)
-    assert seconds == {"solve": 3.5, "statistics": 1.0}

@@ -59,12 +59,3 @@ def test_large_product_settings_are_temporary(monkeypatch):
     with pytest.raises(ZeroDivisionError), bfloat16_products():
         raise ZeroDivisionError
     assert [cpu.fp32_precision, cuda.fp32_precision] == before
-
-
-@pytest.mark.parametrize("able", [True, False])
-def test_capabilities_of_older_torch(monkeypatch, able):
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    for name, message in (("amx_tile", False), ("avx512_bf16", able)):
-        monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda t=message: t, raising=False)
-    actual = precision.suited(torch.bfloat16, torch.device("cpu"))
-    assert actual == (torch.bfloat16 if able else torch.float32)

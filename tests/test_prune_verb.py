@@ -127,17 +127,8 @@ def test_failed_write_keeps_the_old_folder(calmix, tiny_folder, tmp_path, monkey
 def test_prune_dry_run(calmix, tmp_path, text_file, kind, more):
     model = save_tiny_model(tmp_path / "model", kind)
     before = sorted(tmp_path.iterdir())
-    command = (
-        "prune",
-        model,
-        "--calibration",
-        text_file,
-        *SMALL,
-        *more,
-        "--dry-run",
-        "-o",
-        tmp_path / "out",
-    )
+    data = ("--calibration", text_file, *SMALL, *more)
+    command = ("prune", model, *data, "--dry-run", "-o", tmp_path / "out")
     ended = calmix(*command, "--json").ok()
     data = json.loads(ended.out)
     assert [one["stage"] for one in data] == ["prune"]

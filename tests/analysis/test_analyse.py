@@ -107,13 +107,6 @@ def test_accuracy_and_flips_skip_right_only_tasks(tmp_path):
             write_scores(file, json.loads(file.read_text()) | {"right_only": True})
 
 
-def test_equal_sets_share_the_probability_of_being_best():
-    shares = {"general": 0.44, "math": 0.40}
-    trials = tuple(trial(name, "single", "wanda", "50%", 0, shares) for name in "abc")
-    for ranked in analyse(study(Plan(), trials=trials), QUICK).conditions[0].ranking:
-        assert ranked.best == pytest.approx(1 / 3)
-
-
 def test_conditions_by_bits_ignore_sparsity():
     trials = tuple(
         trial(name, "mix", "ecq", "3 bits", seed, {"general": 0.5}, sparsity=0.1 * seed)
@@ -151,10 +144,3 @@ def test_ranking_is_by_total():
     lead = second.behind
     assert lead.value < first.total.value - second.total.value  # of the shrunken ones
     assert 0 < lead.low < lead.draw_low < lead.value < lead.draw_high < lead.high
-
-
-def test_ranking_without_signal():
-    blind = trial("blind", "single", "sparsegpt", "60%", 0, {"general": 0.99, "code": None})
-    (blinded,) = analyse(study(Plan(), trials=(blind,)), QUICK).conditions[0].ranking
-    assert (blinded.dimensions["code"].value, blinded.worst) == (None, "general")
-    assert (blinded.behind, blinded.best) == (None, None)

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from calmix.analysis import Settings, analyse
-from calmix.analysis.cells import TOTAL, WORST, method_name
+from calmix.analysis.cells import TOTAL, WORST
 from calmix.analysis.differences import BEST, SINGLES
 from calmix.evaluation.retention import flips, retention
 from tests.synthetic import SOURCES, Plan, full_plan, study, trial
@@ -156,23 +156,6 @@ def test_bits_per_byte_are_resampled_as_a_ratio():
     assert ours.value == pytest.approx(theirs.value)
     assert (ours.low, ours.high) == pytest.approx((theirs.low, theirs.high), abs=0.004)
     assert ours.high - ours.low > 0.01
-
-
-def test_condition_labels():
-    for name, title in (("admm,refit=5 + distill", "ADMM,refit=5 + distill"), ("ours", "ours")):
-        assert method_name(name) == title
-    shares = {"general": 0.5, "code": 0.5}
-    trials = tuple(
-        trial("a", "single", *SPARSE[0], 0, shares, **more)
-        for more in ({}, {"rows": 128}, {"propagation": "block"})
-    )
-    bare = trial("none", "none", "magnitude", "60%", 0, shares, propagation=None, rows=0, length=0)
-    analysis = analyse(study(Plan(), trials=(*trials, bare)), QUICK)
-    assert {c.condition.label for c in analysis.conditions} == {
-        "SparseGPT 60%, block propagation, 64 x 512",
-        "Magnitude 60%",
-        *(f"SparseGPT 60%, layer propagation, {rows} x 512" for rows in (64, 128)),
-    }
 
 
 # One method against another

@@ -16,7 +16,6 @@ from calmix.calibration.dataset import SET_MANIFEST, TENSORS
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError, SourceError
 from calmix.manifest import sealed
-from calmix.sources import get_source
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
@@ -80,21 +79,6 @@ def test_every_row_starts_with_the_begin_token(sources, tiny):
     assert (drawn_set.ids[:, 1:] != 1).all()
     with pytest.raises(InputError, match="no room for text after the begin token"):
         build(mix_of(sources), opened, rows=1, length=1)
-
-
-def test_manifest_lists_documents(sources, tiny):
-    drawn_set = build(mix_of(sources), tiny, rows=9, length=32)
-    for name, entry in drawn_set.manifest["sources"].items():
-        texts = {d.id: d.text for d in get_source(name).documents()}
-        stored = [texts[document] for document in entry["drawn"]]
-        joined = "</s>".join([*stored, ""])
-        assert entry["drawn_tokens"] == sum(map(len, stored))
-        assert len(joined) - len(stored[-1]) - 5 < 32 * entry["rows"] <= len(joined)
-        for ids, source in zip(drawn_set.ids.tolist(), drawn_set.sources, strict=True):
-            assert source != name or tiny.tokenizer.decode(ids) in joined
-    drawn = build(parse_mix(sources["lower"]), tiny, rows=3, length=40, packing="window")
-    entry = drawn.manifest["sources"][sources["lower"]]
-    assert (entry["documents"], len(set(entry["drawn"]))) == (60, 3)
 
 
 def test_too_little_text_reports_available_and_needed(sources, tiny):

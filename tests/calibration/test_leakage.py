@@ -195,20 +195,8 @@ def test_planted_item_of_offline_suite_is_dropped(case, calmix, tmp_path):
         rows[number] = f"{rows[number]}\n\n{item[2]}\n\n{rows[number]}"
     own, out = tmp_path / "own.jsonl", tmp_path / "out"
     write_rows(own, rows)
-    ended = calmix(
-        "calibrate",
-        own,
-        "--model",
-        "builtin:smollm2-135m",
-        "--rows",
-        110,
-        "--length",
-        50,
-        "-o",
-        out,
-        "--packing",
-        "window",
-    )
+    how = ("--rows", 110, "--length", 50, "--packing", "window")
+    ended = calmix("calibrate", own, "--model", "builtin:smollm2-135m", *how, "-o", out)
     if leaks == 10:
         assert f"source {own} leaks" in ended.line
         assert f"with task {task}" in ended.line

@@ -103,22 +103,3 @@ def test_saved_set(sources, tiny, tmp_path):
     }.items():
         with pytest.raises(InputError, match=f"has {option} .*, not {value}: leave --{option} out"):
             resolve(str(folder), tiny, **{option: value})
-
-
-def test_code_folder_with_a_manifest_is_text(tiny, tmp_path):
-    (tmp_path / "app").mkdir()
-    (tmp_path / "app/manifest.json").write_text('{"name": "x"}', encoding="utf-8")
-    for name in "ab":
-        (tmp_path / f"app/{name}.js").write_text("let x = 1;\n" * 40, encoding="utf-8")
-    assert drawn(tmp_path / "app", tiny, rows=2, length=32).rows == 2
-
-
-def test_long_mixes_are_not_taken_for_paths(tiny):
-    names = ",".join(f"no-such-source-{i}" for i in range(40))
-    for spec, name in (
-        (f"uniform:{names}", "no-such-source-0"),
-        ("x" * 300, "xxx"),
-        ("~nobody-here", "~nobody"),
-    ):
-        with pytest.raises(SourceError, match=f"unknown source '{name}"):
-            drawn(spec, tiny, rows=80, length=8)

@@ -1,5 +1,6 @@
 """The command line outside its verbs: help, completion, environment."""
 
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -33,6 +34,24 @@ def test_closed_pipe_is_not_a_failed_check(tmp_path):
         ended = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, env=env)
         assert (ended.returncode, ended.stderr) == (141, b""), words
     os.close(write)
+
+
+def test_environment_defaults(calmix, monkeypatch):
+    names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "GOMP_SPINCOUNT")
+    for option, message in (
+        ({}, ("64", "64", "2000")),
+        ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9", "GOMP_SPINCOUNT": "7"}, ("9", "64", "7")),
+        ({"OMP_WAIT_POLICY": "passive"}, ("64", "64", None)),
+    ):
+        for name in (*names, "OMP_WAIT_POLICY"):
+            monkeypatch.setenv(name, "")  # so that it is restored afterwards
+            monkeypatch.delenv(name)
+        # A notebook kernel passes on its matplotlib backend, which may not be installed here.
+        for name, value in ({"MPLBACKEND": "module://nowhere.backend_inline"} | option).items():
+            monkeypatch.setenv(name, value)
+        assert calmix("--version").out == f"calmix {importlib.metadata.version('calmix')}\n"
+        assert tuple(map(os.environ.get, names)) == message
+        assert os.environ["MPLBACKEND"] == "agg"
 
 
 def test_help_flags(calmix):

@@ -1,29 +1,11 @@
 """Tables fit into 80 columns without truncated or broken words and numbers."""
 
 import json
-import re
 
 import pytest
 
-from calmix.cli.common import print_table
 from calmix.evaluation.scores import CapabilityScores
 from tests.evaluation.helpers import bits, choices
-
-HEADS = ("task", "scored by", "retention %", "what it is about")
-ROWS = [
-    {
-        "task": "common_knowledge",
-        "scored by": "smoothed",
-        "retention %": "65.9 [58.9, 71.0]",
-        "what it is about": "words between which lines may be broken, if there is no room",
-    },
-    {
-        "task": "mmlu",
-        "scored by": "probability",
-        "retention %": "-1.2 [-12.3, 10.0]",
-        "what it is about": "others",
-    },
-]
 
 
 @pytest.fixture(params=[80, 40])
@@ -40,27 +22,6 @@ def check(printed, columns, *whole):
     assert max(map(len, lines)) <= columns, max(lines, key=len)
     for text in whole:
         assert any(str(text) in line for line in lines), (text, printed)
-
-
-def test_narrow_tables_drop_columns(columns, capsys):
-    print_table(ROWS, text=HEADS[-1:], least=["scored by", HEADS[-1]])
-    printed = capsys.readouterr().out
-    numbers = [row["retention %"] for row in ROWS]
-    check(printed, columns, "common_knowledge", *numbers)
-    assert ("probability" in printed) == ("between" in printed) == (columns == 80)
-    assert ("a wider terminal shows" in printed) == (columns == 40)
-    for word in str(ROWS[0][HEADS[-1]]).split() if columns == 80 else ():
-        assert re.search(rf"(^|\s){word}(\s|$)", printed, re.MULTILINE), word
-
-
-def test_long_cells_are_not_cut(columns, capsys):
-    print_table(
-        [{"of": "a heading of a group", "task": "x", "scored": "probability", "n": "1"}], by="of"
-    )
-    check(capsys.readouterr().out, columns, "a heading of a group", "scored", "probability")
-    name = "model.layers.10.self_attention.query_key_value_projection" * 2
-    print_table([{"a": name, "b": "1.25"}], title="a title of more words than columns " * 4)
-    assert name in capsys.readouterr().out
 
 
 def test_lists_fit_the_terminal(calmix, monkeypatch):

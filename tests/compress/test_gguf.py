@@ -182,14 +182,6 @@ def test_a_folder_is_converted_for_its_layout(
     assert (out / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
 
 
-def test_a_folder_gets_the_layout_of_a_file_of_the_same_model(calmix, words, tmp_path, file):
-    folder = Path(shutil.copytree(open_model(file).folder, tmp_path / "folder"))
-    out = tmp_path / "out"
-    ended = calmix(*words(out, "--like", file, "--type", "q8_0", "--dry-run", model=folder)).ok()
-    assert f"--method ggml,type=Q8_0 --calibration {out}/calibration" in ended.out
-    assert f"calmix export {out}/quantised --to gguf --like {file}" in ended.out
-
-
 def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp_path):
     """A file of the size that was asked for."""
     out = tmp_path / "out"

@@ -437,14 +437,6 @@ def test_search_command_ends_with_a_card(calmix, command, options, tmp_path, mon
     calmix("check", out).ok()  # with the folder's own floors
     assert json.loads((out / "check.json").read_text(encoding="utf-8"))["floors"] == {"code": 0.3}
     assert "to 5 bits per weight" in (out / "card.html").read_text(encoding="utf-8")
-    readme = (out / "model/README.md").read_text(encoding="utf-8")
-    for said in (
-        "Kept at 95 % confidence, at least: code 30 %",
-        "tags: [quantized, calmix]",
-        " kB quantised.",
-        "Once packed, a weight takes 5.0",
-    ):
-        assert said in readme
     before = (out / "ladder.json").read_bytes()
     ended = calmix(*words, *floors, "--within", "1s", "--json")
     assert (ended.code, len(json.loads(ended.out)["ladder"]["rungs"])) == (0, 3)

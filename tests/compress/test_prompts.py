@@ -49,12 +49,6 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
     assert not any(f"<user>{one.question}\n" in written for one in test)
     assert (out / "prompts.html").read_text(encoding="utf-8").count("<article") == len(test)
     assert "mine" in calmix("check", out, "--keep-at-least", "min=0.5").line
-    # A set that was drawn from the prompts keeps them apart too.
-    again = tmp_path / "again"
-    saved = [str(again) if word == str(out) else word for word in words]
-    saved[saved.index(text)] = str(out / "calibration")
-    calmix(*saved).ok()
-    assert {*read_card(again).prompted[0].tasks[0].prompts} == {*asked}
     # The printed command draws the same set.
     calmix(*json.loads(json.dumps(draw_command(out, tmp_path / "drawn")))).ok()
     assert CalibrationSet.open(tmp_path / "drawn").sha256 == drawn.sha256

@@ -65,10 +65,3 @@ def test_wrong_recipes_name_the_file(tmp_path, calmix, text, said):
     assert ended.code == 2
     assert said in ended.err
     assert not (tmp_path / "out").exists()
-
-
-def test_missing_recipe(tmp_path, calmix):
-    missing = tmp_path / "none.yaml"
-    ended = calmix("compress", "builtin:smollm2-135m", "--recipe", missing, "-o", tmp_path / "out")
-    assert ended.code == 2
-    assert str(missing) in ended.err

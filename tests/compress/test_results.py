@@ -56,51 +56,50 @@ def other_weights(model):
     changed(model / "calmix.json", lambda value: value["files"].update(files))
 
 
-def test_moved_folder(calmix, command, out, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "link").symlink_to(out)
-    for path in (out, "out", tmp_path / "link"):
-        calmix("report", path).ok()
-        assert calmix("check", path, *FLOOR).code in (0, 1)
-        calmix("doctor", "inspect", path).ok()
-        assert calmix(*command(path)).ok().err.count("already done") == 5
-
-
-def test_swapped_model_is_refused(calmix, lines, out, tiny_folder, tmp_path):
-    calmix(
-        "prune", tiny_folder, "--method", "magnitude", "--sparsity", 0.6, "-o", tmp_path / "other"
-    ).ok()
+def swap_model(out, remake):
     shutil.rmtree(out / "model")
-    shutil.copytree(tmp_path / "other", out / "model")
-    for line in lines(out):
-        assert "model was made on another request (method: magnitude, now distill)" in line
+    remake("prune", "--method", "magnitude", "--sparsity", 0.6, "-o", out / "model")
 
 
-def test_changed_weights_are_refused(lines, out):
-    other_weights(out / "model")
-    for line in lines(out):
-        assert f"{out}/scores.json was made from " in line
-        assert f"but {out}/model (" in line
-        assert line.endswith(f"delete {out}/scores.json and run its calmix compress again")
-
-
-def test_unlisted_weights_are_refused(lines, out):
+def unlisted_weights(out, _):
     shard = max((out / "model").glob("*.safetensors"))
-    shutil.copyfile(max((out / "pruned").glob("*.safetensors")), shard)
-    raw = shard.read_bytes()
+    raw = max((out / "pruned").glob("*.safetensors")).read_bytes()
     shard.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
-    for line in lines(out):
-        assert f"{shard} is damaged or changed" in line
 
 
-def test_foreign_scores_are_refused(lines, out):
+def other_scores(out, _):
     def change(value):
         value["model"]["sha256"] = value["scores"]["fingerprint"] = "0" * 64
 
     changed(out / "scores.json", change)
+
+
+def other_answers(out, _):
+    changed(out / "answers.json", lambda value: value.update(request={"prompts": "others"}))
+
+
+def older_folder(out, _):
+    changed(out / "compress.json", lambda value: value.pop("stages"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (swap_model, "model was made on another request (method: magnitude, now distill)"),
+        (lambda out, _: other_weights(out / "model"), "scores.json was made from "),
+        (unlisted_weights, ".safetensors is damaged or changed"),
+        (other_scores, "(000000000000), but "),
+        (other_answers, "answers.json was made on another request (prompts: "),
+        (older_folder, "was made by an older calmix, which did not record what its results were"),
+    ],
+)
+def test_results_of_another_run_are_refused(calmix, lines, out, tiny_folder, change, said):
+    def remake(verb, *words):
+        calmix(verb, tiny_folder, *words).ok()
+
+    change(out, remake)
     for line in lines(out):
-        assert "scores.json was made from" in line
-        assert "(000000000000), but " in line
+        assert said in line
 
 
 def test_edited_scores_are_refused(calmix, lines, out):
@@ -114,22 +113,6 @@ def test_edited_scores_are_refused(calmix, lines, out):
     (out / "scores.json").write_text(json.dumps(value), encoding="utf-8")
     for line in (*lines(out)[1:], calmix("check", out / "scores.json", *FLOOR).line):
         assert "scores.json is damaged or of an older calmix" in line
-
-
-def test_scores_of_another_slice_are_refused(calmix, lines, out, tiny_folder, place):
-    words = ("--suite", place / "made.yaml", "--limit", 1, "--no-distance", "--overwrite")
-    scored = ("evaluate", out / "model", "--against", tiny_folder, "-o", out / "scores.json")
-    calmix(*scored, *words).ok()
-    for line in lines(out):
-        assert "scores.json was made on another request (suite.hash: " in line
-
-
-def test_answers_to_other_prompts_are_refused(lines, out):
-    path = out / "answers.json"
-    value = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, sealed(value | {"request": {"prompts": "others"}}))
-    for line in lines(out):
-        assert "answers.json was made on another request (prompts: " in line
 
 
 def test_a_damaged_pack_is_refused(calmix, command, tmp_path):
@@ -157,31 +140,6 @@ def test_text_that_changed_since_is_not_taken_for_the_one_that_was_drawn(
     calmix(*command(out)).ok()
 
 
-def test_model_of_another_set_is_refused(calmix, command, lines, out, tiny_folder, place):
-    shutil.rmtree(out / "calibration")
-    calmix(
-        "calibrate",
-        place / "text.txt",
-        "-m",
-        tiny_folder,
-        "--rows",
-        16,
-        "--length",
-        256,
-        "--seed",
-        1,
-        "--leakage",
-        "off",
-        "-o",
-        out / "calibration",
-    ).ok()
-    for line in lines(out):
-        assert "calibration was made on another request (seed: 1, now 0)" in line
-    shutil.rmtree(out / "calibration")
-    calmix("report", out).ok()  # what is gone is not compared
-    calmix(*command(out)).ok()  # and the same is drawn again
-
-
 def test_killed_and_moved_run_resumes(calmix, command, compressed, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "block", interrupting(Run.block))
@@ -195,12 +153,6 @@ def test_killed_and_moved_run_resumes(calmix, command, compressed, tmp_path):
     assert {n: h for n, h in ours.items() if n != "calmix.json"} == {
         n: h for n, h in theirs.items() if n != "calmix.json"
     }
-
-
-def test_folder_of_an_older_version(calmix, lines, out):
-    changed(out / "compress.json", lambda value: value.pop("stages"))
-    for line in lines(out):
-        assert "was made by an older calmix, which did not record what its results were" in line
 
 
 def test_check_compares_scores_with_their_model(calmix, compressed, out, tmp_path):

@@ -8,20 +8,16 @@ from importlib.util import find_spec
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from calmix.deploy import compressed_tensors
 from calmix.deploy.compressed_tensors import export, quantization_config
 from calmix.errors import InputError, ModelError
-from calmix.models import check_models, open_model, opening
+from calmix.models import open_model, opening
 from calmix.models.opening import forget, resolve_model, size_of
 from calmix.models.packed import pack, unpack
 from calmix.models.shards import write_model
-from tests.tiny import load_weights, save_tiny_model, tiny_ids
+from tests.tiny import load_weights, save_tiny_model
 
-needs_library = pytest.mark.skipif(
-    find_spec("compressed_tensors") is None, reason="needs the package compressed-tensors"
-)
 LAYER = "model.layers.1.mlp.up_proj"
 
 
@@ -70,21 +66,6 @@ def test_a_checkpoint_decodes_to_the_levels(quantised, name, bits, symmetric, tm
     forget(tmp_path / "out")
     assert not copy.exists()
     assert (tmp_path / "out" / "config.json").exists()
-
-
-@needs_library
-@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
-@pytest.mark.parametrize(("name", "how"), [("four", {}), ("four", None), ("three", None)])
-def test_transformers_decodes_the_same_weights(quantised, name, how, tmp_path):
-    """Zero points only while it loads (0.20.1 of the library expects them unpacked otherwise)."""
-    export(str(quantised / name), tmp_path / "out")
-    if how is None:
-        how = {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", **how).eval()
-    ours, ids = open_model(tmp_path / "out").model, tiny_ids(2)
-    torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
-    decoded = theirs.state_dict()
-    assert all(torch.equal(decoded[key], value) for key, value in ours.state_dict().items())
 
 
 @pytest.mark.parametrize("bits", range(1, 9))
@@ -141,48 +122,6 @@ def test_checkpoints_of_other_tools_open(tmp_path):
         levels = checkpoint(tmp_path / name, scale, **more)
         opened = open_model(tmp_path / name).model.get_parameter(f"{LAYER}.weight")
         assert torch.equal(opened, expected(levels))
-
-
-INTEGERS = quantization_config(4, 32, True, ["lm_head"])
-FLOATS = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}
-
-
-@needs_library
-@pytest.mark.parametrize("form", ["pack-quantized", "naive-quantized"])
-def test_a_checkpoint_that_the_library_writes_opens(form, tmp_path, monkeypatch):
-    """Ours decodes packed integers, the library everything else."""
-    from compressed_tensors.compressors import ModelCompressor
-    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
-
-    folder = save_tiny_model(tmp_path / "model")
-    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
-    settings = json.loads(json.dumps(INTEGERS))
-    wide, most = 32, 7
-    if form != "pack-quantized":
-        settings["config_groups"]["group_0"] |= {"weights": FLOATS, "format": form}
-        settings["format"], wide, most = form, -1, 448
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    config = QuantizationConfig.model_validate(settings)
-    apply_quantization_config(model, config)
-    for module in model.modules():
-        if hasattr(module, "weight_scale"):
-            width = module.weight.shape[1] if wide < 0 else wide
-            largest = module.weight.abs().unflatten(1, (-1, width)).amax(-1)
-            module.weight_scale.data = largest / most
-    ModelCompressor(quantization_config=config).compress_model(model)
-    packed = {name: value.contiguous() for name, value in model.state_dict().items()}
-    packed.pop("lm_head.weight")  # tied
-    save_file(packed, folder / "model.safetensors", metadata={"format": "pt"})
-    settings = config.model_dump(mode="json") | {"quantization_status": "compressed"}
-    text = json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}
-    (folder / "config.json").write_text(json.dumps(text))
-    check_models(str(folder))
-    ours = open_model(folder).model.get_parameter(f"{LAYER}.weight")
-    if form == "pack-quantized":
-        assert torch.equal(ours, by_hand(packed, LAYER, 4))
-    else:
-        expected = packed[f"{LAYER}.weight"].float() * packed[f"{LAYER}.weight_scale"]
-        torch.testing.assert_close(ours, expected)
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):

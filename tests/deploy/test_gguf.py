@@ -16,7 +16,7 @@ from calmix.deploy import gguf
 from calmix.deploy.gguf import export, layout_sha256
 from calmix.errors import CalmixError
 from calmix.models import open_model
-from calmix.pruning.checkpoint import prune_checkpoint, read_told
+from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.solvers.grids import read_blocks
 from calmix.specs import prune_request
 from tests.tiny import load_weights, save_tiny_model
@@ -83,25 +83,6 @@ def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
             save_file(tensors, file, metadata={"format": "pt"})
     written = export(str(tmp_path / "changed"), out, overwrite=True)
     assert (written["types"]["Q5_0"], written["ours"]) == (11, 14)
-
-
-def test_fallback_types_are_reported(calmix, quantised, tmp_path):
-    drawn = "--calibration", quantised / "text.txt", "--rows", 6, "--length", 32, "--leakage", "off"
-    model = quantised / "tiny.gguf"
-    told = calmix("prune", model, "--method", "ggml,type=q3_k", *drawn, "-o", tmp_path / "out").ok()
-    shown = "matrices by type: 8 IQ4_NL, 4 Q5_0, 2 Q5_1, 1 Q8_0 (blocks of 256 do not fit the rows"
-    assert f"{shown} of 15)" in told.out
-    assert "(calmix export --to gguf)" in told.out
-    pruning = read_told(tmp_path / "out" / "calmix.json")["pruning"]
-    kinds = {("IQ4_NL", 4.5), ("Q5_0", 5.5), ("Q5_1", 6)}
-    assert {(one["type"], one["bits"]) for one in pruning["layers"]} == kinds
-    assert [one["type"] for one in pruning["outer"]] == ["Q8_0"]
-    wrong = calmix("prune", model, "--method", "ggml,type=Q3", *drawn, "-o", tmp_path / "wrong")
-    assert "unknown type 'Q3': did you mean" in wrong.line
-    wrong = calmix(
-        "prune", model, "--method", "ggml", "--sparsity", 0.5, *drawn, "-o", tmp_path / "w"
-    )
-    assert "method ggml takes a type such as Q3_K_M, not 0.5" in wrong.line
 
 
 def test_large_divergence_warns(calmix, quantised, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from calmix.errors import CalmixError
 from calmix.pruning.solvers.grids import SCALES
 from calmix.recovery import recover
 from calmix.specs import recover_request
+from tests.tiny import quick
 
 FILES = {
     "cut": lambda raw: raw[:-10],
@@ -43,6 +44,8 @@ BLOCKS = {
     "one dimension": lambda data: data[0],
 }
 NAMES = {"no kind": "odd", "another kind": "a.weight|odd", "octaves alone": "a.weight|octaves"}
+FEW = ("cut", "three dimensions", "groups that do not divide a row", "integers", "no number")
+FEW += ("octaves, short", "another kind", "two steps", "a folder")
 
 
 def first(folder):
@@ -76,7 +79,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", quick(FEW, CASES))
 def test_damaged_scales_are_one_line(quantised, tmp_path, monkeypatch, case):
     monkeypatch.setenv("CALMIX_CACHE", str(quantised / "cache"))
     base, damage = CASES[case]
@@ -96,7 +99,7 @@ def test_damaged_scales_are_one_line(quantised, tmp_path, monkeypatch, case):
     assert not list(tmp_path.glob("out*"))
 
 
-@pytest.mark.parametrize("case", BLOCKS)
+@pytest.mark.parametrize("case", quick(["short"], BLOCKS))
 def test_damaged_blocks_are_one_line(quantised, tmp_path, monkeypatch, case):
     monkeypatch.setenv("CALMIX_CACHE", str(quantised / "cache"))
     model = shutil.copytree(quantised / "four", tmp_path / "model")

@@ -138,7 +138,8 @@ def as_slices(model):
         block.mlp.experts.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
-@pytest.mark.parametrize("case", quick([("wanda", "sequential")], [(QUICK, "block")]))
+@pytest.mark.long
+@pytest.mark.parametrize("case", [("wanda", "sequential"), (QUICK, "block")])
 def test_experts_reads(case):
     """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""
     run, blocks = by_block("mixtral", a_run(*case), 64, as_slices, [None])

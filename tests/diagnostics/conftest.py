@@ -52,48 +52,12 @@ def made(tiny_folder, tmp_path_factory):
             calmix("prune", tiny_folder, "-o", f"several/sparsegpt-{share}", *own)
         # A pruning run without text must not get a warning of few tokens after a recovery.
         calmix("prune", tiny_folder, "-o", "bare", "--sparsity", 0.5, "--method", "magnitude")
-        calmix(
-            "recover",
-            "bare",
-            "--against",
-            tiny_folder,
-            "--method",
-            "blocks",
-            "--epochs",
-            1,
-            "--calibration",
-            "mine",
-            *OWN,
-            *SMALL,
-            "-o",
-            "recovered",
-        )
-        calmix(
-            "prune",
-            "mixture",
-            "--calibration",
-            "text.txt",
-            *SMALL,
-            "--drop-experts",
-            0.25,
-            "-o",
-            "dropped",
-        )
-        calmix(
-            "prune",
-            tiny_folder,
-            "-o",
-            "quantised",
-            "--calibration",
-            "text.txt",
-            *SMALL,
-            "--bits",
-            3.5,
-            "--embeddings",
-            5,
-            "--skip",
-            "*.o_proj",
-        )
+        how = ("--method", "blocks", "--epochs", 1, "--calibration", "mine", *OWN, *SMALL)
+        calmix("recover", "bare", "--against", tiny_folder, *how, "-o", "recovered")
+        text = ("--calibration", "text.txt", *SMALL)
+        calmix("prune", "mixture", *text, "--drop-experts", 0.25, "-o", "dropped")
+        how = (*text, "--bits", 3.5, "--embeddings", 5, "--skip", "*.o_proj")
+        calmix("prune", tiny_folder, *how, "-o", "quantised")
         (base / "pruned" / "README.md").write_text("a card", encoding="utf-8")
         (base / "other.json").write_text('{"kind": "other"}', encoding="utf-8")
         calmix("export", "--to", "pack", "pruned", "-o", "pack")

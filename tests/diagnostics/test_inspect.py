@@ -92,23 +92,6 @@ def test_inspect_warnings_and_changed_manifest(calmix, made, tmp_path):
     assert "not JSON" in calmix("doctor", "inspect", pruned).line
 
 
-def test_inspect_recovery_of_a_foreign_model(calmix, made, tmp_path):
-    copy = shutil.copytree(made / "recovered", tmp_path / "recovered")
-    manifest = json.loads((copy / "calmix.json").read_text(encoding="utf-8"))
-    write_json(copy / "calmix.json", sealed(manifest | {"pruned": None}))
-    findings = health(calmix, copy)
-    assert (findings["problems"], findings["warnings"]) == ([], [])
-    assert [*findings["facts"]] == ["model", "recovery by blocks", "command", "versions"]
-
-
-def test_inspect_skips_running_trials(calmix, made, tmp_path):
-    store = shutil.copytree(made / "results", tmp_path / "store")
-    part = store / "trials" / ".id.partial-0" / "checkpoint"
-    part.mkdir(parents=True)
-    (part / "calmix.json").write_text("{")
-    assert "intact" in calmix("doctor", "inspect", store).ok().out
-
-
 def test_inspect_checks_a_packs_model(calmix, made, tmp_path):
     """An intact pack with the manifest of another model."""
     copy = shutil.copytree(made / "pack", tmp_path / "pack")

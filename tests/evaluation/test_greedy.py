@@ -9,7 +9,7 @@ import torch
 from tokenizers import decoders
 
 from calmix.errors import InputError, ModelError
-from calmix.evaluation import generations, greedy
+from calmix.evaluation import greedy
 from calmix.evaluation.generations import Answered, answer, load_answers, panel
 from calmix.evaluation.greedy import Prompt, answers, loops
 from calmix.manifest import SEAL, sealed
@@ -140,16 +140,6 @@ def test_looping_answer_is_cut():
     assert not loops([7, 8, 9] * 20)  # too short to be sure
     assert not loops(list(range(64)))
     assert not loops([*range(20)] * 5)  # periods this long occur in lists of similar lines
-
-
-def test_answers_panel(monkeypatch):
-    model, prompts = opened(), panel()
-    written = [(" Paris. ", False), (" Paris. ", True)]
-    monkeypatch.setattr(generations, "answers", lambda *_, **__: written)
-    assert answer(model, prompts) == ("Paris. …", "Paris.")
-    assert len({one.shown for one in prompts}) == 10
-    assert prompts[0].plain.endswith(f"Question: {prompts[0].shown}\nAnswer:")
-    assert prompts[0].plain.count("Answer:") == 4
 
 
 def test_answers_file(tmp_path):

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from calmix.errors import ModelError
 from calmix.evaluation import scorer as module
-from calmix.evaluation.scorer import Row, Scorer, attention_window, fill_rows, plan
+from calmix.evaluation.scorer import Scorer, attention_window, plan
 from calmix.models.opening import to_continue
 from tests.evaluation.helpers import opened, quiz, reference
 from tests.tiny import ARCHITECTURES, quick
@@ -90,10 +90,3 @@ def test_shared_tokens_run_once():
         assert all(len(row) <= 128 for row in rows)
         # The last token is only predicted: one node per choice besides the question.
         assert sum(map(len, rows)) == 30 * (20 + 4)
-
-
-def test_rows_are_packed_tightly():
-    trees = [Row([1] * n, [-1] * n, [(n, n - 1, 5)]) for n in (60, 40, 30, 70, 100)]
-    rows = fill_rows(trees, 100)
-    assert sorted(map(len, rows)) == [100, 100, 100]
-    assert all(row.ids[node] == 1 for row in rows for _, node, _ in row.targets)

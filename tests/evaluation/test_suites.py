@@ -71,11 +71,6 @@ def test_selection_hashes(tmp_path):
     ):
         assert choose(suite, **how).tasks["sciq"].limit == limit
     assert choose(suite, limit=3).tasks["mbpp"].limit == 3
-    abilities = load_suite("abilities")
-    mixed = choose("abilities", quick=True, whole=["math"])
-    assert mixed.dimensions["math"] == abilities.dimensions["math"]
-    assert mixed.dimensions["code"] == choose("abilities", quick=True).dimensions["code"]
-    assert list(mixed.dimensions) == list(abilities.dimensions)
     for chosen in ({"tasks": ["mbpp"]}, {"without": ["sciq"]}, {"dimensions": ["code"]}):
         assert list(choose(suite, **chosen).tasks) == ["mbpp"]
     for wrong, says in (

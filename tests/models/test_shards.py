@@ -10,12 +10,9 @@ from torch.testing import assert_close
 
 from calmix.errors import InputError, ModelError
 from calmix.models.shards import (
-    INDEX,
     read_file,
     read_header,
-    stored_tensors,
     write_file,
-    write_index,
 )
 
 TENSORS = {
@@ -35,19 +32,6 @@ def test_shards_match_safetensors(tmp_path):
     write_file(ours, TENSORS)
     assert_close(read_file(ours), TENSORS, rtol=0, atol=0)
     assert ours.read_bytes() == theirs.read_bytes()
-
-
-def test_index_is_written_for_several_files(tmp_path):
-    write_file(tmp_path / "model-1.safetensors", {"b": TENSORS["b"]})
-    write_index(tmp_path)
-    assert not (tmp_path / INDEX).exists()
-    write_file(tmp_path / "model-2.safetensors", {"a": TENSORS["a.half"]})
-    write_index(tmp_path)
-    assert json.loads((tmp_path / INDEX).read_text()) == {
-        "metadata": {"total_size": 6 * 8 + 28 * 2},
-        "weight_map": {"a": "model-2.safetensors", "b": "model-1.safetensors"},
-    }
-    assert list(stored_tensors(tmp_path)) == ["b", "a"]
 
 
 def test_unreadable_file_is_not_called_damaged(tmp_path):

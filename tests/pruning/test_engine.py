@@ -10,7 +10,6 @@ from calmix.pruning import SemiStructured, Unstructured, get_method, prune
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import Solution
 from calmix.pruning.methods.magnitude import Magnitude
-from tests.pruning.toy import wiring
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
@@ -77,16 +76,6 @@ def test_architectures_are_pruned_exactly(kind):
     prune(semi, how[0], method=how[1], pattern=SemiStructured(2, 4))
     for name, weight in weights_of(semi).items():
         assert ((weight.view(len(weight), -1, 4) == 0).sum(-1) == 2).all(), name
-
-
-def test_shared_inputs():
-    first, *_ = wiring(tiny_model("llama"), tiny_ids(1, 8))
-    assert [[layer.name.rsplit(".", 1)[-1] for layer in one] for one in first] == [
-        ["q_proj", "k_proj", "v_proj"],
-        ["o_proj"],
-        ["gate_proj", "up_proj"],
-        ["down_proj"],
-    ]
 
 
 @pytest.mark.parametrize(

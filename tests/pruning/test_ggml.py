@@ -13,9 +13,9 @@ from calmix.pruning import prune
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method, ggml
-from calmix.pruning.patterns import Blocks, as_pattern
-from calmix.pruning.solvers.block_grid import BlockGrid, search, solve_blocks
-from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels, block_type
+from calmix.pruning.patterns import Blocks
+from calmix.pruning.solvers.block_grid import BlockGrid, solve_blocks
+from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 from tests.pruning.toy import SMALL
@@ -71,18 +71,6 @@ def test_blocks_decode_with_the_gguf_package(name):
     decoded = quants.dequantize(encoded.data.numpy(), GGMLQuantizationType[name])
     np.testing.assert_array_equal(decoded, grid.values().numpy())
     assert torch.equal(encoded.values(), grid.values())
-
-
-def test_unknown_type_is_one_line():
-    assert block_type("q3_k").name == "Q3_K"
-    with pytest.raises(InputError, match="unknown type 'Q3K': did you mean"):
-        block_type("Q3K")
-    with pytest.raises(InputError, match="unknown type 'Q9'"):
-        get_method("ggml,type=Q9")
-    with pytest.raises(InputError, match="the type is given twice: Q3_K_M and Q2_K"):
-        get_method("ggml,type=Q3_K").aim(as_pattern("q2_k"))
-    with pytest.raises(InputError, match=r"method ggml takes a type such as Q3_K_M, not 0\.5"):
-        get_method("ggml").check(as_pattern(0.5), 256)
 
 
 @pytest.mark.parametrize("name", BY_COLUMN)
@@ -168,17 +156,6 @@ def test_scales_are_as_good_as_ggmls(name):
         return float(((result - weight).square() * importance).sum())
 
     assert error(ours) < 1.01 * error(theirs)
-
-
-def test_scales_of_weights_on_the_grid():
-    for name in ("Q4_0", "Q5_0", "Q4_1"):
-        values = random_levels(TYPES[name], rows=200, blocks=1).values()
-        scales = search(TYPES[name], values.T.contiguous(), torch.ones(32))
-        assert ((scales.step[0].float() * 31).abs() > 0).all()
-        factor = inverse_factor(torch.eye(32), 1e-9)
-        grid = BlockGrid([values], TYPES[name], torch.ones(32))
-        [result], _ = solve_columns([values], factor, None, grid)
-        assert relative_error(values, result, torch.eye(32)) < 2e-4
 
 
 @pytest.mark.parametrize(

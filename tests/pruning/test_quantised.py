@@ -8,14 +8,12 @@ import torch
 
 from calmix.errors import InputError
 from calmix.pruning import prune
-from calmix.pruning.gram import inverse_factor, relative_error
-from calmix.pruning.methods import base, get_method, sparsegpt
+from calmix.pruning.gram import relative_error
+from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Rate, Unstructured, as_pattern
-from calmix.pruning.solvers.grids import read_grids
 from calmix.specs import prune_request
 from tests.pruning.test_methods import as_tensors, problem, solved, textbook_obs
-from tests.pruning.toy import SMALL, pruning_of
-from tests.tiny import load_weights, tiny_ids, tiny_model
+from tests.tiny import tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 
@@ -113,7 +111,7 @@ def test_asymmetric_levels_reach_from_the_least_weight_to_the_largest(bits):
     assert int((high.clamp(min=0) - low.clamp(max=0)).max()) == 2**bits - 1
 
 
-def test_bits_options_and_damping(monkeypatch):
+def test_groups_need_bits():
     for text in ("wanda,group=32", "sparsegpt,group=7", "magnitude,group=128"):
         for pattern in (0.5, dict.fromkeys(["model.layers.0.mlp.up_proj"], 0.5)):
             with pytest.raises(InputError, match=r"group=\d+ has no effect .* without bits: add"):
@@ -127,34 +125,6 @@ def test_bits_options_and_damping(monkeypatch):
         with pytest.raises(InputError, match="without bits"):
             prune_request(method=text, sparsity=0.5, calibration="x")
     prune_request(method="wanda,bits=4,group=32", sparsity=0.5, calibration="x")
-    used, w, h = [], *as_tensors(*problem(columns=64))
-
-    def noted(gram, damping):
-        used.append(damping)
-        return inverse_factor(gram, damping)
-
-    for place in (base, sparsegpt):
-        monkeypatch.setattr(place, "inverse_factor", noted)
-    for options in ("", ",refit=2"):
-        solved(f"sparsegpt,damping=0.5,bits=4{options}", [w], h, [HALF])
-    assert used == [0.5, 0.5, 0.5]
-    used.clear()
-    solved("wanda,bits=4", [w], h, [HALF])
-    assert used == [0.01]
-
-
-def test_gptq_bits():
-    method = get_method("gptq")
-    for bits in (2, 8):
-        method.check(Rate(bits), 64)
-        method.check(Rate(bits), 0)  # of no layer yet, as for a study file
-    with pytest.raises(InputError, match="asymmetric levels have 2 to 7 bits, not 8"):
-        get_method("gptq,symmetric=false").check(Rate(8), 64)
-    for bits in (1.5, 2.5):
-        with pytest.raises(InputError, match=f"whole bits from 2 to 8, not {bits} bits"):
-            method.check(Rate(bits), 64)
-    with pytest.raises(InputError, match=r"inputs of a\.b: choose"):
-        get_method("wanda,bits=4,group=48").check(HALF, 64, "a.b")
 
 
 def test_more_bits_lose_less():
@@ -245,20 +215,3 @@ def test_bits_instead_of_sparsity():
 def test_invalid_combinations_are_one_line(asked, says):
     with pytest.raises(InputError, match=says):
         prune(tiny_model("llama"), tiny_ids(), **asked)
-
-
-def test_quantised_manifest_reports_bits(calmix, tiny_folder, text_file, tmp_path):
-    common = ("prune", tiny_folder, "--calibration", text_file, *SMALL)
-    out = tmp_path / "out"
-    ended = calmix(*common, "--bits", "4", "--method", "gptq", "-o", out).ok()
-    assert "4.44 bits per weight" in ended.out
-    told = pruning_of(out)
-    assert (told["method"], told["pattern"]) == ("gptq", "4 bits")
-    assert {layer["bits"] for layer in told["layers"]} == {4.25, 4.5}
-    grids, weights = read_grids(out), load_weights(out)
-    assert len(grids) == len(told["layers"])
-    for name, grid in grids.items():
-        weight = weights[name]
-        assert torch.equal(grid.values(grid.levels(weight)).to(weight.dtype), weight)
-    assert "bits a weight: 4.444" in calmix("doctor", "inspect", out).out
-    assert "bits many" in calmix(*common, "--bits", "many", "-o", tmp_path / "other").line

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from calmix.calibration import CalibrationSet
-from calmix.errors import InputError, ModelError, PassingError
+from calmix.errors import InputError, ModelError
 from calmix.machine import out_of_memory
 from calmix.models import open_model
-from calmix.models.opening import fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import Unstructured, budget, get_method, prune
 from calmix.pruning.allocation import LossPass
@@ -29,7 +28,6 @@ from calmix.pruning.work import WorkFolder, read_record
 from calmix.specs import prune_request
 from tests.forks import stopped
 from tests.pruning.stopper import arm
-from tests.pruning.test_engine import check_equal
 from tests.pruning.toy import SMALL, pruning_of
 from tests.tiny import (
     ARCHITECTURES,
@@ -88,10 +86,10 @@ def check_same(found, expected):
     quick(
         [
             ("llama", None),
-            *((kind, 5 if kind in ROUNDED else None) for kind in ARCHITECTURES),
-            *((kind, None) for kind in ("mixtral", "gpt_oss", "deepseek_v3", "llama4_text")),
+            *((kind, 5) for kind in ROUNDED),
+            *((kind, None) for kind in ("gpt2", "bloom", "mixtral", "gpt_oss", "llama4_text")),
         ],
-        [(kind, None) for kind in MIXTURES],
+        [(kind, None) for kind in (*ARCHITECTURES, *MIXTURES) if kind not in ROUNDED],
     ),
     ids=str,
 )
@@ -193,25 +191,6 @@ def test_reasons_to_open_a_model_whole(tmp_path, kind, lacks, says):
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=f"block by block, because .*{says}"):
         StreamedModel(str(folder))
-
-
-def test_half_precision_shards(calmix, tmp_path):
-    """What is outside the blocks lies in files no larger than a block's, where a tensor is not."""
-    folder = tmp_path / "model"
-    opened = open_model(str(save_tiny_model(tmp_path / "first")))
-    opened.model.bfloat16().save_pretrained(folder, max_shard_size="20KB")
-    opened.tokenizer.save_pretrained(folder)
-    asked = ("--method", "magnitude", "--sparsity", 0.5, "--dtype", "bfloat16")
-    assert calmix("prune", folder, *asked, "-o", tmp_path / "out").code == 0
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    held = [sorted(load_file(file)) for file in files]
-    assert [all(f"layers.{n}." in name for name in held[n]) for n in (0, 1)] == [True, True]
-    assert held[2:] == [["model.embed_tokens.weight"], ["model.norm.weight"]]
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
-    assert found.dtype == torch.bfloat16
-    whole = open_model(str(folder), dtype="bfloat16").model
-    prune(whole, method="magnitude", pattern=HALF)
-    check_equal(found, whole)
 
 
 def test_user_folder_is_not_replaced(tiny_folder, tmp_path):
@@ -366,16 +345,7 @@ def test_other_files_are_copied_and_checked_on_resume(calmix, tmp_path):
 def test_resume_replays_finished_blocks(calmix, text_file, tmp_path, monkeypatch):
     """The last two blocks read the keys and values of the first two; nothing is solved again."""
     model = save_tiny_model(tmp_path / "model", "gemma4_text")
-    command = (
-        "prune",
-        model,
-        "--calibration",
-        text_file,
-        *SMALL,
-        "--sparsity",
-        "0.5",
-        "-o",
-    )
+    command = ("prune", model, "--calibration", text_file, *SMALL, "--sparsity", 0.5, "-o")
     assert calmix(*command, tmp_path / "whole").code == 0
     solved, block = [], Run.block
 
@@ -427,23 +397,6 @@ def test_model_changed_during_pruning_is_refused(calmix, deep, text_file, tmp_pa
     file.write_bytes(original)
     calmix(*command, tmp_path / "cut", "--resume").ok()
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-
-
-def test_rewritten_identical_file_is_accepted(deep, tmp_path):
-    model = Path(shutil.copytree(deep, tmp_path / "model"))
-    streamed, file = StreamedModel(str(model)), model / "model.safetensors"
-    streamed.close()
-    assert streamed.files.sha256 == fingerprint(model)
-    file.write_bytes(file.read_bytes())
-    streamed.files.check()
-    (model / "tokenizer.json").rename(tmp_path / "tokenizer.json")
-    with pytest.raises(PassingError, match="changed while they were read"):
-        streamed.files.check()
-    (tmp_path / "tokenizer.json").rename(model / "tokenizer.json")
-    streamed.files.check()
-    (model / "chat_template.jinja").write_text("{{ messages }}")
-    with pytest.raises(PassingError, match="changed while they were read"):
-        streamed.files.check()
 
 
 def test_resume_keeps_micro_batch_size(calmix, command, tmp_path, monkeypatch):

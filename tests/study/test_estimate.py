@@ -84,11 +84,6 @@ def test_invalid_configuration_is_refused(tmp_path):
             EmptyModel(name)
 
 
-def test_item_count_is_assumed_without_data(monkeypatch, tmp_path):
-    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
-    assert suite_size(choose("paper", limit=100)) == (1200, False)
-
-
 @pytest.mark.real
 def test_item_count():
     suite = choose("abilities", tasks=["sums", "requests"], limit=50)

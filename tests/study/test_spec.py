@@ -5,12 +5,8 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 
-from calmix.calibration import CalibrationSet
-from calmix.calibration.resolving import CalibrationRequest
 from calmix.errors import InputError
-from calmix.evaluation.suites import load_suite
 from calmix.manifest import differences
 from calmix.study.declaring import Declaration, declaration
 from calmix.study.spec import check_study, load_study
@@ -105,16 +101,6 @@ def test_trial_strategy():
     assert {trial.request.embeddings for trial in embedded} == {4}
     assert [trial.rows for trial in replaced] == [8] * 4 + [4] * 3
     assert replaced[2].strategy == "igsp"
-
-
-def test_source_with_chats_is_a_mix():
-    sets = "calibrations: {a: 'chat:1,stories:3', b: 'chat:1,self-written:3', c: stories}\n"
-    trials = plan(parsed(HEAD + sets + "methods: {wanda: 0.5}\n"))
-    assert [trial.strategy for trial in trials] == ["mix", "self-written", "single"]
-    for names, strategy in (("chat stories", "mix"), ("chat", "self-written")):
-        manifest = {"names": names.split(), "written": {"chat": {}}}
-        saved = CalibrationSet(torch.zeros(1, 8, dtype=torch.int64), ("chat",), manifest)
-        assert CalibrationRequest({}, saved=saved).strategy == strategy
 
 
 def test_per_set_sampling_options():
@@ -437,27 +423,6 @@ def test_declaration_errors_name_their_line():
     ):
         for line, (number, words) in zip(problems(value), wanted, strict=True):
             assert line.startswith(f"s.yaml line {number}: {words}"), line
-    for more, says in (
-        ("exclude: [arc_easy]", "8: exclude: give a reason for each task, e.g. {sums: "),
-        (
-            "comparisons:\n  - {name: x, of: {calibration: mix}, over: {best_of: [a, a]}}",
-            "9: comparisons.0.over: 'best_of' names a set twice",
-        ),
-    ):
-        (line,) = problems(f"{DECLARES}{more}\n")
-        assert line.startswith(f"s.yaml line {says}")
-    every = ", ".join(f"{task}: x" for task in load_suite("offline").tasks)
-    (line,) = problems(DECLARES + f"exclude: {{{every}}}\n")
-    assert line == "s.yaml line 8: exclude: it names every task of the suite: keep at least one"
-    for more, says in (
-        ("", "suite offline has no generated answers: use another measure"),
-        (
-            "suite: abilities\nright_only: true\n",
-            "right counts gains, which right_only does not measure: use primary",
-        ),
-    ):
-        (line,) = problems(f"{DECLARES}primary: right\n{more}")
-        assert line == f"s.yaml line 8: primary: {says}"
     for more, primary in (
         ("", "primary"),
         ("suite: abilities\n", "right"),

@@ -83,15 +83,6 @@ def test_study_init_writes_a_valid_file(calmix, tmp_path):
     assert calmix("study", "init", path, "--overwrite").code == 0
 
 
-def test_plan_as_text_and_json(calmix, tiny_study):
-    path = tiny_study()
-    ended = calmix("study", "plan", path).ok()
-    assert "6 trials of 3000 items, 6 pruned models, 3 calibration sets; at most" in ended.out
-    data = json.loads(calmix("study", "plan", path, "--json").out)
-    assert data["trials"] == 6
-    assert [group["trials"] for group in data["groups"]] == [3, 3]
-
-
 def test_validate_lists_all_errors(calmix, tiny_study):
     path = tiny_study(("rows: 6", "row: 6"), ("length: 32", "length: x"))
     ended = calmix("study", "plan", path)

@@ -9,7 +9,7 @@ import torch
 
 from calmix.calibration import CalibrationSet, parse_calibration
 from calmix.calibration.leakage import Guard, ItemIndex
-from calmix.calibration.selfgen import generators, prompts
+from calmix.calibration.selfgen import generators
 from calmix.calibration.selfgen.generators import GENERATORS, generate, objective, select_rows
 from calmix.calibration.selfgen.ngrams import aggregation
 from calmix.calibration.selfgen.prompts import beginnings, start_token
@@ -83,20 +83,6 @@ def test_row_holds_pieces_of_one_dimension(made, opened):
     assert made(rows=1).counts == {"x": 1}
 
 
-def test_temperatures_and_prompt_lengths(made, tmp_path):
-    path = tmp_path / "long.yaml"
-    path.write_text(
-        "x: {temperature: 0.5, prompts: [{text: abc}, {text: 'abcdefghi'}]}\n"
-        "y: [{text: 'abcdefghijkl'}, {text: 'abcdefghijklm'}]\n",
-        "utf-8",
-    )
-    generated = made(prompts=path)
-    assert generated.manifest["temperature"] == {"x": 0.5, "y": 0.9}
-    assert made.requests[0].temperatures[:2] == [0.5, 0.9]
-    lengths = [{len(row[0]) for row in made.requests[0].openers[at::2]} for at in (0, 1)]
-    assert lengths == [{3}, {12}]  # none of y fits: the shortest
-
-
 def test_looping_pieces_are_rewritten(made):
     def fill(ids, nll):
         if len(ids) == 16:
@@ -110,18 +96,6 @@ def test_looping_pieces_are_rewritten(made):
     assert (counts["refused"], counts["passed_over"], counts["looping"]) == (0, 7, 0)
     assert pieces(made(fill=fill, repeats=1.0)).count(LOOP) == 7
     assert len(made.requests) == 1
-
-
-def test_least_repetitive_pieces_are_used_if_all_loop(made):
-    def fill(ids, nll):
-        step = 2 if len(ids) == 16 else 1
-        ids[::step, : 15 - len(made.requests)] = 7  # x; less of it, round by round
-
-    generated = made(fill=fill)
-    assert [len(request.openers) for request in made.requests] == [16] + [8] * 7  # x alone
-    assert generated.manifest["pieces"]["looping"] == 8
-    runs = [sum(token == 7 for token in piece) for piece in pieces(generated)]
-    assert sorted(runs) == [0] * 8 + [7] * 8
 
 
 def test_leaked_pieces_are_replaced(made, opened):
@@ -229,20 +203,6 @@ def test_start_token_is_not_from_the_chat_template():
         assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids(auto)
         assert start_token(tokenizer, "bos") == tokenizer.bos_token_id
         assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
-
-
-def test_missing_start_token_is_an_error(monkeypatch, tmp_path, opened):
-    monkeypatch.setattr(prompts, "END_OF_TEXT", ())
-    chat = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>")
-    assert start_token(chat) == chat.bos_token_id
-    assert start_token(chat, "separator") is None
-    bare = chat_tokenizer(None, None, None)
-    with pytest.raises(InputError, match="nothing to start from: this model's tokenizer has no"):
-        GENERATORS["self-cal"](start="auto").beginnings(bare, 0, None)
-    path = tmp_path / "prompts.yaml"
-    path.write_text("general: [{begin: true}]", encoding="utf-8")
-    with pytest.raises(InputError, match="without begin token and document separator"):
-        beginnings(path, bare)
 
 
 def test_prompts_use_the_chat_template(tmp_path):
