@@ -144,6 +144,8 @@ def run(
         raise InputError("--measure right needs generated answers: try --suite abilities")
     if right_only and dense is None:
         raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
+    if right_only and chosen.own:
+        raise InputError("--prompts compares all answers: leave out --right-only")
     if repeat and (no_repeat or not chosen.asks or dense is not None):
         why = "scores in a file" if dense is not None else "a suite without generated answers"
         why = "--no-repeat" if no_repeat else why

@@ -134,13 +134,7 @@ class Walk:
             (rung for rung in self.rungs if not self.kept[rung["bits"]]),
             key=lambda rung: rung["bits"],
         )
-        failures = ", ".join(
-            f"{one['ability']} keeps {100 * one['kept']:.1f} % of {one['items']} items by "
-            f"{one['measure']}, proven {floors.proven(one['bound'])} %, required "
-            f"{100 * one['floor']:g} %"
-            for one in _weakest(last)
-            if not one["passed"]
-        )
+        failures = "; ".join(one["text"] for one in _weakest(last) if not one["passed"])
         drawn = len(last["verdicts"])
         of = f" (the worst of {drawn} samples of text)" if drawn > 1 else ""
         return f"{last['bits']:g} bits fail: {failures}{of}"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import compress
 from typing import Any
 
 from calmix.errors import InputError
@@ -193,46 +192,34 @@ def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
 
 def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
     """Return both models' scores of the tasks that fit, each from the suite where it has the most
-    items. With `right_only` scores, only the items that the dense model gets right remain, if there
-    are any. An `InputError` unless both models were given the same items in the same form."""
-    found: dict[tuple[str, ...], tuple[int, TaskPair]] = {}
+    items. An `InputError` unless both models were given the same items in the same form."""
+    found: dict[tuple[str, ...], TaskPair] = {}
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
         check_paired(dense.tasks, pruned.tasks)
         check_same_form(dense.form, pruned.form)
-        part = pruned.right_only and any(any(one.values) for one in dense.tasks if answered(one))
         for before, after in zip(dense.tasks, pruned.tasks, strict=True):
             if not fits(before):
                 continue
             # Tasks of two suites are the same if their items are of one data set.
             key = before.name, before.dimension, before.items[0].partition("/")[0]
-            if (count := len(before.items)) <= found.get(key, (0,))[0]:
-                continue
-            if part and answered(before):
-                right = before.values
-                before, after = (
-                    replace(
-                        one,
-                        items=tuple(compress(one.items, right)),
-                        values=tuple(compress(one.values, right)),
-                        answers=(),
-                        ended=(),
-                    )
-                    for one in (before, after)
-                )
-            found[key] = count, (before, after)
-    return [both for _, both in found.values()]
+            if len(before.items) > len(found[key][0].items if key in found else ()):
+                found[key] = before, after
+    return [*found.values()]
 
 
 def counted(name: str, tasks: Sequence[TaskPair], whole: bool = True) -> Counted | None:
-    """Count the items of several tasks together; None if there are none."""
+    """Count the items of several tasks together; None if there are none. Unless the pruned model
+    was asked the `whole`, only those that the dense model gets right are counted, if any."""
     items = [
         both for before, after in tasks for both in zip(before.values, after.values, strict=True)
     ]
     if not items:
         return None
-    dense, pruned = (sum(map(round, values)) for values in zip(*items, strict=True))
     chance = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
+    if not whole:
+        items = [both for both in items if both[0]] or items
+    dense, pruned = (sum(map(round, values)) for values in zip(*items, strict=True))
     texts = [
         one == other
         for before, after in tasks

@@ -1,17 +1,16 @@
 """Minimum retention by ability (floors), tested one-sided. Pure functions over scores.
 
-Each ability is judged by the first of these measures that its suites provide:
+Each ability is judged by the first of these measures in which the dense model has signal:
 
-    generated answers   fraction of the dense model's right answers that stay right; exact lower
-                        bound of a binomial proportion (Clopper and Pearson 1934)
-    accuracy            accuracy above chance, pooled over tasks with signal; `lower_mean`, with one
-                        more item lost
-    likelihood          mean retention of the primary score over tasks; `lower_mean`, with one more
-                        item that loses as much as the worst, or all that a mean item has (`LOST`
-                        times that in `bits`, which `smoothed` bounds and nothing else does)
+    generated answers   right answers relative to the dense model's, pooled over tasks
+    accuracy            accuracy above chance, pooled over tasks
+    likelihood          mean retention of the primary score over tasks
 
-A bound never exceeds what the same number of items would prove if all were kept. All abilities must
-pass, so their number needs no correction (intersection-union test, Berger 1982).
+The bound is `lower_mean`. Its one more item is lost or, by likelihood, loses as much as the worst,
+or all that a mean item has (`LOST` times that in `bits`, which `smoothed` bounds and nothing else
+does). A bound never exceeds what the same number of items proves if nothing is lost, and is that
+then. All abilities must pass, so their number needs no correction (intersection-union test, Berger
+1982).
 """
 
 from __future__ import annotations
@@ -34,13 +33,12 @@ from calmix.options import parse_share
 CONFIDENCE = 0.95
 FILE = "check.json"  # verdict of `calmix check` in an output folder of calmix compress
 FLAG = "--keep-at-least"
-LEAST = 5  # right answers without which an ability has no signal: an exact bound needs few
 LOST = 3.0  # times what a mean item has: the loss of one more item in bits, which have no limit
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
-# The tasks a measure applies to, the score it uses, and the items behind a bound.
+# The tasks a measure applies to, the score it uses, and what its items are called.
 MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure, str]] = {
-    ANSWERS: (behaviour.answered, "primary", ANSWERS),
-    ACCURACY: (behaviour.chosen_from, "accuracy", "right choices, by accuracy above chance"),
+    ANSWERS: (behaviour.answered, "accuracy", "right answers"),
+    ACCURACY: (behaviour.chosen_from, "accuracy", "right choices"),
     LIKELIHOOD: (behaviour.likely, "primary", "items by likelihood"),
 }
 
@@ -51,6 +49,7 @@ class Tested:
 
     `items` counts those the dense model gets right (for likelihood, all). `needed` is how many
     would prove the floor if all were kept, and `provable` the highest floor that `items` can prove.
+    `lost` and `gained` count items that only one model gets right; None if not measured.
     """
 
     ability: str
@@ -61,11 +60,36 @@ class Tested:
     provable: float
     kept: float
     bound: float
+    lost: int | None = None
+    gained: int | None = None
 
     @property
     def passed(self) -> bool:
         """Whether the lower bound reaches the floor."""
         return self.bound >= self.floor
+
+    @property
+    def counts(self) -> str:
+        """The items behind the bound, as text."""
+        text = f"{self.items} {MEASURES[self.measure][2]}"
+        if self.lost is not None:
+            gains = "gains not measured" if self.gained is None else f"{self.gained} gained"
+            text = f"{self.lost} of {text} lost, {gains}"
+        return f"{text}, by accuracy above chance" if self.measure == ACCURACY else text
+
+    @property
+    def text(self) -> str:
+        """What is kept and proven, and how many items are enough to prove the floor at this rate:
+        a bound comes nearer at least as fast as the root of their number grows."""
+        text = (
+            f"{self.ability} keeps {100 * self.kept:.1f} % ({self.counts}), proven "
+            f"{proven(self.bound)} %, required {100 * self.floor:g} %"
+        )
+        if self.kept <= self.floor or self.passed:
+            return text
+        many = self.items * ((self.kept - self.bound) / (self.kept - self.floor)) ** 2
+        step = 10 ** max(0, math.floor(math.log10(many)) - 1)
+        return f"{text}: about {step * math.ceil(many / step):,} such items are enough"
 
 
 @dataclass(frozen=True)
@@ -89,8 +113,7 @@ class Verdict:
         sure = f"{100 * self.confidence:g} % confidence"
         if self.passed:
             kept = ", ".join(
-                f"{one.ability} {100 * one.floor:g} % ({one.items} {MEASURES[one.measure][2]})"
-                for one in self.tested
+                f"{one.ability} {100 * one.floor:g} % ({one.counts})" for one in self.tested
             )
             others = "another sample of calibration text may keep more or less"
             if self.draws > 1:
@@ -100,13 +123,7 @@ class Verdict:
                 f"this checkpoint; {others}."
             ]
         else:
-            missed = ", ".join(
-                f"{one.ability} (keeps {100 * one.kept:.1f} %, proven {proven(one.bound)} %, "
-                f"required {100 * one.floor:g} %; {one.items} {MEASURES[one.measure][2]}"
-                f"{'; more items may prove it' * (one.kept > one.floor)})"
-                for one in self.tested
-                if not one.passed
-            )
+            missed = "; ".join(one.text for one in self.tested if not one.passed)
             lines = [
                 f"Not kept at {sure}: {missed}. This holds for items like these and this "
                 "checkpoint."
@@ -122,7 +139,7 @@ class Verdict:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
-        rows = [asdict(one) | {"passed": one.passed} for one in self.tested]
+        rows = [asdict(one) | {"passed": one.passed, "text": one.text} for one in self.tested]
         lists = {"tested": rows, "untested": [*self.untested], "not_run": [*self.not_run]}
         return asdict(self) | lists | {"passed": self.passed, "lines": self.lines()}
 
@@ -185,30 +202,38 @@ def lower_bound(kept: int, of: int, confidence: float = CONFIDENCE) -> float:
     return float(betaincinv(kept, of - kept + 1, 1 - confidence)) if kept else 0.0
 
 
-def random_weights(items: int) -> Array:
-    """Return random weights of items, uniform but for their sum, shape (resamples, items)."""
-    return np.random.default_rng(0).exponential(size=(RESAMPLES, items))
+def random_weights(counts: tuple[float, ...]) -> Array:
+    """Return random weights of items that occur so often, uniform but for their sum, shape
+    (resamples, items). The fewer differ, the more resamples."""
+    resamples = round(RESAMPLES * sum(counts) / len(counts))
+    return np.random.default_rng(0).gamma(counts, size=(resamples, len(counts)))
 
 
 def lower_mean(
-    tasks: Sequence[tuple[Array, Array]], lost: Sequence[Array], confidence: float = CONFIDENCE
+    tasks: Sequence[tuple[Array, Array]],
+    lost: Sequence[Array],
+    confidence: float = CONFIDENCE,
+    counts: Sequence[Array] | None = None,
 ) -> Array:
     """Return a one-sided lower bound of the mean retention of tasks, shape (models,).
 
-    Each task has its `kept` and `whole`, of shape (models, items). The bound is a quantile over
-    random weights of the items and of one more, in the task where it does most harm; `lost` is what
-    it loses there, of shape (models,) by task. It is Gaffke's bound of a mean (2005), which is that
-    of Clopper and Pearson if items are kept or lost.
+    Each task has its `kept` and `whole`, of shape (models, items), and may have `counts` of equal
+    items, of shape (items,). The bound is a quantile over random weights of the items and of one
+    more, in the task where it does most harm; `lost` is what it loses there, of shape (models,) by
+    task, of the mean of the items that either model has. It is Gaffke's bound of a mean (2005),
+    which is that of Clopper and Pearson if nothing is gained.
     """
-    sizes = [whole.shape[1] for _, whole in tasks]
-    weights = random_weights(1 + sum(sizes))
-    parted = np.split(weights[:, 1:], np.cumsum(sizes)[:-1], axis=1)
-    harm = [most / whole.sum(1) for (_, whole), most in zip(tasks, lost, strict=True)]
+    counts = counts or [np.ones(whole.shape[1]) for _, whole in tasks]
+    weights = random_weights((1.0, *np.concatenate(counts)))
+    parted = np.split(weights[:, 1:], np.cumsum([len(many) for many in counts])[:-1], axis=1)
+    sums = [whole @ many for (_, whole), many in zip(tasks, counts, strict=True)]
+    harm = [most / of for of, most in zip(sums, lost, strict=True)]
     ratios = []
-    for at, ((kept, whole), most, own) in enumerate(zip(tasks, lost, parted, strict=True)):
-        more, mean = weights[:, :1] * (np.argmax(harm, 0) == at), whole.mean(1)
-        of = own @ whole.T + more * mean
-        left = own @ kept.T + more * (mean - most)
+    for at, ((kept, whole), many) in enumerate(zip(tasks, counts, strict=True)):
+        more = weights[:, :1] * (np.argmax(harm, 0) == at)
+        mean = sums[at] / np.maximum(1, ((kept != 0) | (whole != 0)) @ many)
+        of = parted[at] @ whole.T + more * mean
+        left = parted[at] @ kept.T + more * (mean - lost[at])
         ratios.append(np.divide(left, of, out=np.full_like(of, np.nan), where=of > 0))
     return np.nanquantile(np.mean(ratios, 0), 1 - confidence, axis=0)
 
@@ -240,8 +265,9 @@ def judge(
             f"{', '.join(known)}{more}"
         )
     chosen = known if "" in floors else [name for name in known if name in floors]
+    gains = not any(pruned.part for _, pruned in pairs)
     found = {
-        name: _judged(name, floors.get(name, floors.get("", 0.0)), tasks, confidence)
+        name: _judged(name, floors.get(name, floors.get("", 0.0)), tasks, confidence, gains)
         for name in chosen
     }
     tested = tuple(one for one in found.values() if one is not None)
@@ -270,41 +296,47 @@ def judge(
 
 
 def _judged(
-    ability: str, floor: float, tasks: Mapping[str, Sequence[TaskPair]], confidence: float
+    ability: str,
+    floor: float,
+    tasks: Mapping[str, Sequence[TaskPair]],
+    confidence: float,
+    gains: bool,
 ) -> Tested | None:
-    """Test an ability against its floor, by the first measure it has; None without signal."""
+    """Test an ability against its floor, by the first measure with signal; None if there is none.
+    Without `gains`, answers that only the pruned model gets right were not asked."""
     for measure, (_, score, _) in MEASURES.items():
         pairs = [
             both
             for both in tasks[measure]
-            if both[0].dimension == ability and (measure == ANSWERS or has_signal(both[0], score))
+            if both[0].dimension == ability and has_signal(both[0], score)
         ]
         if pairs:
             break
     else:
         return None
-    each = 1.0  # what a lost item counts for, in mean items
-    if measure == ANSWERS:
-        count = behaviour.counted(ability, pairs)  # None if no item is right and only those count
-        if count is None or (items := count.dense) < LEAST:
-            return None
-        kept, low = count.kept / items, lower_bound(count.kept, items, confidence)
-    else:
-        made = [parts(*both, score) for both in pairs]
+    made = [parts(*both, score) for both in pairs]
+    each, changed = 1.0, dict[str, int | None]()  # `each`: what a lost item loses, in mean items
+    if measure == LIKELIHOOD:
         rows = [(one.kept[None], one.whole[None]) for one in made]
-        if measure == ACCURACY:
-            rows = [(np.hstack([one[0] for one in rows]), np.hstack([one[1] for one in rows]))]
-            items = round(math.fsum(value for before, _ in pairs for value in before.values))
-            each, lost = items / float(rows[0][1].sum()), [np.ones(1)]
-        else:
-            items = sum(len(before.items) for before, _ in pairs)
-            each = LOST if any(before.primary == "bits" for before, _ in pairs) else 1.0
-            lost = [most_lost(*row, each) for row in rows]
-        kept = float(np.mean([before.sum() / whole.sum() for before, whole in rows]))
-        low = float(lower_mean(rows, lost, confidence)[0])
+        many = [np.ones(len(one.whole)) for one in made]
+        items = sum(len(before.items) for before, _ in pairs)
+        each = LOST if any(before.primary == "bits" for before, _ in pairs) else 1.0
+        most = [most_lost(*row, each) for row in rows]
+    else:
+        pooled = np.hstack([np.stack([one.kept, one.whole]) for one in made])
+        (kept, whole), equal = np.unique(pooled, axis=1, return_counts=True)
+        rows, many, most = [(kept[None], whole[None])], [equal], [np.ones(1)]
+        count = behaviour.counted(ability, pairs, gains or measure == ACCURACY)
+        assert count is not None  # of items with signal
+        items, changed = count.dense, {"lost": count.lost, "gained": count.gained}
+        each = items / float(whole @ equal)
     best = 1 - each * (1 - lower_bound(items, items, confidence))
     if best < 0.01 and measure != LIKELIHOOD:
         return None
+    low = best
+    if any((kept < whole).any() for kept, whole in rows):
+        low = min(best, float(lower_mean(rows, most, confidence, many)[0]))
+    shares = [(kept @ of / (whole @ of))[0] for (kept, whole), of in zip(rows, many, strict=True)]
     return Tested(
         ability,
         measure,
@@ -312,6 +344,7 @@ def _judged(
         items,
         needed(max(1 - (1 - floor) / each, 1e-9), confidence),
         best,
-        kept,
-        low if measure == ANSWERS else min(low, best),
+        float(np.mean(shares)),
+        low,
+        **changed,
     )

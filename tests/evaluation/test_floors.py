@@ -85,9 +85,11 @@ def test_measure_order_per_ability():
     verdict = judged("0.9", dense, pruned)
     code, general, prose = verdict.tested
     assert (code.ability, code.measure, code.items) == ("code", "generated answers", 100)
-    assert (code.kept, code.bound) == (0.97, lower_bound(97, 100))
+    assert (code.kept, code.lost, code.gained) == (0.97, 3, 0)
+    assert code.bound == pytest.approx(lower_bound(97, 100), abs=1e-3)
     assert (general.measure, general.items) == ("accuracy", 280)
     assert general.kept == pytest.approx((275 - 75) / (280 - 75))
+    assert (general.lost, general.gained) == (5, 0)
     assert 0.93 < general.bound < general.kept
     kept = retention([likely[0]], [likely[1]], level=0.9).of("prose")
     assert (prose.measure, prose.items) == ("likelihood", 100)
@@ -96,19 +98,57 @@ def test_measure_order_per_ability():
     assert verdict.passed
     first, left_out = verdict.lines()
     assert first.startswith(
-        "Kept at 95 % confidence, at least: code 90 % (100 generated answers), general 90 % (280 "
-        "right choices, by accuracy above chance), prose 90 % (100 items by "
-        "likelihood). This holds for items like these"
+        "Kept at 95 % confidence, at least: code 90 % (3 of 100 right answers lost, 0 gained), "
+        "general 90 % (5 of 280 right choices lost, 0 gained, by accuracy above chance), prose 90 "
+        "% (100 items by likelihood). This holds for items like these"
     )
     assert "Not run: humaneval" in left_out
     strict = judged("code=0.95", dense, pruned)
     assert not strict.passed
     assert [one.ability for one in strict.tested] == ["code"]
     assert strict.lines()[0].startswith(
-        "Not kept at 95 % confidence: code (keeps 97.0 %, proven 92.4 %, required 95 %; 100 "
-        "generated answers; more items may prove it)."
+        "Not kept at 95 % confidence: code keeps 97.0 % (3 of 100 right answers lost, 0 gained), "
+        "proven 92.4 %, required 95 %: about 530 such items are enough. This"
     )
-    assert strict.to_dict()["tested"][0]["passed"] is strict.to_dict()["passed"] is False
+    (row,) = strict.to_dict()["tested"]
+    assert row["passed"] is strict.to_dict()["passed"] is False
+    assert row["text"] in strict.lines()[0]
+    for times, proven_then in ((3, False), (6, True)):
+        both = (answered(100 * times, 600), answered(100 * times, 600, kept=97 * times))
+        assert judged("0.95", *map(scored, both)).passed is proven_then
+
+
+def test_gains_offset_losses():
+    """The same file behind another engine loses a few answers and gains as many."""
+    dense = scored(answered(77, 100, "mine"))
+    values = [0.0] * 4 + [1.0] * 77 + [0.0] * 19
+    other = scored(written("mine task", "mine", values))
+    (found,) = judged("0.9", dense, other).tested
+    assert (found.kept, found.lost, found.gained) == (1.0, 4, 4)
+    assert lower_bound(73, 77) < 0.9 < found.bound < lower_bound(77, 77)
+    # Losses alone give the exact bound, however many answers were wrong before and after.
+    lost = scored(written("mine task", "mine", [0.0] * 4 + [1.0] * 73 + [0.0] * 23))
+    (found,) = judged("0.5", dense, lost).tested
+    assert found.bound == pytest.approx(lower_bound(73, 77), abs=2e-3)
+    # More gained than lost proves no more than nothing lost.
+    more = scored(written("mine task", "mine", [0.0] * 4 + [1.0] * 96))
+    (found,) = judged("0.5", dense, more).tested
+    assert found.kept > 1
+    assert found.bound == found.provable == lower_bound(77, 77)
+    (found,) = judged("0.5", dense, replace(lost, right_only=True)).tested
+    assert found.counts == "4 of 77 right answers lost, gains not measured"
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.15, 0.05), (0.3, 0.2)])
+def test_bound_of_answers_lost_and_gained(lost, gained):
+    """Nominal 5 %."""
+    rng, of = np.random.default_rng(0), (500, 100)
+    dense = np.broadcast_to(np.arange(100) < 75, of)
+    luck = rng.random(of)
+    pruned = np.where(dense, luck >= lost, luck < 3 * gained)
+    (ones,) = lower_mean([(pruned * 1.0, dense * 1.0)], [np.ones(500)])[None]
+    assert (ones > 1 - lost + gained).mean() <= 0.065
+    assert np.median(ones) > 0.7 - lost + gained
 
 
 def test_bound_is_at_most_provable():
