@@ -151,7 +151,8 @@ def split(
         bounds[intact] = one.provable
         if not seed:  # this is the test that calmix makes
             cut = [some(task, cut[0]) for task, cut in zip(theirs[0], cuts, strict=True)]
-            assert abs(tested(first, cut)[one.ability].bound - bounds[0]) < 0.01
+            official = tested(first, cut)[one.ability].bound  # by other random weights
+            assert abs(official - bounds[0]) < 0.05
         proven = bounds[:, None] >= FLOORS
         told.append(np.stack([proven, proven & (shares[:, None] < FLOORS)]))
 
