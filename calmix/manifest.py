@@ -15,11 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from calmix.errors import InputError
 from calmix.files import RESULTS, is_hidden, read_object, sha256_file, sha256_json
-from calmix.machine import cores
 
 SEAL, GGUF = "manifest_sha256", ".gguf"
 ROLES = ("model", "against", "calibration")  # what a result is made from, in its record
@@ -44,6 +41,8 @@ def deciding_versions() -> dict[str, str]:
 
 def run_record(seconds: dict[str, float]) -> dict[str, Any]:
     """Return date, machine and seconds by activity of a run that ends now."""
+    import torch
+
     return {
         "finished": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "machine": platform.machine(),
@@ -158,6 +157,8 @@ def file_hashes(
     `tick` is called with each file's name once it is `hashed`. Links to folders are not followed,
     and hidden leftovers of killed processes are ignored.
     """
+    from calmix.machine import cores
+
     paths = [p.relative_to(folder) for p in folder.rglob("*") if p.is_file()]
     names = sorted({p.as_posix() for p in paths if not is_hidden(p)} - set(without))
     by_name: dict[str, str] = {}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
@@ -16,13 +16,6 @@ from calmix.errors import InputError
 from calmix.evaluation import suites
 from calmix.evaluation.answers import Answers, compare_answers
 from calmix.evaluation.choosing import MARGIN, Candidate, choose_smallest
-from calmix.evaluation.comparison import (
-    Comparison,
-    compared_by,
-    evaluate_against,
-    read_pairs,
-    scores_record,
-)
 from calmix.evaluation.journal import journal_beside
 from calmix.evaluation.measures import BITS, PRIMARY, RIGHT_OR_WRONG
 from calmix.evaluation.prompts import read_prompts
@@ -52,6 +45,9 @@ from calmix.options import (
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 from calmix.sources.registry import local_file
+
+if TYPE_CHECKING:
+    from calmix.evaluation.comparison import Comparison
 
 BESIDE = 3  # models whose intervals fit side by side in 80 columns
 BRACKETS = (
@@ -114,12 +110,16 @@ def run(
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Score a model on a suite or on your own prompts; with --against, report what it kept."""
+    wanted = _suite(suite, prompts, test_half) or "offline"
+    servers = _servers([model, *([against] if against else [])], serving)
+    # Only now, because they take seconds to import.
     from calmix.calibration.texts import parse_texts, texts_for
     from calmix.evaluation import evaluate as capability
+    from calmix.evaluation.comparison import evaluate_against, scores_record
     from calmix.report.answers import answers_page
 
     chosen = capability.choose(
-        _suite(suite, prompts, test_half) or "offline",
+        wanted,
         dimensions=dimension,
         tasks=task,
         without=without,
@@ -159,7 +159,7 @@ def run(
         read = [local_file(str(one)).path for one in rows]
         inputs = [model, against, suite and suites.suite_file(suite), *read]
         check_output_file(path, inputs=inputs, overwrite=overwrite)
-    models = _models([model, *([original] if original else [])], opening, serving)
+    models = _models([model, *([original] if original else [])], opening, servers)
     with journal_beside(output, note) as journal, Progress() as bar:
         scores, dense = evaluate_against(
             models[model],
@@ -225,17 +225,22 @@ def _thoughtful(suite: suites.Suite, thinking: bool) -> suites.Suite:
     return choose(suite, tasks=chats).model_copy(update={"thinking": True})
 
 
+def _servers(names: Sequence[str], serving: ServerOptions) -> dict[str, Served]:
+    """Ask the servers among models what they serve."""
+    servers = {name: connect(name, serving) for name in names if is_served(name)}
+    if serving.model_name and not servers:
+        raise InputError("--model names what a server serves, and no http:// address is given")
+    return servers
+
+
 def _models(
-    names: Sequence[str], opening: ModelOptions, serving: ServerOptions
+    names: Sequence[str], opening: ModelOptions, servers: Mapping[str, Served]
 ) -> dict[str, str | Served]:
-    """Return models by name as `evaluate_against` takes them; servers are asked what they serve."""
+    """Return models by name as `evaluate_against` takes them."""
     from calmix.models import check_models
 
-    addresses = [name for name in names if is_served(name)]
-    if serving.model_name and not addresses:
-        raise InputError("--model names what a server serves, and no http:// address is given")
-    check_models(*(name for name in names if not is_served(name)), **opening.opening())
-    return {name: connect(name, serving) if is_served(name) else name for name in names}
+    check_models(*(name for name in names if name not in servers), **opening.opening())
+    return {name: servers.get(name, name) for name in names}
 
 
 @verb("rescore", of=evaluate)
@@ -294,10 +299,12 @@ def compare(
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Compare several smaller models of one dense model; with --prompts or --suite, score them."""
+    chosen = _suite(suite, prompts, test_half)
+    servers = _servers(scores, serving) if chosen is not None else {}
+    from calmix.evaluation.comparison import Comparison, read_pairs
     from calmix.evaluation.evaluate import choose, runnable
     from calmix.report import words
 
-    chosen = _suite(suite, prompts, test_half)
     if chosen is not None:
         if against is not None or measure is not None:
             raise InputError("--against and --measure are for files: name the dense model first")
@@ -311,7 +318,7 @@ def compare(
         asked, left_out = runnable(choose(full, tasks=written), allow_code_execution)
         if left_out:
             note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
-        _compare_models(scores, asked, opening, serving, margin, output, page, overwrite)
+        _compare_models(scores, asked, opening, servers, margin, output, page, overwrite)
         return
     for name in sorted(opening.model_fields_set - {"scores", "against", "measure", "as_json"}):
         flag = flags(type(opening), name)[0]
@@ -347,13 +354,14 @@ def _compare_models(
     names: Sequence[str],
     suite: suites.Suite,
     opening: ModelOptions,
-    serving: ServerOptions,
+    servers: Mapping[str, Served],
     margin: float,
     output: Path | None,
     page: Path | None,
     overwrite: bool,
 ) -> None:
     """Score the first model and the others on a suite, and print which of them to use."""
+    from calmix.evaluation.comparison import evaluate_against, scores_record
     from calmix.models.opening import size_of
     from calmix.report.answers import answers_page, choice_text, model_rows, short_name
     from calmix.report.words import wrapped
@@ -361,7 +369,7 @@ def _compare_models(
     for path in filter(None, (output, page)):
         rows = [local_file(one.file).path for one in suite.tasks.values() if one.file]
         check_output_file(path, inputs=[*names, *rows], overwrite=overwrite)
-    models = _models(names, opening, serving)
+    models = _models(names, opening, servers)
     first, *others = names
     shorts = [short_name(name) for name in others]
     shown = shorts if len({*shorts}) == len(shorts) else others
@@ -443,6 +451,7 @@ def _print_comparisons(
 ) -> None:
     """Print what models keep by ability, and their distance to the dense model; `alone` without
     what `evaluate` prints before."""
+    from calmix.evaluation.comparison import compared_by
     from calmix.report.words import comparison, distances
 
     by = compared_by(found, measure)
@@ -505,6 +514,7 @@ def _print(
     scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure | None
 ) -> None:
     """Print scores and, with a dense model, what the model keeps of it."""
+    from calmix.evaluation.comparison import Comparison
     from calmix.report.words import (
         ability_rows,
         measuring,

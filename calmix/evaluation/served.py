@@ -15,19 +15,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from calmix.errors import InputError, PassingError, nearest
 from calmix.evaluation.journal import Journal
-from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.prompts import THOUGHT
 from calmix.evaluation.tasks import Ask
 from calmix.files import sha256_json
 from calmix.options import ServerOptions
 
+if TYPE_CHECKING:
+    from calmix.evaluation.likelihood import Progress
+
 KEY = "CALMIX_API_KEY"
-CONNECT = 3.0  # seconds to connect
+CONNECT, LIST = 3.0, 10.0  # seconds to connect, and to list models
 TRIES, PAUSE, LONGEST = 5, 1.0, 30.0  # times a request is sent; first and longest pause in seconds
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes after which it is sent again
 ENDED = ("stop", "tool_calls", "function_call", "eos")  # reasons of an answer that ended by itself
@@ -134,11 +136,13 @@ class Served:
         """Send a request, again where that can help, and return the JSON of the answer."""
         import httpx2
 
-        where, pause = f"{self.url}{path}", PAUSE
+        where, pause, more = f"{self.url}{path}", PAUSE, dict[str, Any]()
+        if method == "GET":  # nothing was asked yet
+            more["timeout"] = httpx2.Timeout(min(LIST, self.how.timeout), connect=CONNECT)
         for left in range(TRIES - 1, -1, -1):
             wait = 0.0
             try:
-                got = self._client.request(method, where, json=body)
+                got = self._client.request(method, where, json=body, **more)
                 if got.status_code == 200:
                     return _json(got, where)
                 said = f"answers {got.status_code}{_said(got)}"
@@ -152,12 +156,12 @@ class Served:
                     raise InputError(f"{where} {said}{hint}")
                 after = got.headers.get("retry-after", "")
                 wait = float(after) if re.fullmatch(r"\d{1,4}", after) else 0.0
-            except httpx2.TimeoutException:
-                said = f"gives no answer in {self.how.timeout:g} s"
             except httpx2.TransportError as error:
-                if method == "GET":  # nothing was asked yet: it is not there
+                if more:
                     raise InputError(_not_there(self.url)) from error
                 said = "breaks the connection"
+                if isinstance(error, httpx2.TimeoutException):
+                    said = f"gives no answer in {self.how.timeout:g} s"
             except _HalfAnswerError:
                 said = "sends half an answer"
             except httpx2.HTTPError as error:

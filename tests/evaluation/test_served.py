@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -59,7 +61,7 @@ def handler(fake):
             self.wfile.write(raw)
 
         def do_GET(self):
-            self.send(*fake.models)
+            fake.models(self) if callable(fake.models) else self.send(*fake.models)
 
         def do_POST(self):
             raw = self.rfile.read(int(self.headers["Content-Length"]))
@@ -164,6 +166,20 @@ def test_a_server_that_hangs(mine):
         with pytest.raises(PassingError, match=r"gives no answer in 0\.1 s, 5 times"):
             asked(address, mine, timeout=0.1)
         gate.set()
+    gate.clear()
+    with running(Fake(models=lambda handler: gate.wait(20))) as address:
+        with pytest.raises(InputError, match="no server answers at"):  # it is not asked again
+            connect(address, ServerOptions(timeout=0.1))
+        gate.set()
+
+
+def test_a_server_is_reached_before_slow_imports(mine):
+    words = ["calmix", "evaluate", "http://127.0.0.1:9/v1", "--prompts", str(mine)]
+    code = f"import sys; from calmix.cli import main; sys.argv = {words}\n"
+    code += "try: main()\nfinally: print({'torch', 'scipy', 'pandas'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "no server answers at" in ended.stderr
+    assert ended.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(
