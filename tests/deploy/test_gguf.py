@@ -11,12 +11,13 @@ import torch
 from gguf import GGUFReader, LlamaFileType, quants
 from safetensors.torch import load_file, save_file
 
-from calmix.calibration import resolve
+from calmix.calibration import open_tokenizer, resolve
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export, layout_sha256
 from calmix.errors import CalmixError
 from calmix.models import open_model
 from calmix.pruning.checkpoint import prune_checkpoint
+from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import read_blocks
 from calmix.specs import prune_request
 from tests.tiny import load_weights, save_tiny_model
@@ -83,6 +84,18 @@ def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
             save_file(tensors, file, metadata={"format": "pt"})
     written = export(str(tmp_path / "changed"), out, overwrite=True)
     assert (written["types"]["Q5_0"], written["ours"]) == (11, 14)
+
+
+def test_blocks_follow_rows_alone():
+    values = np.arange(6 * 64).reshape(6, 64)
+    blocks = Encoded("Q8_0", torch.arange(6 * 68, dtype=torch.uint8).view(6, 68).remainder(50))
+    weight, turned = blocks.values(), np.array([3, 1, 2, 0, 5, 4])
+    assert gguf._rows(weight, blocks, None) is not None
+    np.testing.assert_array_equal(gguf._rows(weight, blocks, values[turned]), blocks.data[turned])
+    assert gguf._rows(weight, blocks, values[:, ::-1]) is None
+    assert gguf._rows(weight, blocks, values.T) is None
+    assert gguf._rows(weight, None, None) is None
+    assert gguf._rows(weight + 1, blocks, None) is None
 
 
 def test_large_divergence_warns(calmix, quantised, tmp_path, monkeypatch):
@@ -200,6 +213,25 @@ def test_importance_matrix(calmix, quantised, text_file, tmp_path):
         np.testing.assert_allclose(
             held[f"{name}.in_sum2"].data.reshape(-1), expected.numpy(), rtol=1e-4
         )
+
+
+def test_unseen_inputs_have_no_importance(calmix, text_file, tmp_path, monkeypatch):
+    """Mamba multiplies with the weight of a layer that recent versions never call."""
+    model, out = str(save_tiny_model(tmp_path / "mamba", "mamba")), tmp_path / "imatrix.gguf"
+    drawn = resolve(str(text_file), open_model(model), rows=2, length=32, leakage="off")
+    drawn.save(tmp_path / "set")
+    seen = []
+    monkeypatch.setattr(
+        gguf,
+        "open_tokenizer",
+        lambda name, *, trust_remote_code: (seen.append(trust_remote_code), open_tokenizer(name))[
+            1
+        ],
+    )
+    asked = ("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out)
+    told = calmix(*asked, "--trust-remote-code").ok().out
+    assert seen == [True]
+    assert f"of {len(GGUFReader(out).tensors) // 2} matrices" in told
 
 
 @pytest.mark.real

@@ -192,6 +192,23 @@ def test_levels_round_trip(quantised, name, tmp_path, monkeypatch):
     assert all(torch.equal(dense[key], value) for key, value in loaded.items())
 
 
+def test_levels_with_other_file_names(quantised, tmp_path):
+    model = shutil.copytree(quantised / "ecq", tmp_path / "model")
+    for file in model.glob("*.safetensors"):
+        weights = {name.removeprefix("model."): value for name, value in load_file(file).items()}
+        save_file(weights, file, metadata={"format": "pt"})
+    index = model / "model.safetensors.index.json"
+    names = json.loads(index.read_text())
+    names["weight_map"] = {
+        key.removeprefix("model."): name for key, name in names["weight_map"].items()
+    }
+    index.write_text(json.dumps(names))
+    comes_back(model, tmp_path)
+    manifest = json.loads((tmp_path / "pack" / PACK).read_text())
+    tensors = [one for file in manifest["weights"].values() for one in file["tensors"].items()]
+    assert sum("levels" in entry for _, entry in tensors) == 14 == len(manifest["names"])
+
+
 def test_weights_off_the_grid_are_refused(quantised, tmp_path):
     model = shutil.copytree(quantised / "ecq", tmp_path / "model")
     for number, file in enumerate(sorted(model.glob("*.safetensors"))):

@@ -80,6 +80,20 @@ def test_passage_scoring(monkeypatch):
         load_items(passages)
 
 
+@pytest.mark.usefixtures("archive")
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"archive": "quizz/rc"}, "no 'quizz/rc' with 2 shots: did you mean quiz/rc_2shot"),
+        ({"form": "contexts", "metric": "acc"}, "item quiz/0 of the archive is not of form 'con"),
+        ({"archive": "which/rc", "shots": 0}, "item which/0 of the archive is not of form 'quest"),
+    ],
+)
+def test_missing_archive_entries(fields, says):
+    with pytest.raises(InputError, match=says):
+        load_items(spec(**fields))
+
+
 @pytest.mark.real
 def test_real_archive_items():
     for task in load_suite("offline").tasks.values():

@@ -13,9 +13,9 @@ from calmix.pruning import prune
 from calmix.pruning.engine import Run
 from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method, ggml
-from calmix.pruning.patterns import Blocks
+from calmix.pruning.patterns import Blocks, as_pattern
 from calmix.pruning.solvers.block_grid import BlockGrid, solve_blocks
-from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels
+from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels, block_type
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 from tests.pruning.toy import SMALL
@@ -71,6 +71,18 @@ def test_blocks_decode_with_the_gguf_package(name):
     decoded = quants.dequantize(encoded.data.numpy(), GGMLQuantizationType[name])
     np.testing.assert_array_equal(decoded, grid.values().numpy())
     assert torch.equal(encoded.values(), grid.values())
+
+
+def test_unknown_type_is_one_line():
+    assert block_type("q3_k").name == "Q3_K"
+    with pytest.raises(InputError, match="unknown type 'Q3K': did you mean"):
+        block_type("Q3K")
+    with pytest.raises(InputError, match="unknown type 'Q9'"):
+        get_method("ggml,type=Q9")
+    with pytest.raises(InputError, match="the type is given twice: Q3_K_M and Q2_K"):
+        get_method("ggml,type=Q3_K").aim(as_pattern("q2_k"))
+    with pytest.raises(InputError, match=r"method ggml takes a type such as Q3_K_M, not 0\.5"):
+        get_method("ggml").check(as_pattern(0.5), 256)
 
 
 @pytest.mark.parametrize("name", BY_COLUMN)

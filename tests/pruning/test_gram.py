@@ -8,7 +8,7 @@ import torch
 from calmix.errors import SolverError
 from calmix.pruning import Unstructured, prune
 from calmix.pruning import gram as gram_module
-from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error
+from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error, squared
 from calmix.pruning.methods.wanda import Wanda
 from tests.device.traced import tracing
 from tests.pruning.toy import Elsewhere
@@ -102,6 +102,14 @@ def test_inverse_factor(columns):
         torch.testing.assert_close(scaled.upper * scale**0.5, factor.upper)
     gram[3] = gram[:, 3] = 0
     assert inverse_factor(gram).dead.nonzero().flatten().tolist() == [3]
+
+
+@pytest.mark.parametrize("columns", [1, 40, 311])
+def test_square_of_a_triangle(columns):
+    upper = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)).triu()
+    found, exact = squared(upper), upper.double().T @ upper.double()
+    torch.testing.assert_close(found.double(), exact, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, found.T)
 
 
 def test_zero_error_cases():

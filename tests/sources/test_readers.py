@@ -1,9 +1,11 @@
 """Local files, packages and generators as sources, and templates."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,6 +18,7 @@ from calmix.sources.readers import (
     LocalFile,
     PackageFiles,
     PythonText,
+    ReasoningGym,
     fields,
     fill,
     lookup,
@@ -80,6 +83,17 @@ def test_invalid_files(tmp_path, name, content, message):
         write(tmp_path, {name: content})
     with pytest.raises(SourceError, match=message):
         texts(tmp_path / name)
+
+
+def test_unreadable_file_is_named(tmp_path, monkeypatch):
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for name in ("a.txt", "b.jsonl"):
+        (tmp_path / name).touch()
+        with pytest.raises(SourceError, match=rf"cannot read .*{name}: Permission denied"):
+            texts(tmp_path / name)
 
 
 def test_rows_and_fields_of_every_file_type(tmp_path):
@@ -227,6 +241,17 @@ def test_installed_text(reader):
         assert gone.availability == "needs the package no_such_package"
         with pytest.raises(SourceError, match="no_such_package is not installed"):
             list(gone.read())
+
+
+def test_unknown_package_or_generator():
+    for name, line in (("no.such", "is not installed"), ("typing_extensions", "single module")):
+        with pytest.raises(SourceError, match=line):
+            list(PackageFiles(type="package", package=name, files=["*.py"]).read())
+    for pattern in ("/etc/*.conf", "../*.py", ""):
+        with pytest.raises(SourceError, match="is no pattern of files inside pytest"):
+            list(PackageFiles(type="package", package="pytest", files=[pattern]).read())
+    with pytest.raises(SourceError, match="'gdc' not registered"):
+        list(ReasoningGym(type="reasoning-gym", datasets=["gdc"], documents=2).read())
 
 
 PROGRAM = """

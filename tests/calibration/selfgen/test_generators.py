@@ -9,7 +9,7 @@ import torch
 
 from calmix.calibration import CalibrationSet, parse_calibration
 from calmix.calibration.leakage import Guard, ItemIndex
-from calmix.calibration.selfgen import generators
+from calmix.calibration.selfgen import generators, prompts
 from calmix.calibration.selfgen.generators import GENERATORS, generate, objective, select_rows
 from calmix.calibration.selfgen.ngrams import aggregation
 from calmix.calibration.selfgen.prompts import beginnings, start_token
@@ -203,6 +203,20 @@ def test_start_token_is_not_from_the_chat_template():
         assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids(auto)
         assert start_token(tokenizer, "bos") == tokenizer.bos_token_id
         assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
+
+
+def test_missing_start_token_is_an_error(monkeypatch, tmp_path, opened):
+    monkeypatch.setattr(prompts, "END_OF_TEXT", ())
+    chat = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>")
+    assert start_token(chat) == chat.bos_token_id
+    assert start_token(chat, "separator") is None
+    bare = chat_tokenizer(None, None, None)
+    with pytest.raises(InputError, match="nothing to start from: this model's tokenizer has no"):
+        GENERATORS["self-cal"](start="auto").beginnings(bare, 0, None)
+    path = tmp_path / "prompts.yaml"
+    path.write_text("general: [{begin: true}]", encoding="utf-8")
+    with pytest.raises(InputError, match="without begin token and document separator"):
+        beginnings(path, bare)
 
 
 def test_prompts_use_the_chat_template(tmp_path):
