@@ -34,7 +34,7 @@ from calmix.precision import dtype_name, reproducible, suited
 from calmix.pruning.budget import GIB
 from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, is_of, read_told
 from calmix.pruning.expert_pruning import experts_of
-from calmix.pruning.solvers.grids import SCALES, read_grids
+from calmix.pruning.solvers.grids import SCALES, read_blocks, read_grids, replace_blocks
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import CHECKPOINT, WorkFolder, draw_set
 from calmix.recovery.blocks import recover_blocks
@@ -109,6 +109,7 @@ class RecoveryRun:
         masked: names of parameters of the linear maps whose zeros stay (one may hold all experts);
             `weights` and `zeros` count those of the linear maps.
         grids: of the quantised linear maps, by name.
+        encoded: GGML's blocks of the linear maps, by name; recovery by block leaves them alone.
         fixed: names of those whose grid is not stored (experts in one tensor, or a matrix stored
             transposed); they are not trained.
         calibration: the set; `training` and `held_out` are indices of its rows.
@@ -157,7 +158,10 @@ class RecoveryRun:
         self.grids = {name: grid for name, grid in grids.items() if name in names}
         rounded = {one["name"] for one in done.get("layers", []) if one.get("bits") is not None}
         on_grid = {layer.parameter_name for layer in layers if layer.name in rounded}
-        self.fixed = on_grid - self.grids.keys()
+        encoded = read_blocks(pruned.folder, shapes)
+        trains = self.request.method == "distill"
+        self.encoded = {name: one for name, one in encoded.items() if trains and name in on_grid}
+        self.fixed = on_grid - self.grids.keys() - self.encoded.keys()
         # Zero is a level, not a mask, unless a sparse method has quantised what it kept.
         rated = done.get("options", {}).get("bits") == 0
         self.masked = names - self.grids.keys() if rated else names
@@ -220,7 +224,8 @@ class RecoveryRun:
     def masters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Masters:
         """Return masters for parameters of the pruned model."""
         masked = self.masked.__contains__
-        return Masters(parameters, self.pruned.stored, masked, self.grids, self.dense.stored)
+        files = self.pruned.stored, masked
+        return Masters(parameters, *files, self.grids, self.dense.stored, self.encoded)
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a file of the result, trained tensors (by stored name) replacing pruned ones, and
@@ -371,6 +376,7 @@ def _finish(job: RecoveryRun, identity: dict[str, Any], report: RecoveryReport) 
         copy_files(pruned.folder, folder, others)
         if (scales := pruned.folder / SCALES).is_dir():
             shutil.copytree(scales, folder / SCALES, dirs_exist_ok=True)
+            replace_blocks(folder, job.encoded)
         write_index(folder)
         hashed = {"files": file_hashes(folder, without=(MANIFEST, RUN))}
         write_json(folder / MANIFEST, sealed(manifest | hashed))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
 from calmix.models import find_blocks, open_model
 from calmix.models.shards import read_file, write_file
+from calmix.pruning.solvers.grids import stored
 from calmix.recovery.memory import CHUNK, CHUNK_TOKENS
 from calmix.recovery.training import TrainingState, grouped, steps_of, train, trained_parameters
 
@@ -163,7 +164,7 @@ def distill_model(job: RecoveryRun) -> tuple[float, float, Any]:
             continue
         if progress.best == progress.done:
             best = 1 - counted[1]
-            work.save(f"best-{best}", masters.stored())
+            work.save(f"best-{best}", masters.stored() | stored(masters.blocks()))
         now = time.monotonic()
         over = progress.stopped or progress.done == progress.steps
         if not over and now - saved >= SAVING * took:
@@ -174,6 +175,9 @@ def distill_model(job: RecoveryRun) -> tuple[float, float, Any]:
             saved = time.monotonic()
             took = saved - now
     best_weights = work.load(f"best-{best}") if progress.best else {}
+    for name, blocks in job.encoded.items():
+        if (data := best_weights.pop(f"{name}|{blocks.name}", None)) is not None:
+            job.encoded[name] = replace(blocks, data=data)
     parts = [job.pruned.block_names(index) for index in range(len(job.pruned.blocks))]
     others = best_weights.keys() - {name for part in parts for name in part}
     # File by file: splitting merged weights copies them.

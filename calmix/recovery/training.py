@@ -3,7 +3,8 @@
 The modules compute in their own type (bfloat16). Adam optimises float32 copies, the masters, which
 are rounded into the modules after every step. Masked zeros get no gradient, so Adam leaves them
 unchanged. Masters of quantised weights are rounded to their layer's range of levels, with a
-straight-through gradient (arXiv 1308.3432).
+straight-through gradient (arXiv 1308.3432). In GGML's blocks only the steps are trained, as in
+MLX's DWQ, and the levels stay.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from calmix.errors import InputError, SolverError
 from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
 from calmix.models.blocks import find_blocks
+from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid
 
 T = TypeVar("T")
@@ -30,6 +32,7 @@ SIZES = (1e-3, 1.0)  # bounds of a tensor's size, which scales its learning rate
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 LEVELS = 2**15  # largest level that a grid of up to 8 bits can have, with outliers
 STEP = 4.0  # size of a quantised tensor, in steps between its levels (ours)
+FACTOR = 1.0  # size of a factor of blocks' steps (ours)
 NEAR = 0.4999  # maximum initial distance of its masters from their level, in steps
 PATIENCE = 3  # evaluations without improvement before training stops
 
@@ -192,11 +195,51 @@ def near_dense(grid: Grid, stored: Tensor, dense: Tensor) -> Tensor:
     return torch.tanh((goal - start) / most).mul_(most).add_(start).view(stored.shape)
 
 
+class Steps:
+    """The steps of a matrix's blocks, in which its weights are linear.
+
+    Attributes:
+        blocks: as they were; their steps are multiplied by trained factors.
+    """
+
+    def __init__(self, blocks: Encoded, device: torch.device) -> None:
+        self.blocks, first = blocks, blocks.steps
+        self._steps = first.float().to(device)
+        self._parts = []  # the weights for a step of one, and none for the other
+        for number in range(first.shape[-1]):
+            one = torch.zeros_like(first)
+            one[..., number] = 1
+            self._parts.append(self._by_block(blocks.with_steps(one).values().to(device)))
+
+    def _by_block(self, weights: Tensor) -> Tensor:
+        return weights.unflatten(1, (self._steps.shape[1], -1))
+
+    def ones(self) -> Tensor:
+        """Return the factors that change nothing, (rows, blocks, 1 or 2)."""
+        return torch.ones_like(self._steps)
+
+    def gradient(self, slopes: Tensor) -> Tensor:
+        """Return the gradient by the factors, given that by the weights."""
+        slopes = self._by_block(slopes.float())
+        return torch.stack([(slopes * part).sum(-1) for part in self._parts], -1) * self._steps
+
+    def values(self, factors: Tensor) -> Tensor:
+        """Return the weights as GGML decodes them, float32 (rows, columns)."""
+        steps = (self._steps * factors).half().float()
+        terms = [part * steps[..., n, None] for n, part in enumerate(self._parts)]
+        return sum(terms[1:], start=terms[0]).flatten(1)
+
+    def encoded(self, factors: Tensor) -> Encoded:
+        """Return the blocks with the factors' steps."""
+        return self.blocks.with_steps((self._steps * factors).half().to(self.blocks.data.device))
+
+
 class Masters:
     """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
 
     `stored` returns a parameter by name in the precision of the files; `masked` says whether its
-    zeros are kept. Quantised parameters have `grids`, and `dense` returns their dense weights.
+    zeros are kept. Quantised parameters have `grids`, and `dense` returns their dense weights;
+    those in `blocks` of GGML have factors of their steps as masters.
     """
 
     def __init__(
@@ -206,16 +249,21 @@ class Masters:
         masked: Callable[[str], bool],
         grids: Mapping[str, Grid] | None = None,
         dense: Callable[[str], Tensor] | None = None,
+        blocks: Mapping[str, Encoded] | None = None,
     ) -> None:
         self.parameters = dict(parameters)
         self.values: dict[str, nn.Parameter] = {}
         self._levels: dict[str, tuple[Grid, int, int]] = {}  # grid, lowest and highest level
+        self._steps: dict[str, Steps] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # in the files
         groups: list[dict[str, Any]] = []
         for name, parameter in self.parameters.items():
             full = stored(name)
             self._dtypes[name] = full.dtype
-            if grids and dense and name in grids:
+            if blocks and name in blocks:
+                self._steps[name] = Steps(blocks[name], parameter.device)
+                full, size = self._steps[name].ones(), FACTOR
+            elif grids and dense and name in grids:
                 grid, full = grids[name].to(parameter.device), full.to(parameter.device)
                 lowest, highest = map(float, grid.levels(full).aminmax())
                 if not -LEVELS <= lowest <= highest <= LEVELS:
@@ -234,7 +282,11 @@ class Masters:
             master = full.to(parameter.device, torch.float32, copy=True)
             self.values[name] = nn.Parameter(master)
             groups.append({"params": [self.values[name]], "size": size})
-        self._masked = [value for name, value in self.values.items() if masked(name)]
+        self._masked = [
+            value
+            for name, value in self.values.items()
+            if masked(name) and name not in self._steps
+        ]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
         self._adam = torch.optim.Adam(groups, lr=0.0, betas=BETAS, fused=fused)
 
@@ -244,6 +296,8 @@ class Masters:
         for name, parameter in self.parameters.items():
             master, gradient = self.values[name], parameter.grad
             parameter.grad = None
+            if gradient is not None and name in self._steps:
+                gradient = self._steps[name].gradient(gradient)
             if gradient is not None and master.grad is not None:
                 master.grad.add_(gradient)
             elif gradient is not None:
@@ -273,6 +327,8 @@ class Masters:
     def rounded(self, name: str) -> Tensor:
         """Return a master as float32 weights, on its grid if quantised."""
         value = self.values[name].detach()
+        if name in self._steps:
+            return self._steps[name].values(value)
         if name not in self._levels:
             return value
         grid, low, high = self._levels[name]
@@ -283,6 +339,10 @@ class Masters:
         return {
             name: self.rounded(name).to(dtype, copy=copy) for name, dtype in self._dtypes.items()
         }
+
+    def blocks(self) -> dict[str, Encoded]:
+        """Return GGML's blocks of the rounded masters."""
+        return {name: one.encoded(self.values[name].detach()) for name, one in self._steps.items()}
 
     def state(self) -> dict[str, Tensor]:
         """Return masters and moments, enough to resume."""

@@ -7,7 +7,7 @@ import torch
 
 from calmix.cli import app
 from calmix.errors import InputError
-from calmix.pruning.solvers.grids import SCALES, Grid, read_grids
+from calmix.pruning.solvers.grids import SCALES, Grid, read_blocks, read_grids
 from calmix.recovery.training import Masters
 from tests.forks import stopped
 from tests.recovery.test_recover import arm, command, manifest
@@ -57,6 +57,28 @@ def test_levels_stay_on_the_grid(calmix, quantised, tmp_path):
     again = calmix(*command(place, tmp_path / "again", "distill", pruned=output)).ok()
     assert "weights stay on their grid" in again.out
     killed = command(place, cut, "distill", *more, pruned=name)
+    stopped(partial(arm, "counted", 4), *killed)
+    assert "resuming after" in calmix(*killed, "--resume").err
+    assert hashes(cut) == hashes(output)
+
+
+def test_steps_of_blocks_are_trained(calmix, place, tmp_path):
+    """The levels of GGML's blocks stay, so a file of the same type holds the result."""
+    coarse, output, cut = (tmp_path / name for name in ("coarse", "out", "cut"))
+    how = ("--method", "ggml", "--pattern", "Q4_1 blocks", "--calibration", place / "set")
+    calmix("prune", place / "dense", *how, "-o", coarse).ok()
+    more = ("--epochs", 4, "--lr", 0.01)
+    ended = calmix(*command(place, output, "distill", *more, pruned=coarse)).ok()
+    assert "weights stay on their grid (100" in ended.out
+    recorded = manifest(output)["recovery"]
+    assert recorded["after"] < recorded["before"]
+    before, after, weights = read_blocks(coarse), read_blocks(output), load_weights(output)
+    assert before
+    for name, blocks in after.items():
+        assert torch.equal(blocks.values().to(weights[name].dtype), weights[name])
+        assert not torch.equal(blocks.steps, before[name].steps)
+        assert torch.equal(blocks.with_steps(before[name].steps).data, before[name].data)
+    killed = command(place, cut, "distill", *more, pruned=coarse)
     stopped(partial(arm, "counted", 4), *killed)
     assert "resuming after" in calmix(*killed, "--resume").err
     assert hashes(cut) == hashes(output)

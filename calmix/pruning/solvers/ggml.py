@@ -8,7 +8,7 @@ A row is cut into blocks of 32 or 256 weights. A weight is `scale * level - mini
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -46,6 +46,13 @@ class BlockType:
     def bits(self) -> float:
         """Bits per weight."""
         return 8 * self.bytes / self.size
+
+    @property
+    def steps(self) -> slice:
+        """The bytes of a block with its float16 steps, in which all its weights are linear."""
+        size = 4 if self.minima else 2
+        first = self.bytes - size if self.name in ("Q2_K", "Q3_K", "Q6_K") else 0
+        return slice(first, first + size)
 
 
 TYPES = {
@@ -164,6 +171,22 @@ class Encoded:
 
         decoded = dequantize(self.data.cpu().numpy(), GGMLQuantizationType[self.name])
         return torch.from_numpy(decoded).to(self.data.device)
+
+    @property
+    def steps(self) -> Tensor:
+        """The steps of its blocks, float16 (rows, blocks, 1 or 2)."""
+        kind = TYPES[self.name]
+        return self._blocks[..., kind.steps].contiguous().view(torch.float16)
+
+    def with_steps(self, steps: Tensor) -> Encoded:
+        """Return the matrix with other steps."""
+        data = self._blocks.clone()
+        data[..., TYPES[self.name].steps] = steps.to(torch.float16).contiguous().view(torch.uint8)
+        return replace(self, data=data.flatten(1))
+
+    @property
+    def _blocks(self) -> Tensor:
+        return self.data.unflatten(1, (-1, TYPES[self.name].bytes))
 
 
 Parts = list[Tensor]  # uint8 (rows, blocks, bytes), in the order of the file

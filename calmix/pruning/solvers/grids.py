@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.models.shards import read_file
+from calmix.models.shards import read_file, write_file
 from calmix.pruning.patterns import clear
 from calmix.pruning.solvers.ggml import TYPES, Encoded
 
@@ -121,6 +121,15 @@ def read_blocks(folder: Path, shapes: Mapping[str, Sequence[int]] = {}) -> dict[
     parts = ((name.rpartition("|"), value) for name, value in _read_stored(folder).items())
     blocks = {name: Encoded(kind, value) for (name, _, kind), value in parts if kind in TYPES}
     return check_fit(blocks, shapes, folder)
+
+
+def replace_blocks(folder: Path, blocks: Mapping[str, Encoded]) -> None:
+    """Write other blocks of the same parameters into a model folder."""
+    tensors = stored(blocks)
+    for path in sorted((folder / SCALES).glob("[!.]*")):
+        before = read_file(path)
+        if before.keys() & tensors.keys():
+            write_file(path, {name: tensors.get(name, one) for name, one in before.items()})
 
 
 def _read_stored(folder: Path) -> dict[str, Tensor]:
