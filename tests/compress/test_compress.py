@@ -199,6 +199,20 @@ def test_card_leads_with_right_answers(calmix, command, compressed, tmp_path):
         assert "only these were asked: gains were not measured" in text
 
 
+def test_hash_before_recovery(compressed, tmp_path):
+    """Not that of the model between two recoveries, as `--effort best` makes it."""
+    out = Path(shutil.copytree(compressed, tmp_path / "out"))
+    path = out / "model" / "calmix.json"
+    once = json.loads(path.read_text(encoding="utf-8"))
+    between = {"name": str(out / "blocks"), "sha256": "0" * 64}
+    shutil.rmtree(out / "pruned")  # with it, the hash would be compared
+    write_json(path, sealed(once | {"model": between, "pruned": once}))
+    card = read_card(out)
+    assert len(card.recoveries) == 2
+    hashed = {one["what"]: one["SHA-256"] for one in card.hashes}
+    assert hashed["pruned model, before recovery"] == once["model"]["sha256"]
+
+
 def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
     before = sorted(place.glob("*"))
     ended = calmix(*command(tmp_path / "out", "--dry-run")).ok()

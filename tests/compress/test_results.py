@@ -14,7 +14,7 @@ from calmix.manifest import sealed
 from calmix.progress import Progress
 from calmix.pruning.engine import Run
 from calmix.pruning.work import SUFFIX
-from tests.diagnostics.conftest import interrupting
+from tests.pruning.stopper import interrupting
 from tests.tiny import hashes
 
 FLOOR = ("--keep-at-least", "0.05")

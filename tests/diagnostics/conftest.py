@@ -6,21 +6,11 @@ from calmix.cli import app
 from calmix.pruning.engine import Run
 from tests import synthetic
 from tests.conftest import write_text_file
+from tests.pruning.stopper import interrupting
 from tests.tiny import save_tiny_model
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 OWN = ("--sources", "own.yaml")
-
-
-def interrupting(block):
-    """Return what prunes the first block, and then ends by an interrupt."""
-
-    def until(run, index):
-        if index:
-            raise KeyboardInterrupt
-        block(run, index)
-
-    return until
 
 
 @pytest.fixture(scope="session")

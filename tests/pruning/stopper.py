@@ -43,3 +43,14 @@ def arm(moment, number):
             stop()
 
     setattr(place, name, acting)
+
+
+def interrupting(block):
+    """Return a `Run.block` that prunes the first block and raises an interrupt at the second."""
+
+    def until(run, index):
+        if index:
+            raise KeyboardInterrupt
+        block(run, index)
+
+    return until

@@ -18,6 +18,7 @@ from calmix.pruning.solvers.block_grid import BlockGrid, solve_blocks
 from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels, block_type
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
+from tests.pruning.stopper import interrupting
 from tests.pruning.toy import SMALL
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
@@ -279,17 +280,9 @@ def test_llama_resumes_on_dense_inputs(calmix, text_file, tmp_path, monkeypatch)
     command += ("--pattern", "Q4_0 blocks", "-o")
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     calmix(*command, whole).ok()
-    block, calls = Run.block, []
-
-    def stopping(self, index):
-        if index == 1 and not calls:
-            calls.append(index)
-            raise KeyboardInterrupt
-        return block(self, index)
-
-    monkeypatch.setattr(Run, "block", stopping)
-    assert calmix(*command, cut).code == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(Run, "block", interrupting(Run.block))
+        assert calmix(*command, cut).code == 130
     calmix(*command, cut, "--resume").ok()
-    assert calls == [1]
     for file in whole.rglob("*.safetensors"):
         assert file.read_bytes() == (cut / file.relative_to(whole)).read_bytes()

@@ -13,6 +13,7 @@ from calmix.pruning.checkpoint import write_checkpoint
 from calmix.pruning.engine import Run
 from calmix.pruning.solvers.grids import read_grids
 from calmix.specs import prune_request
+from tests.pruning.stopper import interrupting
 from tests.pruning.toy import SMALL
 from tests.tiny import hashes, load_weights, save_tiny_model, tiny_ids, tiny_model
 
@@ -85,18 +86,7 @@ def test_resume_uses_stored_weights(calmix, text_file, tmp_path, monkeypatch):
     command = ("prune", model, "--calibration", text_file, *SMALL, *WAYS["pruned"], "-o")
     calmix(*command, tmp_path / "whole").ok()
     with monkeypatch.context() as patched:
-        patched.setattr("calmix.pruning.engine.Run.block", stop_at(1))
+        patched.setattr(Run, "block", interrupting(Run.block))
         assert calmix(*command, tmp_path / "cut").code == 130
     calmix(*command, tmp_path / "cut", "--resume").ok()
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-
-
-def stop_at(number):
-    block = Run.block
-
-    def stopping(run, index):
-        if index == number:
-            raise KeyboardInterrupt
-        block(run, index)
-
-    return stopping

@@ -3,18 +3,14 @@
 import pytest
 import torch
 
-from calmix.models import find_blocks
 from calmix.pruning import engine, get_method, prune
 from calmix.pruning.gram import relative_error
 from calmix.pruning.held_out import HeldOut, checked, held_out_rows
 from calmix.pruning.patterns import as_pattern
+from tests.pruning.test_engine import weights_of
 from tests.tiny import tiny_ids, tiny_model
 
 ROWS = 32
-
-
-def weights_of(model):
-    return {layer.name: layer.view().float().clone() for layer in find_blocks(model).layers}
 
 
 def test_held_out_rows_are_spread_over_the_sources():
