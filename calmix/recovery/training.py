@@ -283,9 +283,7 @@ class Masters:
             self.values[name] = nn.Parameter(master)
             groups.append({"params": [self.values[name]], "size": size})
         self._masked = [
-            value
-            for name, value in self.values.items()
-            if masked(name) and name not in self._steps
+            value for name, value in self.values.items() if masked(name) and name not in self._steps
         ]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
         self._adam = torch.optim.Adam(groups, lr=0.0, betas=BETAS, fused=fused)
