@@ -1,12 +1,19 @@
 """The command line outside its verbs: help, completion, environment."""
 
 import importlib.metadata
+import math
 import os
 import re
 import subprocess
 import sys
 
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
 from calmix.cli.root import VERBS
+from calmix.models.blocks import find_blocks, outer_layers
+from calmix.pruning.recipes import recipe_types
+from calmix.pruning.solvers.ggml import TYPES
 from tests.cli.test_mistakes import COMMANDS
 
 
@@ -98,4 +105,23 @@ def test_help_is_not_truncated(calmix, monkeypatch):
             if not param.hidden:
                 assert "".join(param.help.split()) in page, (name, param.name)
                 assert param.is_flag if param.metavar is None else param.metavar in page
-        assert "".join(command.help.split()) in page, name
+        assert "".join(command.help.replace("\b", "").split()) in page, name
+
+
+def test_sizes_by_type(calmix):
+    """The help of `compress` lists the sizes that llama.cpp's recipes give a known model."""
+    shape = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    heads = {"num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936}
+    config = Qwen2Config(**shape, **heads, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    blocks = find_blocks(model)
+    matrices = {one.name: one.shape for one in blocks.layers}
+    matrices |= {name: weight.shape for name, weight in outer_layers(model).items()}
+    vectors = model.num_parameters() - sum(map(math.prod, matrices.values()))
+    listed = re.findall(r"^ +(\w+) +([\d.]+) GB", calmix("compress", "--help").out, re.M)
+    assert len(listed) == 8
+    for name, size in listed:
+        types = recipe_types(name, model, blocks)
+        bits = sum(math.prod(matrices[one]) * TYPES[kind].bits for one, kind in types.items())
+        assert f"{(bits / 8 + 4 * vectors) / 1e9:.2f}" == size
