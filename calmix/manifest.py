@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from calmix.errors import InputError
 from calmix.files import RESULTS, is_hidden, read_object, sha256_file, sha256_json
 
+MANIFEST, RUN = "calmix.json", "calmix-run.json"  # of a model
 SEAL, GGUF = "manifest_sha256", ".gguf"
 ROLES = ("model", "against", "calibration")  # what a result is made from, in its record
 # Dependencies whose versions can change the bytes of a result. The others read, plot, print or move
@@ -51,6 +52,27 @@ def run_record(seconds: dict[str, float]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
     }
+
+
+def record(
+    kind: str,
+    *,
+    request: Mapping[str, Any] | None = None,
+    inputs: Mapping[str, Input] | None = None,
+    files: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Return the sealed record of a result.
+
+    Args:
+        request: what decides it, besides the `inputs` by role.
+        files: SHA-256 of its files by name.
+        facts: everything else about it.
+    """
+    parts = {role: one._asdict() for role, one in (inputs or {}).items()}
+    about = {"request": request, "files": files}
+    about = {key: value for key, value in about.items() if value is not None}
+    return sealed({"kind": kind, **parts, **facts, **about, "versions": versions()})
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,6 +122,23 @@ def read_record(path: Path) -> dict[str, Any]:
     if (file := record_file(path)) is None:
         raise InputError(f"{path} is not a result of calmix: it has no manifest")
     return read_sealed(file, "")
+
+
+def read_if_there(path: Path) -> dict[str, Any]:
+    """Return the content of a record, which is not checked; {} if there is none."""
+    try:
+        return read_object(path, "")
+    except InputError:
+        return {}
+
+
+def lineage(record: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the record of a model, and those of the models that it was made from, the first one
+    last."""
+    one: Mapping[str, Any] | None = record
+    while one:
+        yield one
+        one = one.get("pruned")  # None if another program pruned the model
 
 
 def inputs_of(record: Mapping[str, Any]) -> dict[str, Input]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,6 @@ from calmix.options import option
 from calmix.progress import Progress
 from calmix.sources.licences import use_of
 
-WORST = 5  # layers named for their error
 WARNINGS = 10  # printed at most
 doctor = group("doctor", default="check")
 
@@ -45,7 +45,7 @@ def inspect(
     path: Path = option(..., "A result of calmix.", argument=True, metavar="OUT"),
     layers: bool = option(False, "Print one row per layer."),
 ) -> None:
-    """Check a result against its manifest and summarise it.
+    """Say what a result is, and check it against its record.
 
     Exit code 2 if a file is missing, damaged or changed.
     """
@@ -54,15 +54,13 @@ def inspect(
     with Progress() as bar:
         health = look(path, bar.each("checked"))
     print_json(asdict(health))
-    line(f"{health.path}: {health.kind}")
-    for name, value in health.facts.items():
-        line(f"  {name}: {f'{value:,}' if isinstance(value, int) else value}")
-    print_layers(health.layers, each=layers)
-    measured = [layer for layer in health.layers if layer.error is not None]
-    worst = sorted(measured, key=lambda layer: -(layer.error or 0))[:WORST]
-    if worst and not layers:
-        named = ", ".join(f"{layer.name} {layer.error:.1%}" for layer in worst)
-        line(f"largest reconstruction errors: {named}")
+    facts = {name: one for name, one in health.facts.items() if name not in ("command", "versions")}
+    about = "; ".join(f"{name}: {value}" for name, value in facts.items())
+    line(f"{health.path}: {health.kind}; {about}")
+    if "command" in health.facts:
+        line(f"made by: {health.facts['command']} -o {shlex.quote(health.path)}")
+    if layers:
+        print_layers(health.layers, each=True)
     for warning in health.warnings[:WARNINGS]:
         line(f"warning: {warning}")
     if len(health.warnings) > WARNINGS:

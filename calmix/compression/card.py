@@ -35,7 +35,7 @@ from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import load_pairs
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import size_text, user_path, write_json, write_text
-from calmix.manifest import GGUF, read_record, read_sealed, sealed
+from calmix.manifest import GGUF, Input, lineage, read_record, read_sealed, record
 from calmix.models import builtin_models
 from calmix.models.shards import weight_bytes
 from calmix.options import option_words
@@ -392,26 +392,22 @@ def read_card(out: Path) -> Card:
     """Read the card of the model in a folder of `calmix compress`."""
     request = Request(**read_compressed(out)["request"])
     first = score_files(request)[0]
-    record, results = verified(out, request.file, first)
-    asked, folder = record["request"], out / request.file
+    whole, results = verified(out, request.file, first)
+    asked, folder = whole["request"], out / request.file
     model = asked["model"]
     names = [first, *[BEHAVIOUR] * (first != BEHAVIOUR and (out / BEHAVIOUR).exists())]
     pairs = load_pairs([out / name for name in names])
-    recoveries = list[Mapping[str, Any]]()
     written = read_record(folder)
     exported = "opened" in written
-    recovered = manifest = written["pruned"] if exported else written
-    while manifest["kind"] == "recovered checkpoint":
-        recoveries.insert(0, manifest["recovery"])
-        recovered, manifest = manifest, manifest["pruned"]
+    *trained, manifest = (one for one in lineage(written) if "opened" not in one)
     calibration = manifest["calibration"] or {}
     hashes = {f"dense model {model}": manifest["model"]["sha256"]}
     if calibration:
         hashes["calibration set"] = calibration["sha256"]
     else:
         hashes[f"importance matrix {asked['imatrix']}"] = asked["imatrix_sha256"]
-    if recoveries:
-        hashes["pruned model, before recovery"] = recovered["model"]["sha256"]
+    if trained:
+        hashes["pruned model, before recovery"] = trained[-1]["model"]["sha256"]
     hashes |= {
         name if folder.is_file() else f"{request.file}/{name}": value
         for name, value in results.hashes(folder).items()
@@ -429,7 +425,7 @@ def read_card(out: Path) -> Card:
     return Card(
         out,
         out.resolve().name,
-        record,
+        whole,
         asked,
         known.licence if known else "see the model's own card",
         known.origin if known else model,
@@ -444,7 +440,7 @@ def read_card(out: Path) -> Card:
         written if exported else {},
         _speeds(out, written),
         calibration,
-        tuple(recoveries),
+        tuple(one["recovery"] for one in reversed(trained)),
         pairs,
         load_pairs([out / PROMPTS])[0] if (out / PROMPTS).exists() else None,
         answers,
@@ -480,8 +476,8 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
             except ModelError as error:
                 bar.note(f"speed was not measured: {error}")
             else:
-                model = {"name": str(card.model), "sha256": card.file["opened"]}
-                write_json(out / SPEED, sealed({"kind": "speed", "model": model, **speeds}))
+                model = Input(str(card.model), card.file["opened"])
+                write_json(out / SPEED, record("speed", inputs={"model": model}, **speeds))
                 card = replace(card, speeds=speeds)
     write_text(out / RECIPE, card.recipe)
     if card.prompted is not None:

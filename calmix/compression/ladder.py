@@ -27,14 +27,14 @@ from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import CapabilityScores, load_scores
-from calmix.manifest import read_sealed, sealed
+from calmix.manifest import read_sealed, record
 from calmix.models.opening import forget
 
 RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
 WHOLE_RUNGS = (8.0, 6.0, 5.0, 4.0, 3.0, 2.0)  # the same for vLLM
 # Models of a candidate, each made from the one before, and the record of a file.
 MODELS = ("pruned", "blocks", "quantised", "model", "model.gguf.json", "model.gguf")
-KIND, CANDIDATES = "ladder of candidates", "candidates"
+CANDIDATES = "candidates"
 HELPS = (
     "Try a lower floor, more rows (--effort best), or more text of the abilities that failed "
     "(--keep)."
@@ -251,8 +251,10 @@ class Walk:
         candidates that may still be built."""
         self.ended = ended
         self.out.mkdir(parents=True, exist_ok=True)
-        value = {"kind": KIND, "request": self.request.model_dump(mode="json"), **self.state}
-        files.write_json(self.out / LADDER, sealed(value))
+        value = record(
+            "search for a size", request=self.request.model_dump(mode="json"), **self.state
+        )
+        files.write_json(self.out / LADDER, value)
         for bits in {*self.rates}.difference(self.left):
             for sample in self.samples:
                 folder = self.folder(bits, sample)

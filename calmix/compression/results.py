@@ -21,8 +21,8 @@ from calmix.manifest import (
     read_sealed,
     record_file,
 )
+from calmix.manifest import MANIFEST as CHECKPOINT
 from calmix.models.opening import combined, model_files, resolve_model
-from calmix.pruning.checkpoint import MANIFEST as CHECKPOINT
 
 MANIFEST, RUN = "compress.json", "compress-run.json"
 LADDER = "ladder.json"  # state of a search for --keep-at-least

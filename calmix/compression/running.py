@@ -28,7 +28,7 @@ from calmix.compression.stages import Answer, Draw, Export, Pack, Prune, Recover
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.evaluate import choose
 from calmix.files import alone, read_object, remove, size_text, user_path, write_json
-from calmix.manifest import Input, run_record, sealed, versions
+from calmix.manifest import Input, record, run_record
 from calmix.models import resolve_model
 from calmix.models.opening import forget
 from calmix.models.shards import weight_bytes
@@ -36,7 +36,6 @@ from calmix.options import COMPRESS_METHOD
 
 Run = Callable[[Stage], None]
 Say = Callable[[Stage, bool], None]  # receives a stage, and whether its result existed
-KIND = "compressed model"
 
 
 def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
@@ -122,14 +121,14 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
         listed, seconds = stages(request, out), dict[str, float]()
         before = read_object(out / RUN, "")["seconds"] if (out / RUN).exists() else {}
         if not (out / MANIFEST).exists():
-            record = {
-                "kind": KIND,
-                "request": request.model_dump(mode="json"),
-                "commands": {stage.name: stage.command for stage in listed},
-                "stages": [stage.result.entry(out) for stage in listed if stage.leaves],
-                "dense_bytes": weight_bytes(resolve_model(request.model)),
-            }
-            write_json(out / MANIFEST, sealed(record | {"versions": versions()}))
+            made = record(
+                "compressed model",
+                request=request.model_dump(mode="json"),
+                commands={stage.name: stage.command for stage in listed},
+                stages=[stage.result.entry(out) for stage in listed if stage.leaves],
+                dense_bytes=weight_bytes(resolve_model(request.model)),
+            )
+            write_json(out / MANIFEST, made)
         for stage, taken in do(listed, out, run, say):
             if isinstance(stage.request, (Export, Pack)):
                 _check_size(request, stage.leaves or out)

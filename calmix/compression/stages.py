@@ -13,7 +13,7 @@ from calmix.calibration import open_tokenizer, parse_calibration, resolve
 from calmix.calibration.resolving import recorded
 from calmix.calibration.texts import texts_for
 from calmix.compression.plan import PACK
-from calmix.compression.results import CHECKPOINT, Result, ready
+from calmix.compression.results import Result, ready
 from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack
 from calmix.evaluation.comparison import evaluate_against, scores_record
@@ -22,7 +22,7 @@ from calmix.evaluation.generations import answer_all, panel, prompts_record
 from calmix.evaluation.scores import describe, load_dense, write_scores
 from calmix.evaluation.suites import Suite
 from calmix.files import sha256_file, write_json
-from calmix.manifest import Input, read_sealed, sealed, versions
+from calmix.manifest import MANIFEST, Input, read_sealed, record
 from calmix.models import open_model, resolve_model
 from calmix.models.opening import fingerprint
 from calmix.options import DrawOptions, Recovering, option_words
@@ -207,16 +207,15 @@ class Export(StageRequest):
             compressed_tensors.export(str(folder), output, say=tick)
             return
         facts = gguf.export(str(folder), output, like=self.like, overwrite=True, say=tick)
-        record = {
-            "kind": FILE_KIND,
-            "model": {"name": str(folder), "sha256": fingerprint(folder)},
-            "opened": fingerprint(resolve_model(str(output))),
-            "pruned": read_sealed(folder / CHECKPOINT, ""),
+        made = record(
+            FILE_KIND,
+            inputs={"model": Input(str(folder), fingerprint(folder))},
+            files={output.name: sha256_file(output)},
+            opened=fingerprint(resolve_model(str(output))),
+            pruned=read_sealed(folder / MANIFEST, ""),
             **facts,
-            "files": {output.name: sha256_file(output)},
-            "versions": versions(),
-        }
-        write_json(output.with_name(f"{output.name}.json"), sealed(record))
+        )
+        write_json(output.with_name(f"{output.name}.json"), made)
 
 
 @dataclass(frozen=True)

@@ -27,17 +27,16 @@ from calmix.files import (
     user_path,
     write_json,
 )
-from calmix.manifest import file_hashes, sealed, versions
+from calmix.manifest import MANIFEST, Input, file_hashes, lineage, read_if_there, record
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.opening import COPIED, check_folder, fingerprint, forget, resolve_model
 from calmix.models.packed import CONFIG, FORMAT, METHOD, PACKED, SCALE, SHAPE, ZERO, pack
 from calmix.models.shards import Place, read_tensor, stored_tensors, weight_bytes, write_model
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.checkpoint import BESIDE, MANIFEST, first_manifest, read_told
+from calmix.pruning.checkpoint import BESIDE
 from calmix.pruning.patterns import Rate, as_pattern
 from calmix.pruning.solvers.grids import Grid, read_grids
 
-KIND = "compressed-tensors checkpoint"
 GROUPS = 128, 64, 32  # inputs that share a scale, as engines have kernels for
 
 
@@ -80,8 +79,10 @@ def export(
     """
     folder = user_path(name)
     check_folder(folder)
-    manifest = read_told(folder / MANIFEST)
-    asked = first_manifest(manifest).get("request") or {}
+    manifest = read_if_there(folder / MANIFEST)
+    asked: Mapping[str, Any] = next(
+        (one["request"] for one in lineage(manifest) if "pruning" in one), {}
+    )
     if asked.get("method") != "gptq":
         raise InputError(
             f"{name} was not quantised by GPTQ, whose levels a compressed-tensors checkpoint "
@@ -118,7 +119,7 @@ def export(
             )
         hashes = file_hashes(beside)
         tensors = sum(place.size for place in stored_tensors(beside).values())
-        facts = {
+        facts: dict[str, Any] = {
             "bits": bits,
             "group": group,
             "symmetric": symmetric,
@@ -127,16 +128,15 @@ def export(
             "bytes": sum((beside / one).stat().st_size for one in hashes),
             "rate": 8 * tensors / sum(place.count for place in places.values()),
         }
-        record = {
-            "kind": KIND,
-            "model": {"name": str(folder), "sha256": fingerprint(folder)},
-            "opened": fingerprint(copy),
-            "pruned": manifest,
+        made = record(
+            "compressed-tensors checkpoint",
+            inputs={"model": Input(str(folder), fingerprint(folder))},
+            files=hashes,
+            opened=fingerprint(copy),
+            pruned=manifest,
             **facts,
-            "files": hashes,
-            "versions": versions(),
-        }
-        write_json(beside / MANIFEST, sealed(record))
+        )
+        write_json(beside / MANIFEST, made)
     return facts
 
 

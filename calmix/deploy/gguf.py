@@ -44,6 +44,7 @@ from calmix.files import (
     sha256_json,
     sync,
 )
+from calmix.manifest import MANIFEST, lineage, read_if_there
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.opening import (
@@ -59,7 +60,6 @@ from calmix.models.opening import (
     reading_gguf,
 )
 from calmix.models.shards import weight_bytes
-from calmix.pruning.checkpoint import MANIFEST, first_manifest, read_told
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.methods import Look
 from calmix.pruning.recipes import RECIPES
@@ -141,8 +141,8 @@ def _origin(name: str) -> str:
     the file that llama.cpp's converter makes of it."""
     origin, source = known_model(name), name
     if isinstance(origin, Path) and origin.is_dir():
-        manifest = first_manifest(read_told(origin / MANIFEST))
-        source = str(manifest.get("model", {}).get("name", ""))
+        models = [*lineage(read_if_there(origin / MANIFEST))]
+        source = str(models[-1]["model"]["name"]) if models else ""
         known = source.startswith("builtin:") or Path(source).is_file()
         origin = known_model(source) if known else None
     return str(_converted(source or name, name)) if origin is None else source
@@ -354,8 +354,9 @@ def _write(
 
 def _recipe(folder: Path) -> str | None:
     """Return the recipe that a model's types are of; None if it has none."""
-    pattern = first_manifest(read_told(folder / MANIFEST)).get("request", {}).get("pattern")
-    return pattern if pattern in RECIPES else None
+    models = lineage(read_if_there(folder / MANIFEST))
+    patterns = (one["request"]["pattern"] for one in models if "pruning" in one)
+    return next((pattern for pattern in patterns if pattern in RECIPES), None)
 
 
 def _close(writer: Any) -> None:

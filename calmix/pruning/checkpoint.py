@@ -33,16 +33,18 @@ from calmix.files import (
     check_unlocked,
     copy_files,
     matching,
-    read_object,
     sha256_json,
     write_json,
 )
 from calmix.manifest import (
+    MANIFEST,
+    RUN,
+    Input,
     deciding_versions,
     file_hashes,
+    read_if_there,
+    record,
     run_record,
-    sealed,
-    versions,
 )
 from calmix.models import OpenModel, open_model
 from calmix.models.opening import (
@@ -84,7 +86,6 @@ from calmix.specs import NONE, How, PruneRequest
 
 # Besides configuration and tokenizer; code runs only with --trust-remote-code, in the copy too.
 BESIDE = ("*processor_config.json", "chat_template.*", "LICENSE*", "NOTICE*", "*.py")
-MANIFEST, RUN = "calmix.json", "calmix-run.json"
 COSTS = "token-weights.safetensors"
 
 
@@ -202,7 +203,7 @@ class _Pruning:
 
     def finished(self) -> PruneReport | None:
         """Return the report of an output finished by an earlier run of the same request."""
-        manifest, run = (read_told(self.output / name) for name in (MANIFEST, RUN))
+        manifest, run = (read_if_there(self.output / name) for name in (MANIFEST, RUN))
         with suppress(KeyError, TypeError):
             if is_of(manifest, self.asked, self.output):
                 pruning = manifest["pruning"] | {"seconds": run["seconds"]}
@@ -490,21 +491,6 @@ def is_of(manifest: Mapping[str, Any], asked: Mapping[str, Any], output: Path) -
     return whole and manifest["request_sha256"] == sha256_json(asked)
 
 
-def read_told(path: Path) -> dict[str, Any]:
-    """Return the contents of a manifest or run record; {} if there is none."""
-    try:
-        return read_object(path, "")
-    except InputError:
-        return {}
-
-
-def first_manifest(manifest: dict[str, Any]) -> dict[str, Any]:
-    """Return the manifest of the pruned model that a recovered or exported one began with."""
-    while manifest.get("pruned"):  # None if another tool has pruned it
-        manifest = manifest["pruned"]
-    return manifest
-
-
 def _write_beside(
     folder: Path,
     source: OpenModel | StreamedModel,
@@ -519,21 +505,20 @@ def _write_beside(
     copy_files(source.folder, folder, others)
     done, files = report.to_dict(), file_hashes(folder, without=(MANIFEST, RUN))
     run = run_record(done.pop("seconds")) | {"batch": report.rows_at_once}
-    manifest = {
-        "kind": "pruned checkpoint",
-        "model": {"name": source.name, "sha256": asked["model"]},
-        "dtype": asked["dtype"],
-        "stored_dtype": dtype_name(source.stored_dtype),
-        "device": asked["device"],
-        "trust_remote_code": source.trust_remote_code,
-        "request": request.record(),
-        "calibration": None if calibration is None else calibration.manifest,
-        "pruning": done,
-        "versions": versions(),
-        "request_sha256": sha256_json(asked),
-        "files": files,
-    }
-    write_json(folder / MANIFEST, sealed(manifest))
+    manifest = record(
+        "pruned checkpoint",
+        request=request.record(),
+        inputs={"model": Input(source.name, asked["model"])},
+        files=files,
+        dtype=asked["dtype"],
+        stored_dtype=dtype_name(source.stored_dtype),
+        device=asked["device"],
+        trust_remote_code=source.trust_remote_code,
+        calibration=None if calibration is None else calibration.manifest,
+        pruning=done,
+        request_sha256=sha256_json(asked),
+    )
+    write_json(folder / MANIFEST, manifest)
     write_json(folder / RUN, run)
     return files
 

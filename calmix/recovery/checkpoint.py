@@ -24,7 +24,17 @@ from calmix.errors import InputError, disk_errors
 from calmix.evaluation.likelihood import close
 from calmix.files import check_free, copy_files, matching, sha256_json, write_json
 from calmix.machine import device_memory, give_memory_back
-from calmix.manifest import deciding_versions, file_hashes, run_record, sealed, versions
+from calmix.manifest import (
+    MANIFEST,
+    RUN,
+    Input,
+    deciding_versions,
+    file_hashes,
+    lineage,
+    read_if_there,
+    record,
+    run_record,
+)
 from calmix.models import open_model
 from calmix.models.opening import check_ids, device_of
 from calmix.models.shards import weight_dtype, write_index
@@ -32,7 +42,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, reproducible, suited
 from calmix.pruning.budget import GIB
-from calmix.pruning.checkpoint import MANIFEST, RUN, check_request, is_of, read_told
+from calmix.pruning.checkpoint import check_request, is_of
 from calmix.pruning.expert_pruning import experts_of
 from calmix.pruning.solvers.grids import SCALES, read_blocks, read_grids, replace_blocks
 from calmix.pruning.trace import token_bytes
@@ -149,10 +159,8 @@ class RecoveryRun:
         ours, theirs = (one.stored(named)[:COMPARED_ROWS].float() for one in (pruned, dense))
         if not close(ours, theirs, APART):
             raise InputError(f"{line}: their embeddings are of different models")
-        layers, manifest = pruned.blocks.layers, read_told(pruned.folder / MANIFEST)
-        while manifest.get("pruned"):  # recovered before
-            manifest = manifest["pruned"]
-        done = manifest.get("pruning", {})
+        layers, models = pruned.blocks.layers, lineage(read_if_there(pruned.folder / MANIFEST))
+        done: Mapping[str, Any] = next((one["pruning"] for one in models if "pruning" in one), {})
         names = {layer.parameter_name for layer in layers}
         grids = read_grids(pruned.folder, shapes)
         self.grids = {name: grid for name, grid in grids.items() if name in names}
@@ -304,10 +312,10 @@ def recover(
             **request.record() | {"calibration": identified(request.calibration)},
             "versions": deciding_versions(),
         }
-        manifest, record = (read_told(job.output / name) for name in (MANIFEST, RUN))
+        manifest, ran = (read_if_there(job.output / name) for name in (MANIFEST, RUN))
         with suppress(KeyError, TypeError):
             if run.resume and is_of(manifest, identity, job.output):
-                report = RecoveryReport(**manifest["recovery"], seconds=record["seconds"])
+                report = RecoveryReport(**manifest["recovery"], seconds=ran["seconds"])
                 run.note(f"{job.output} was finished by an earlier run")
                 work.remove_leftover()
                 return report
@@ -356,20 +364,7 @@ def _finish(job: RecoveryRun, identity: dict[str, Any], report: RecoveryReport) 
     """Write the files beside the weights, and turn the work folder into the output."""
     folder, pruned = job.work.checkpoint, job.pruned
     done = report.to_dict()
-    run = run_record(done.pop("seconds")) | {"pruned": read_told(pruned.folder / RUN) or None}
-    manifest = {
-        "kind": "recovered checkpoint",
-        "model": {"name": pruned.name, "sha256": identity["pruned"]},
-        "against": {"name": job.dense.name, "sha256": identity["against"]},
-        **{name: identity[name] for name in ("dtype", "device")},
-        "stored_dtype": dtype_name(weight_dtype(pruned.places)),
-        "request": job.request.record(),
-        "calibration": job.calibration.manifest,
-        "recovery": done,
-        "pruned": read_told(pruned.folder / MANIFEST) or None,
-        "versions": versions() | identity["versions"],
-        "request_sha256": sha256_json(identity),
-    }
+    run = run_record(done.pop("seconds")) | {"pruned": read_if_there(pruned.folder / RUN) or None}
     with disk_errors(folder):
         own = {MANIFEST, RUN, *(path.name for path in pruned.folder.glob("*.index.json"))}
         others = (path for path in matching(pruned.folder, MODEL_FILES) if path.name not in own)
@@ -378,8 +373,23 @@ def _finish(job: RecoveryRun, identity: dict[str, Any], report: RecoveryReport) 
             shutil.copytree(scales, folder / SCALES, dirs_exist_ok=True)
             replace_blocks(folder, job.encoded)
         write_index(folder)
-        hashed = {"files": file_hashes(folder, without=(MANIFEST, RUN))}
-        write_json(folder / MANIFEST, sealed(manifest | hashed))
+        manifest = record(
+            "recovered checkpoint",
+            request=job.request.record(),
+            inputs={
+                "model": Input(pruned.name, identity["pruned"]),
+                "against": Input(job.dense.name, identity["against"]),
+            },
+            files=file_hashes(folder, without=(MANIFEST, RUN)),
+            dtype=identity["dtype"],
+            device=identity["device"],
+            stored_dtype=dtype_name(weight_dtype(pruned.places)),
+            calibration=job.calibration.manifest,
+            recovery=done,
+            pruned=read_if_there(pruned.folder / MANIFEST) or None,
+            request_sha256=sha256_json(identity),
+        )
+        write_json(folder / MANIFEST, manifest)
         write_json(folder / RUN, run)
         pruned.files.check()
     job.work.complete()

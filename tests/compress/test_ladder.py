@@ -355,7 +355,7 @@ def test_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, mine)
         ladder.Walk(plain, out)
     for words in (("report", out), ("check", out, "--keep-at-least", "0.9")):
         assert "out has no model yet: run its calmix compress again" in calmix(*words).line
-    assert "out: ladder of candidates" in calmix("doctor", "inspect", out).ok().out
+    assert "out: search for a size" in calmix("doctor", "inspect", out).ok().out
     given = {"calibration": want.calibration, "bits": 3, "suite": str(mine / "mine.yaml")}
     for request in (plain, asked(**given)):
         record = sealed({"request": request.model_dump(mode="json"), "stages": []})

@@ -35,12 +35,13 @@ def test_inspect_reports_kind_health_and_changes(calmix, made, tmp_path, name):
     kind, changed = KINDS[name]
     ended = calmix("doctor", "inspect", made / name).ok()
     lines = ended.out.strip().splitlines()
-    assert lines[0].endswith(f": {kind}")
+    assert f": {kind}; " in lines[0]
     assert lines[-1] == "intact: nothing is missing or damaged"
     assert "warning" not in ended.out
     assert "experts" not in ended.out or name == "dropped"
-    assert ("largest reconstruction errors" in ended.out) == (name == "pruned")
-    unfinished = "blocks done: 1\n  to finish it: the same command with --resume"
+    said = [line for line in lines[1:-1] if not line.startswith("not covered by a hash")]
+    assert [line.partition(":")[0] for line in said] == ["made by"] * ("checkpoint" in kind)
+    unfinished = "blocks done: 1; to finish it: the same command with --resume"
     assert (unfinished in ended.out) == name.startswith("cut")
     if changed is None:
         return
@@ -65,24 +66,14 @@ def test_printed_command_reproduces_the_checkpoint(calmix, made, tmp_path, monke
     assert hashes(tmp_path / "again") == {**hashes(tmp_path / "again"), **hashes(made / name)}
 
 
-def test_inspect_warnings_and_changed_manifest(calmix, made, tmp_path):
-    """An unlisted file, raised damping, dead inputs and large errors are unusual."""
+def test_inspect_warns_of_unlisted_files_and_refuses_a_changed_manifest(calmix, made, tmp_path):
     pruned = shutil.copytree(made / "pruned", tmp_path / "pruned")
     (pruned / "model-00002.safetensors").write_bytes(b"")
     path = pruned / "calmix.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    manifest["pruning"]["layers"][0] |= {"damping": 0.1, "dead_inputs": 9, "error": 0.4}
-    write_json(path, sealed(manifest))
     findings = health(calmix, path)
-    for part in (
-        "model-00002",
-        "damping was raised from 0.01 to 0.1",
-        "9 of 32 inputs are dead",
-        "error of 40.0%",
-    ):
-        assert any(part in line for line in findings["warnings"]), part
+    assert "model-00002" in findings["warnings"][0]
     assert len(findings["layers"]) == 14
-    for layer in findings["layers"][1:]:
+    for layer in findings["layers"]:
         assert (layer["sparsity"], layer["damping"], 0 < layer["error"] < 1) == (0.5, 0.01, True)
     manifest = json.loads(path.read_text(encoding="utf-8"))
     for change in ({"dtype": "float16"}, {"files": []}, {"pruning": None}, {"kind": 3}):

@@ -139,7 +139,6 @@ def test_starved_experts_warn(calmix, deep, tmp_path, text_file):
     ended = calmix("prune", deep, "--calibration", text_file, *few, "-o", output).ok()
     said = "of 16 experts see fewer tokens than they have inputs"
     assert said in ended.out
-    assert said in calmix("doctor", "inspect", output).out
     told = pruning_of(output)
     names = [f"model.layers.{index}.mlp.experts" for index in range(4)]
     assert [mixture["name"] for mixture in told["experts"]] == names
