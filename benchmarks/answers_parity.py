@@ -22,7 +22,7 @@ from calmix.evaluation.evaluate import choose
 from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.tasks import load_items
 from calmix.models import open_model
-from calmix.models.opening import quiet_transformers
+from calmix.models.loading import quiet_transformers
 from calmix.progress import quiet
 
 TASKS = "common_knowledge,sums,gsm8k,small_programs,requests"

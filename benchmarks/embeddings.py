@@ -21,7 +21,7 @@ from calmix.calibration import build, parse_mix
 from calmix.models.blocks import outer_weights
 from calmix.pruning.engine import round_rows
 from calmix.pruning.gram import Gram
-from calmix.sources.readers import LocalFile
+from calmix.sources.local import LocalFile
 
 RATES = 6, 5, 4.5, 4, 3.5, 3
 

@@ -21,7 +21,7 @@ from calmix.calibration import build, parse_mix
 from calmix.evaluation.likelihood import perplexity
 from calmix.models import open_model
 from calmix.pruning import Unstructured, prune
-from calmix.sources.readers import LocalFile
+from calmix.sources.local import LocalFile
 
 MODEL = "builtin:smollm2-135m"
 

@@ -16,9 +16,9 @@ from calmix.diagnostics.inspecting import inspect
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.files import write_json
 from calmix.models import chat_template, resolve_model
-from calmix.models.opening import check_folder
+from calmix.models.folder import check_folder
 from calmix.models.shards import weight_files
-from calmix.sources.readers import LocalFile
+from calmix.sources.local import LocalFile
 from calmix.study.store import open_store
 from tests.tiny import tiny_gguf, tiny_tokenizer
 

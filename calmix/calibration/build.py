@@ -20,7 +20,7 @@ from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_fu
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.models.chat_template import templated
 from calmix.sources import Document, Source, get_source
-from calmix.sources.readers import LocalFile
+from calmix.sources.local import LocalFile
 from calmix.sources.registry import documents_hash
 
 BATCH = 64  # documents tokenised at a time

@@ -19,11 +19,11 @@ from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
 from calmix.files import content_sha256, sha256_json, user_path
 from calmix.models import OpenModel
-from calmix.models.opening import check_length
+from calmix.models.loading import check_length
 from calmix.options import DrawOptions, Strategy, checked, named_options
 from calmix.sources import Source, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, refuse
-from calmix.sources.readers import LocalFile
+from calmix.sources.local import LocalFile
 from calmix.sources.registry import MIXES, local_file
 
 GROUP = "offline"  # in a mix: every builtin source that needs no hub

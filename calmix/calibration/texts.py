@@ -17,7 +17,8 @@ from calmix.evaluation.measures import RIGHT_OR_WRONG
 from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.files import user_path
 from calmix.options import named_values
-from calmix.sources.readers import AssetText, Reader
+from calmix.sources.documents import Reader
+from calmix.sources.offline import AssetText
 from calmix.sources.registry import local_file
 from calmix.yaml_files import packaged
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from calmix.files import sha256_json
 from calmix.models import OpenModel, resolve_model
-from calmix.models.opening import context_of, load_config, load_tokenizer, tokenizer_fingerprint
+from calmix.models.folder import tokenizer_fingerprint
+from calmix.models.loading import context_of, load_config, load_tokenizer
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
 from calmix.evaluation.suites import Suite, prompt_suite, suite_file
 from calmix.files import cached_sha256, sha256_file, size_text, user_path
 from calmix.models import OpenModel, check_models, resolve_model
-from calmix.models.opening import fingerprint
+from calmix.models.folder import fingerprint
 from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype
 from calmix.options import (
     BITS_METHOD,

@@ -22,7 +22,8 @@ from calmix.manifest import (
     record_file,
 )
 from calmix.manifest import MANIFEST as CHECKPOINT
-from calmix.models.opening import combined, model_files, resolve_model
+from calmix.models.folder import combined, model_files
+from calmix.models.opening import resolve_model
 
 MANIFEST, RUN = "compress.json", "compress-run.json"
 LADDER = "ladder.json"  # state of a search for --keep-at-least

@@ -24,7 +24,7 @@ from calmix.evaluation.suites import Suite
 from calmix.files import sha256_file, write_json
 from calmix.manifest import MANIFEST, Input, read_sealed, record
 from calmix.models import open_model, resolve_model
-from calmix.models.opening import fingerprint
+from calmix.models.folder import fingerprint
 from calmix.options import DrawOptions, Recovering, option_words
 from calmix.progress import Progress
 from calmix.pruning.budget import parse_memory

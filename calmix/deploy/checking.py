@@ -10,7 +10,7 @@ from torch import Tensor
 
 from calmix.errors import ModelError
 from calmix.models import OpenModel, open_model
-from calmix.models.opening import load_config
+from calmix.models.loading import load_config
 from calmix.precision import dtype_name
 
 ROWS, LENGTH = 2, 16

@@ -29,11 +29,11 @@ from calmix.files import (
 )
 from calmix.manifest import MANIFEST, Input, file_hashes, lineage, read_if_there, record
 from calmix.models.blocks import DecoderBlocks
-from calmix.models.opening import COPIED, check_folder, fingerprint, forget, resolve_model
+from calmix.models.folder import BESIDE_WEIGHTS, check_folder, fingerprint
+from calmix.models.opening import forget, resolve_model
 from calmix.models.packed import CONFIG, FORMAT, METHOD, PACKED, SCALE, SHAPE, ZERO, pack
 from calmix.models.shards import Place, read_tensor, stored_tensors, weight_bytes, write_model
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.checkpoint import BESIDE
 from calmix.pruning.patterns import Rate, as_pattern
 from calmix.pruning.solvers.grids import Grid, read_grids
 
@@ -106,7 +106,7 @@ def export(
     [group] = sizes
     with disk_errors(output), atomic_folder(output) as beside:
         write_model(beside, _tensors(places, grids, bits, symmetric))
-        copy_files(folder, beside, matching(folder, (*COPIED, *BESIDE)))
+        copy_files(folder, beside, matching(folder, BESIDE_WEIGHTS))
         config = read_object(folder / "config.json", "")
         settings = quantization_config(bits, group, symmetric, ignored)
         write_json(beside / "config.json", config | {CONFIG: settings})

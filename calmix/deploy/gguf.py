@@ -47,18 +47,10 @@ from calmix.files import (
 from calmix.manifest import MANIFEST, lineage, read_if_there
 from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
-from calmix.models.opening import (
-    BuiltinModel,
-    check_gguf,
-    content_key,
-    gguf_file,
-    gguf_names,
-    gguf_reader,
-    known_model,
-    loading,
-    read_gguf,
-    reading_gguf,
-)
+from calmix.models.folder import content_key
+from calmix.models.gguf import check_gguf, gguf_names, gguf_reader, read_gguf, reading_gguf
+from calmix.models.hub import BuiltinModel, gguf_file, known_model
+from calmix.models.loading import loading
 from calmix.models.shards import weight_bytes
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.methods import Look
@@ -142,7 +134,7 @@ def _origin(name: str) -> str:
     origin, source = known_model(name), name
     if isinstance(origin, Path) and origin.is_dir():
         models = [*lineage(read_if_there(origin / MANIFEST))]
-        source = str(models[-1]["model"]["name"]) if models else ""
+        source = str(models[-1].get("model", {}).get("name", "")) if models else ""
         known = source.startswith("builtin:") or Path(source).is_file()
         origin = known_model(source) if known else None
     return str(_converted(source or name, name)) if origin is None else source

@@ -54,7 +54,8 @@ from calmix.files import (
 )
 from calmix.machine import cores
 from calmix.manifest import check_seal, sealed, versions
-from calmix.models.opening import check_folder, combined, load_config, loading
+from calmix.models.folder import check_folder, combined
+from calmix.models.loading import load_config, loading
 from calmix.models.shards import (
     PACK,
     Place,

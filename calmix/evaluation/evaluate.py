@@ -37,7 +37,7 @@ from calmix.evaluation.tasks import suite_items as suite_items
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models import OpenModel, open_model
-from calmix.models.opening import end_tokens, in_chat, rendered
+from calmix.models.chat import end_tokens, in_chat, rendered
 from calmix.precision import dtype_name
 
 ANSWER = 24  # cost of a generated answer, in likelihood requests

@@ -27,7 +27,8 @@ from calmix.errors import InputError, SourceError, nearest
 from calmix.evaluation import checks
 from calmix.evaluation.quantities import numbers
 from calmix.files import parse_json
-from calmix.sources.readers import CHATS, FORMATS, TEXT, chat_messages, fill
+from calmix.sources.documents import TEXT, fill
+from calmix.sources.local import CHATS, FORMATS, chat_messages
 from calmix.sources.registry import local_file
 
 TOKENS = 256  # most tokens of an answer by default

@@ -32,7 +32,7 @@ from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import Progress, close, decoder_and_head, log_sums
 from calmix.models import OpenModel
 from calmix.models.caches import cache_argument, repeated_cache
-from calmix.models.opening import quiet_transformers, to_continue
+from calmix.models.loading import quiet_transformers, to_continue
 from calmix.precision import dtype_name
 
 BATCH_TOKENS = 2048

@@ -22,15 +22,10 @@ from torch import Tensor
 
 from calmix.errors import ModelError
 from calmix.models.blocks import DecoderBlocks, find_blocks
-from calmix.models.opening import (
-    ModelFiles,
-    device_of,
-    dtype_of,
-    load_config,
-    loading,
-    resolve_model,
-)
-from calmix.models.opening import save_config as save_configuration
+from calmix.models.folder import ModelFiles
+from calmix.models.folder import save_config as save_configuration
+from calmix.models.loading import load_config, loading
+from calmix.models.opening import device_of, dtype_of, resolve_model
 from calmix.models.shards import Place, read_tensor, stored_tensors, weight_dtype, write_index
 from calmix.precision import narrower, suited
 

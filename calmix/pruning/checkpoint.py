@@ -47,13 +47,9 @@ from calmix.manifest import (
     run_record,
 )
 from calmix.models import OpenModel, open_model
-from calmix.models.opening import (
-    check_ids,
-    check_models,
-    quiet_transformers,
-    save_config,
-    save_tokenizer,
-)
+from calmix.models.folder import BESIDE_WEIGHTS, save_config, save_tokenizer
+from calmix.models.loading import quiet_transformers
+from calmix.models.opening import check_ids, check_models
 from calmix.models.shards import (
     read_file,
     stored_tensors,
@@ -84,8 +80,6 @@ from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 from calmix.specs import NONE, How, PruneRequest
 
-# Besides configuration and tokenizer; code runs only with --trust-remote-code, in the copy too.
-BESIDE = ("*processor_config.json", "chat_template.*", "LICENSE*", "NOTICE*", "*.py")
 COSTS = "token-weights.safetensors"
 
 
@@ -501,7 +495,9 @@ def _write_beside(
 ) -> dict[str, str]:
     """Copy the model's other files, write the manifest and the run record; return the files'
     hashes."""
-    others = (name for name in matching(source.folder, BESIDE) if not (folder / name).exists())
+    others = (
+        name for name in matching(source.folder, BESIDE_WEIGHTS) if not (folder / name).exists()
+    )
     copy_files(source.folder, folder, others)
     done, files = report.to_dict(), file_hashes(folder, without=(MANIFEST, RUN))
     run = run_record(done.pop("seconds")) | {"batch": report.rows_at_once}

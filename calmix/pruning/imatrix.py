@@ -13,7 +13,7 @@ from torch import Tensor
 from calmix.errors import InputError, ModelError
 from calmix.files import check_readable
 from calmix.models.blocks import DecoderBlocks
-from calmix.models.opening import gguf_names
+from calmix.models.gguf import gguf_names
 
 SUMS = ".in_sum2"
 

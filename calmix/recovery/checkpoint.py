@@ -36,6 +36,7 @@ from calmix.manifest import (
     run_record,
 )
 from calmix.models import open_model
+from calmix.models.folder import BESIDE_WEIGHTS
 from calmix.models.opening import check_ids, device_of
 from calmix.models.shards import weight_dtype, write_index
 from calmix.models.streaming import StreamedModel
@@ -54,18 +55,6 @@ from calmix.recovery.training import Masters, rows_at_once, split_rows, trained_
 from calmix.shown import Shown
 from calmix.specs import How
 
-# Files of a model beside its weights; code runs only with --trust-remote-code, in the copy too.
-MODEL_FILES = (
-    "*.json",
-    "*.txt",
-    "*.model",
-    "*.jinja",
-    "additional_chat_templates/*",
-    "*.tiktoken",
-    "LICENSE*",
-    "NOTICE*",
-    "*.py",
-)
 ROOM = 0.8  # of the free memory, used without a budget
 DENSE_ZEROS = 0.01  # share of zeros below which a model counts as dense
 APART = 0.9  # relative distance of embeddings beyond which models are unrelated
@@ -366,9 +355,7 @@ def _finish(job: RecoveryRun, identity: dict[str, Any], report: RecoveryReport) 
     done = report.to_dict()
     run = run_record(done.pop("seconds")) | {"pruned": read_if_there(pruned.folder / RUN) or None}
     with disk_errors(folder):
-        own = {MANIFEST, RUN, *(path.name for path in pruned.folder.glob("*.index.json"))}
-        others = (path for path in matching(pruned.folder, MODEL_FILES) if path.name not in own)
-        copy_files(pruned.folder, folder, others)
+        copy_files(pruned.folder, folder, matching(pruned.folder, ("config.json", *BESIDE_WEIGHTS)))
         if (scales := pruned.folder / SCALES).is_dir():
             shutil.copytree(scales, folder / SCALES, dirs_exist_ok=True)
             replace_blocks(folder, job.encoded)

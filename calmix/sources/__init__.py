@@ -1,6 +1,6 @@
 """Named sources of calibration text, and their readers."""
 
-from calmix.sources.readers import Document as Document
+from calmix.sources.documents import Document as Document
 from calmix.sources.registry import Source as Source
 from calmix.sources.registry import builtin_sources as builtin_sources
 from calmix.sources.registry import get_source as get_source

@@ -9,24 +9,18 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from calmix.errors import InputError, SourceError, nearest
 from calmix.files import user_path
 from calmix.options import Options
+from calmix.sources.documents import FIELD, TEXT, Document
+from calmix.sources.hub import HubText
 from calmix.sources.licences import OWN, Use, use_of
-from calmix.sources.readers import (
-    CODE,
-    FIELD,
-    FORMATS,
-    TEXT,
-    AnyReader,
-    Document,
-    HubText,
-    LocalFile,
-)
+from calmix.sources.local import CODE, FORMATS, LocalFile
+from calmix.sources.offline import AssetText, PackageFiles, PythonText, ReasoningGym
 from calmix.yaml_files import first_problem, packaged, read_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
@@ -88,6 +82,11 @@ WRITTEN = (
     "self-cal",
     "sgs",
 )  # the model writes the text
+
+AnyReader = Annotated[
+    PythonText | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
+    Field(discriminator="type"),
+]
 
 
 class Source(Options):

@@ -26,7 +26,7 @@ from calmix.calibration import parse_calibration
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.suites import Suite
-from calmix.models.opening import known_model
+from calmix.models.hub import known_model
 from calmix.options import (
     MOST_EMBEDDING,
     Leakage,

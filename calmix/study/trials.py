@@ -22,13 +22,13 @@ from calmix.calibration.selfgen.writing import VERSION
 from calmix.evaluation.evaluate import SCORER
 from calmix.files import content_sha256, sha256_json
 from calmix.models import resolve_model
-from calmix.models.opening import fingerprint
+from calmix.models.folder import fingerprint
 from calmix.models.shards import weight_bytes
 from calmix.options import RECOVERY_OPTIONS, Recovering, Strategy
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern
 from calmix.sources import get_source
-from calmix.sources.readers import LocalFile
+from calmix.sources.local import LocalFile
 from calmix.specs import SEED, PruneRequest, printed, prune_request, recovery_of
 from calmix.study.spec import NONE, Grid, Study
 

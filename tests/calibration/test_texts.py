@@ -13,7 +13,8 @@ from calmix.calibration.texts import builtin_readers, parse_texts, texts
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.distance import texts_hash
 from calmix.sources import offline_sources
-from calmix.sources.readers import LocalFile, word_runs
+from calmix.sources.local import LocalFile
+from calmix.sources.offline import word_runs
 from tests.evaluation.helpers import opened
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from calmix.deploy import compressed_tensors
 from calmix.deploy.compressed_tensors import export, quantization_config
 from calmix.errors import InputError, ModelError
-from calmix.models import open_model, opening
+from calmix.models import loading, open_model
 from calmix.models.opening import forget, resolve_model, size_of
 from calmix.models.packed import pack, unpack
 from calmix.models.shards import write_model
@@ -138,7 +138,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(ModelError, match="words for a matrix of 64 x 1099511627776"):
         open_model(folder)
     config = json.loads((folder / "config.json").read_text())
-    monkeypatch.setattr(opening, "find_spec", lambda name: None)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None)
     for changed, said in (
         ({"format": "float-quantized"}, "pip install compressed-tensors, then run it again"),
         ({"quant_method": "awq"}, r"is quantised by awq, .*\(pip install gptqmodel, gptqmodel\.ut"),

@@ -15,7 +15,6 @@ from calmix.calibration import open_tokenizer, resolve
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export, layout_sha256
 from calmix.errors import CalmixError
-from calmix.manifest import read_if_there
 from calmix.models import open_model
 from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.solvers.ggml import Encoded

@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 from calmix.errors import ModelError
 from calmix.evaluation import scorer as module
 from calmix.evaluation.scorer import Scorer, attention_window, plan
-from calmix.models.opening import to_continue
+from calmix.models.loading import to_continue
 from tests.evaluation.helpers import opened, quiz, reference
 from tests.tiny import ARCHITECTURES, quick
 

@@ -20,12 +20,12 @@ from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import load_pair, load_scores
 from calmix.evaluation.suites import load_suite
 from calmix.models import open_model, resolve_model
-from calmix.models.opening import fingerprint, tokenizer_fingerprint
+from calmix.models.folder import fingerprint, tokenizer_fingerprint
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.recovery import recover
 from calmix.sources import get_source, own_sources
-from calmix.sources.readers import LocalFile
+from calmix.sources.local import LocalFile
 from calmix.sources.registry import documents_hash
 from calmix.specs import prune_request, recover_request
 from calmix.study.spec import check_study

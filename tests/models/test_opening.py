@@ -25,7 +25,8 @@ from transformers import (
 from calmix import assets, files
 from calmix.errors import DiskError, InputError, ModelError
 from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
-from calmix.models.opening import context_of, fingerprint, tokenizer_fingerprint
+from calmix.models.folder import fingerprint, tokenizer_fingerprint
+from calmix.models.loading import context_of
 from calmix.models.shards import weight_files
 from tests import tiny
 from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model

@@ -13,16 +13,9 @@ import pytest
 from calmix.calibration import open_tokenizer, resolve
 from calmix.errors import SourceError
 from calmix.sources import get_source
-from calmix.sources.readers import (
-    AssetText,
-    LocalFile,
-    PackageFiles,
-    PythonText,
-    ReasoningGym,
-    fields,
-    fill,
-    lookup,
-)
+from calmix.sources.documents import fields, fill, lookup
+from calmix.sources.local import LocalFile
+from calmix.sources.offline import AssetText, PackageFiles, PythonText, ReasoningGym
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
 

@@ -9,7 +9,9 @@ from calmix.calibration.leakage import guard_of
 from calmix.calibration.selfgen.generators import GENERATORS
 from calmix.errors import InputError, SourceError
 from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
-from calmix.sources.readers import AssetText, HubText, LocalFile, word_runs
+from calmix.sources.hub import HubText
+from calmix.sources.local import LocalFile
+from calmix.sources.offline import AssetText, word_runs
 from calmix.sources.registry import WRITTEN
 from tests.tiny import quick
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError
-from calmix.models.opening import TURNS, in_chat, turn_ends
+from calmix.models.chat import TURNS, in_chat, turn_ends
 from calmix.options import Options
 from calmix.yaml_files import parse_model, read_text
 

@@ -1,0 +1,163 @@
+"""The files of a model folder: which they are, their hashes, and what is written beside weights."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from calmix.errors import (
+    ModelError,
+    PassingError,
+)
+from calmix.files import (
+    cached_sha256,
+    check_links,
+    copy_files,
+    matching,
+    sha256_json,
+)
+from calmix.models.shards import (
+    PACK,
+    weight_files,
+)
+from calmix.precision import dtype_name
+
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "*token*_map.json",
+    "added_tokens.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
+# Beside weights and config.json; code runs only with --trust-remote-code, in a copy too.
+BESIDE_WEIGHTS = (
+    *TOKENIZER_FILES,
+    "chat_template.*",
+    "additional_chat_templates/*",
+    "generation_config.json",
+    "*processor_config.json",
+    "LICENSE*",
+    "NOTICE*",
+    "*.py",
+)
+
+
+class ModelFiles:
+    """Configuration, weights and tokenizer of a model folder, as they are when it is opened."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self.folder, self.name = folder, name
+        self._times = self._stat()
+
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 by file; a PassingError if a file changed since the model was opened."""
+        hashes = self._hash()
+        if self._stat() != self._times:
+            raise self._changed()
+        return hashes
+
+    @property
+    def sha256(self) -> str:
+        """The model's `fingerprint`."""
+        return combined({name: self.hashes[name] for name in model_files(self.folder)})
+
+    def check(self) -> None:
+        """Raise a PassingError if a file's content changed since the model was opened."""
+        if (times := self._stat()) != self._times:
+            if "hashes" not in vars(self) or self._hash() != self.hashes:
+                raise self._changed()
+            self._times = times
+
+    def _stat(self) -> dict[str, tuple[int, ...]]:
+        stats = dict[str, tuple[int, ...]]()
+        beside = map(str, matching(self.folder, BESIDE_WEIGHTS))
+        for name in [*model_files(self.folder), *beside]:
+            with contextlib.suppress(FileNotFoundError):
+                stat = (self.folder / name).stat()
+                stats[name] = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+        return stats
+
+    def _hash(self) -> dict[str, str]:
+        return {name: cached_sha256(self.folder / name) for name in self._stat()}
+
+    def _changed(self) -> PassingError:
+        return PassingError(f"the files of {self.name} changed while they were read: run it again")
+
+
+def check_folder(folder: Path) -> None:
+    """Raise ModelError for a folder that transformers could not load.
+
+    It is a pack, its weights are pickled, configuration or weight files are missing, or links lead
+    out of it (InputError).
+    """
+    check_links(folder)
+    if (folder / PACK).is_file():
+        raise ModelError(
+            f"{folder} is a pack: run 'calmix export {folder} --to model -o OUT' first, or load it "
+            "with calmix.load in Python"
+        )
+    if not (folder / "config.json").is_file():
+        inside = folder / "model"
+        hint = f", but {inside} is" if (inside / "config.json").is_file() else ""
+        raise ModelError(f"{folder} has no config.json: it is not a model folder{hint}")
+    files = weight_files(folder)
+    if lacking := next((name for name in files if not (folder / name).is_file()), None):
+        raise ModelError(f"{folder} lacks the weight file {lacking} named in its index")
+    if not files:
+        raise ModelError(
+            f"{folder} has no weights (*.safetensors): convert pickled ones, which can run code "
+            "when opened"
+        )
+
+
+def content_key(folder: Path) -> str:
+    """Return a key of a model folder's configuration, weights and tokenizer for names of copies."""
+    names = [*model_files(folder), *map(str, matching(folder, BESIDE_WEIGHTS))]
+    return combined({one: cached_sha256(folder / one) for one in names})[:16]
+
+
+def model_files(folder: Path) -> list[str]:
+    """Return the names of a model folder's configuration and weight files."""
+    return sorted(["config.json", *weight_files(folder)])
+
+
+def fingerprint(folder: Path) -> str:
+    """Return a SHA-256 over the configuration and weight files of a model folder."""
+    return combined({name: cached_sha256(folder / name) for name in model_files(folder)})
+
+
+def combined(hashes: Mapping[str, str]) -> str:
+    """Return a `fingerprint` from the SHA-256 of configuration and weight files by name."""
+    return sha256_json(sorted(map(list, hashes.items())))
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """Return a SHA-256 of a tokenizer's state, without its padding and truncation settings."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        return sha256_json(sorted(tokenizer.get_vocab().items()))
+    state = json.loads(backend.to_str())
+    return sha256_json({k: v for k, v in state.items() if k not in ("padding", "truncation")})
+
+
+def save_config(config: Any, dtype: torch.dtype, folder: Path) -> None:
+    """Write the configuration of a checkpoint with weights of this type; changes the type in it."""
+    for part in (config, config.get_text_config(decoder=True)):
+        part.dtype = dtype_name(dtype)
+    config.save_pretrained(folder)
+
+
+def save_tokenizer(tokenizer: Any, source: Path, folder: Path) -> None:
+    """Write a tokenizer to a folder, the files that its source has unchanged: transformers can
+    write others than it has read."""
+    tokenizer.save_pretrained(folder)
+    copy_files(source, folder, matching(source, TOKENIZER_FILES))

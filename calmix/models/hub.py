@@ -1,0 +1,116 @@
+"""Names of models: folders, GGUF files, builtin models and hub ids, which are fetched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from calmix import assets
+from calmix.errors import (
+    DiskError,
+    ModelError,
+    disk_errors,
+    nearest,
+)
+from calmix.files import (
+    user_path,
+)
+from calmix.models.folder import BESIDE_WEIGHTS, check_folder
+from calmix.yaml_files import packaged
+
+HUB_FILES = ["*.safetensors", "*.json", *BESIDE_WEIGHTS]
+REPEATED = ["*consolidated*.safetensors"]  # a second copy of the weights, in Mistral's format
+
+
+@dataclass(frozen=True)
+class BuiltinModel:
+    """A model in data archives: `parts` maps assets to members that form one GGUF file in order."""
+
+    name: str
+    parts: dict[str, str]
+    licence: str
+    origin: str
+    parameters: str
+    description: str
+
+
+@functools.cache
+def builtin_models() -> dict[str, BuiltinModel]:
+    """Return the builtin models by name (without the `builtin:` prefix)."""
+    entries = packaged("models/builtin.yaml")
+    return {name: BuiltinModel(name=name, **entry) for name, entry in entries.items()}
+
+
+def known_model(name: str) -> Path | BuiltinModel | None:
+    """Return the folder, GGUF file or builtin model of a name; None if it can only be a hub id.
+
+    Raises ModelError if it is none of them, or the folder has no model.
+    """
+    if name.startswith("builtin:"):
+        models = builtin_models()
+        short = name.removeprefix("builtin:")
+        if short not in models:
+            raise ModelError(f"unknown builtin model '{short}': {nearest(short, models)}")
+        return models[short]
+    path = user_path(name)
+    parts = str(path).encode("utf-8", "surrogatepass").split(b"/")
+    if max(map(len, parts)) > 255:  # bytes, the limit of file systems
+        raise ModelError(f"'{name[:40]}...' is too long for the name of a model")
+    if path.is_file():
+        if path.suffix.lower() != ".gguf":
+            raise ModelError(f"{path} is a file but not a .gguf: name its folder, or a GGUF file")
+        return path
+    if path.is_dir():
+        check_folder(path)
+        return path
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"there is no model folder or .gguf file at {path}")
+    if name in builtin_models():
+        raise ModelError(f"there is no folder '{name}': did you mean builtin:{name}?")
+    return None
+
+
+def local_model(name: str) -> Path | BuiltinModel:
+    """Return the folder, GGUF file or builtin model of a name; a hub model is fetched."""
+    if (model := known_model(name)) is not None:
+        return model
+    from huggingface_hub import constants, snapshot_download
+
+    with hub_errors(name), disk_errors(Path(constants.HF_HUB_CACHE)):
+        fetched = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED)
+    check_folder(Path(fetched))
+    return Path(fetched)
+
+
+def gguf_file(model: Path | BuiltinModel, folder: Path) -> Path:
+    """Return a GGUF file; that of a builtin model is assembled in `folder`."""
+    if isinstance(model, BuiltinModel):
+        assets.extract(model.parts, file := folder / f"{model.name}.gguf")
+        return file
+    return model
+
+
+@contextlib.contextmanager
+def hub_errors(name: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (DiskError, ModelError):
+        raise
+    except errors.HFValidationError as error:
+        raise ModelError(
+            f"'{name}' is neither a folder, a .gguf file, a builtin model nor a valid hub id"
+        ) from error
+    except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+        raise ModelError(
+            f"the hub has no accessible model '{name}': check the id, or log in if it is gated"
+        ) from error
+    except Exception as error:  # the hub client raises many kinds when offline
+        raise ModelError(
+            f"there is no folder '{name}' and the hub cannot be reached: name a local folder, a "
+            ".gguf file or builtin:smollm2-135m, or go online once to fetch it"
+        ) from error
