@@ -129,7 +129,7 @@ def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) ->
     if not found:
         raise InputError(f"{path} has no prompts")
     if note is not None and count > len(found):
-        note(f"{path}: {count - len(found)} prompts are in it twice and are asked once")
+        note(f"{path}: prompts repeated, and asked once: {count - len(found)}")
     return list(found.values())
 
 

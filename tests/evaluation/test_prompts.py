@@ -89,7 +89,7 @@ def test_rows_are_read_in_every_form(tmp_path):
     assert (four.question, four.check, four.max_tokens) == ("Three?", "", 256)
     assert (five.tools, five.right) == (tuple(TOOLS), CALL)
     assert six.right == {"lines": "3", "contains": "a|b"}
-    assert "1 prompts are in it twice" in notes[0]
+    assert "prompts repeated, and asked once: 1" in notes[0]
     table = tmp_path / "mine.csv"
     tools = json.dumps([WEATHER]).replace('"', '""')
     table.write_text(f'prompt,answer,check,tools\nA?,x,contains,\nB?,,,"{tools}"\n', "utf-8")
