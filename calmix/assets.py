@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from calmix.errors import CalmixError, disk_errors, nearest
+from calmix.errors import CalmixError, DiskError, disk_errors, nearest
 from calmix.files import alone, cache_dir, hidden, sha256_file, size_text
 from calmix.yaml_files import packaged
 
@@ -93,6 +93,12 @@ def _fetch(asset: Asset) -> None:
     if asset.on_request:
         print(f"its licence: {asset.licence}", file=sys.stderr)
     with disk_errors(asset.path), hidden(asset.path) as folder:
+        if (free := shutil.disk_usage(folder).free) < asset.size:
+            raise DiskError(
+                f"the disk of {asset.path.parent} has {size_text(free)} left for asset "
+                f"{asset.name} of {size_text(asset.size)}: free some, or let CALMIX_CACHE name a "
+                "folder on another disk"
+            )
         requirements, fetched = folder / "requirements.txt", folder / asset.filename
         requirements.write_text(f"{pin} --hash=sha256:{asset.sha256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]

@@ -3,11 +3,12 @@ import json
 import shutil
 import subprocess
 import zipfile
+from types import SimpleNamespace
 
 import pytest
 
 from calmix import assets
-from calmix.errors import CalmixError
+from calmix.errors import CalmixError, DiskError
 from calmix.files import sha256_file
 
 
@@ -75,6 +76,16 @@ def test_failed_download_is_one_line(fake, monkeypatch, stderr, match):
     assert "\n" not in str(caught.value)
     assert fake[0].filename in str(caught.value)
     assert not fake[0].path.exists()
+
+
+def test_full_disk_is_reported_before_a_download(fake, monkeypatch):
+    asset, calls, _ = fake
+    full = SimpleNamespace(free=asset.size - 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: full)
+    with pytest.raises(DiskError, match=r"has \d+ bytes left for asset thing of .*CALMIX_CACHE"):
+        assets.install("thing")
+    assert not calls
+    assert not [*asset.path.parent.iterdir()]
 
 
 def test_unknown_names_and_members(fake):

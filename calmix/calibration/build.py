@@ -188,10 +188,14 @@ def build(
         if guard is not None:
             guard.check_share(name, stream)
         if len(packed) < count:
-            hint = "use --packing concat" if packing == "window" else "give it less weight in a mix"
+            hint = "give it less weight in the mix"
+            if len(counts) == 1:
+                hint = f"mix it with another source ({name}:1,encyclopedia:1)"
+            if packing == "window":
+                hint = "use --packing concat"
             raise SourceError(
                 f"source {name} has text for {len(packed)} rows of {length} tokens, not "
-                f"{count}: add text, {hint}, or ask for fewer rows (--rows; with compress, "
+                f"{count}: add text, {hint}, or ask for fewer rows (calibrate --rows; compress "
                 "--effort quick)"
             )
         described[name] = {

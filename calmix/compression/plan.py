@@ -23,7 +23,7 @@ from calmix.calibration import (
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.deploy.compressed_tensors import group_for
-from calmix.deploy.gguf import check_export, layout_sha256, overhead
+from calmix.deploy.gguf import check_export, layout_of, layout_sha256, overhead
 from calmix.errors import InputError, nearest
 from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
@@ -403,6 +403,8 @@ def check_options(options: Compression) -> Checked:
     # The checks of all stages, made before the first begins.
     product, prompts = product_of(options), None
     target = {"product": product, "bits": options.bits, "type": options.type}
+    if options.like is not None:
+        layout_of(str(options.like))
     if options.size is not None:
         parse_size(options.size, 2**62)
     elif options.keep_at_least is not None:
@@ -418,8 +420,9 @@ def check_options(options: Compression) -> Checked:
         _check_bits(options, options.bits)
         if product == "vllm" and options.bits not in (None, *range(2, 9)):
             raise InputError(
-                f"--bits {options.bits:g}: levels for vLLM have whole bits, 2 to 8; for others "
-                "choose --for gguf"
+                f"--bits {options.bits:g}: levels for vLLM have whole bits, 2 to 8; with their "
+                "scales, 3 take 3.1 at --group 128 and 3.5 at --group 32. For others choose "
+                "--for gguf"
             )
         if (share := request.target.sparsity) > SPARSEST and not options.anyway:
             raise InputError(

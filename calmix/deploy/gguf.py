@@ -98,7 +98,7 @@ def export(
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
     check_models(name)
     with disk_errors(output), hidden(real_place(output)) as beside:
-        reader = _reader(gguf_file(_template(template), beside), template)
+        reader = _reader(gguf_file(layout_of(template), beside), template)
         say("convert")
         folder = resolve_model(name)
         opened = open_as_stored(name, folder)  # levels are exact in this type alone
@@ -181,7 +181,7 @@ def _converted(source: str, name: str) -> Path:
 def check_export(opened: OpenModel, like: Path | None = None) -> None:
     """Refuse a model that cannot be written as GGUF; its weights may be empty."""
     template = str(like) if like is not None else _origin(opened.name)
-    if isinstance(file := _template(template), Path):
+    if isinstance(file := layout_of(template), Path):
         _places(opened, _reader(file, template), template)
 
 
@@ -190,23 +190,25 @@ def overhead(name: str, like: Path | None = None) -> int:
     """Return the bytes of a model's GGUF file besides its tensors."""
     template = str(like) if like is not None else _origin(name)
     with hidden(cache_dir() / "template") as beside:
-        file = gguf_file(_template(template), beside)
+        file = gguf_file(layout_of(template), beside)
         tensors = _reader(file, template).tensors
         return file.stat().st_size - sum(int(one.n_bytes) for one in tensors)
 
 
 def layout_sha256(like: Path) -> str:
     """Return the SHA-256 of the GGUF file or builtin model whose layout another file takes."""
-    origin = _template(str(like))
+    origin = layout_of(str(like))
     if isinstance(origin, Path):
         return cached_sha256(origin)
     return sha256_json([get_asset(part).sha256 for part in origin.parts])
 
 
-def _template(name: str) -> Path | BuiltinModel:
+def layout_of(name: str) -> Path | BuiltinModel:
     """Return the GGUF file or builtin model of a name."""
     origin = known_model(name)
-    if origin is None or (isinstance(origin, Path) and not origin.is_file()):
+    if origin is None:
+        raise InputError(f"there is no GGUF file {name}")
+    if isinstance(origin, Path) and not origin.is_file():
         raise InputError(f"{name} is not a GGUF file")
     return origin
 

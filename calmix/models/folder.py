@@ -20,6 +20,7 @@ from calmix.files import (
     check_links,
     copy_files,
     matching,
+    read_object,
     sha256_json,
 )
 from calmix.models.shards import (
@@ -48,6 +49,7 @@ BESIDE_WEIGHTS = (
     "NOTICE*",
     "*.py",
 )
+ADAPTER = "adapter_config.json"  # of a LoRA adapter
 
 
 class ModelFiles:
@@ -106,6 +108,8 @@ def check_folder(folder: Path) -> None:
             "with calmix.load in Python"
         )
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER).is_file():
+            raise adapter_error(str(folder), read_object(folder / ADAPTER, ""))
         inside = folder / "model"
         hint = f", but {inside} is" if (inside / "config.json").is_file() else ""
         raise ModelError(f"{folder} has no config.json: it is not a model folder{hint}")
@@ -117,6 +121,17 @@ def check_folder(folder: Path) -> None:
             f"{folder} has no weights (*.safetensors): convert pickled ones, which can run code "
             "when opened"
         )
+
+
+def adapter_error(name: str, settings: Mapping[str, Any]) -> ModelError:
+    """Return the error of a LoRA adapter, with the commands that merge it into its base model."""
+    base = settings.get("base_model_name_or_path") or "BASE"
+    return ModelError(
+        f"{name} is a LoRA adapter of {base}: merge it with peft, and name the folder 'merged': "
+        f"AutoPeftModelForCausalLM.from_pretrained('{name}').merge_and_unload()"
+        f".save_pretrained('merged'), AutoTokenizer.from_pretrained('{base}')"
+        ".save_pretrained('merged')"
+    )
 
 
 def content_key(folder: Path) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+MAGIC = b"GGUF"
 SCALARS = "BbHhIif?__Qqd"  # struct codes by number of the type; 8 is a string, 9 an array
 STRING, ARRAY = 8, 9
 DIMENSIONS, DEEPEST = 4, 4  # most dimensions of a tensor, and arrays within arrays
@@ -27,6 +28,12 @@ class Header:
 
     values: dict[str, Any] = field(default_factory=dict)
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a file is GGUF by its name or, as Ollama's blobs without a suffix, by its content."""
+    with path.open("rb") as file:
+        return path.suffix.lower() == ".gguf" or file.read(4) == MAGIC
 
 
 def read_header(path: Path) -> Header:
@@ -44,7 +51,7 @@ class _Parser:
         self._data, self._at, self._entries = data, 0, 0
 
     def header(self) -> Header:
-        if self._bytes(4) != b"GGUF":
+        if self._bytes(4) != MAGIC:
             raise ValueError("it is not a GGUF file")
         version = self._number("I")
         if version & 0xFFFF == 0:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from calmix import assets
 from calmix.errors import (
@@ -18,7 +19,9 @@ from calmix.errors import (
 from calmix.files import (
     user_path,
 )
-from calmix.models.folder import BESIDE_WEIGHTS, check_folder
+from calmix.models.folder import ADAPTER, BESIDE_WEIGHTS, adapter_error, check_folder
+from calmix.models.gguf_header import is_gguf
+from calmix.models.loading import check_causal
 from calmix.yaml_files import packaged
 
 HUB_FILES = ["*.safetensors", "*.json", *BESIDE_WEIGHTS]
@@ -60,7 +63,7 @@ def known_model(name: str) -> Path | BuiltinModel | None:
     if max(map(len, parts)) > 255:  # bytes, the limit of file systems
         raise ModelError(f"'{name[:40]}...' is too long for the name of a model")
     if path.is_file():
-        if path.suffix.lower() != ".gguf":
+        if not is_gguf(path):
             raise ModelError(f"{path} is a file but not a .gguf: name its folder, or a GGUF file")
         return path
     if path.is_dir():
@@ -85,6 +88,30 @@ def local_model(name: str) -> Path | BuiltinModel:
     return Path(fetched)
 
 
+def hub_files(name: str) -> Sequence[Any]:
+    """Return the files of a model on the hub, with sizes.
+
+    Raises ModelError if it needs a login, is a LoRA adapter, does not continue text, or has no
+    safetensors.
+    """
+    from huggingface_hub import HfApi
+
+    with hub_errors(name):
+        about = HfApi().model_info(name, files_metadata=True)
+        if about.gated:
+            HfApi().auth_check(name)
+    config, files = about.config or {}, about.siblings or []
+    names = [file.rfilename for file in files]
+    if ADAPTER in names and "config.json" not in names:
+        raise adapter_error(name, config.get("peft") or {})
+    check_causal(name, config)
+    if not any(one.endswith(".safetensors") for one in names):
+        gguf = next((one for one in names if one.endswith(".gguf")), None)
+        hint = f": download one of its GGUF files and name that (hf download {name} {gguf})"
+        raise ModelError(f"{name} has no *.safetensors on the hub{hint if gguf else ''}")
+    return files
+
+
 def gguf_file(model: Path | BuiltinModel, folder: Path) -> Path:
     """Return a GGUF file; that of a builtin model is assembled in `folder`."""
     if isinstance(model, BuiltinModel):
@@ -95,7 +122,7 @@ def gguf_file(model: Path | BuiltinModel, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    from huggingface_hub import errors
+    from huggingface_hub import constants, errors
 
     try:
         yield
@@ -105,9 +132,14 @@ def hub_errors(name: str) -> Iterator[None]:
         raise ModelError(
             f"'{name}' is neither a folder, a .gguf file, a builtin model nor a valid hub id"
         ) from error
-    except (errors.RepositoryNotFoundError, errors.GatedRepoError) as error:
+    except errors.GatedRepoError as error:
         raise ModelError(
-            f"the hub has no accessible model '{name}': check the id, or log in if it is gated"
+            f"{name} is gated: accept its terms at {constants.ENDPOINT}/{name}, then log in "
+            "(hf auth login)"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no model '{name}': check the id; if it is private, log in (hf auth login)"
         ) from error
     except Exception as error:  # the hub client raises many kinds when offline
         raise ModelError(

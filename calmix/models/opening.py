@@ -57,11 +57,11 @@ from calmix.models.hub import (
     BuiltinModel,
     gguf_file,
     hub_errors,
+    hub_files,
     known_model,
     local_model,
 )
 from calmix.models.loading import (
-    check_causal,
     check_quantised,
     context_of,
     load_config,
@@ -137,7 +137,7 @@ def check_models(
 
     Names that are None are ignored.
     """
-    from huggingface_hub import HfApi, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     device_of(device)
     dtype_of(dtype)
@@ -147,9 +147,9 @@ def check_models(
             load_config(model, name, trust_remote_code)
         elif model is None:
             with hub_errors(name):
-                if not isinstance(try_to_load_from_cache(name, "config.json"), str):
-                    about = HfApi().model_info(name)
-                    check_causal(name, getattr(about, "config", None) or {})
+                here = isinstance(try_to_load_from_cache(name, "config.json"), str)
+            if not here:
+                hub_files(name)
 
 
 def resolve_model(name: str) -> Path:
@@ -212,7 +212,7 @@ def forget(model: Path) -> None:
 
 def to_fetch(name: str) -> str:
     """Return what `resolve_model` would fetch and unpack, as text; empty if the model is here."""
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils import filter_repo_objects
 
     model = known_model(name)
@@ -221,9 +221,7 @@ def to_fetch(name: str) -> str:
         with contextlib.suppress(Exception):  # of many kinds, if it is not in the hub's cache
             check_folder(Path(snapshot_download(name, local_files_only=True, **which)))
             return ""
-        with hub_errors(name):
-            files = HfApi().model_info(name, files_metadata=True).siblings or []
-        chosen = filter_repo_objects(files, key=lambda file: file.rfilename, **which)
+        chosen = filter_repo_objects(hub_files(name), key=lambda file: file.rfilename, **which)
         return f"fetches {size_text(sum(file.size or 0 for file in chosen))} from the hub"
     if is_dense(model) or (_unpacked(model) / "config.json").is_file():
         return ""

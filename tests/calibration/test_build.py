@@ -83,7 +83,8 @@ def test_every_row_starts_with_the_begin_token(sources, tiny):
 
 def test_too_little_text_reports_available_and_needed(sources, tiny):
     mix = parse_mix(sources["lower"])
-    with pytest.raises(SourceError, match=r"has text for 66 rows of 64 tokens, not 100: add text"):
+    few = r"has text for 66 rows of 64 tokens, not 100: add text, mix it with .*:1,encyclopedia:1\)"
+    with pytest.raises(SourceError, match=few):
         build(mix, tiny, rows=100, length=64)
     with pytest.raises(SourceError, match=r"for 10 rows .* use --packing concat, or ask for"):
         build(mix, tiny, rows=11, length=90, packing="window")

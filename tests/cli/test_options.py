@@ -93,6 +93,10 @@ def test_help_imports_no_command():
     code += "try: main()\nfinally: print({'rich', 'pydantic', 'torch'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout.endswith("--effort quick\nset()\n"), ended
+    modules = sorted({module for module, _ in VERBS.values()})  # help of a verb needs no torch
+    code = f"import sys, calmix.cli.{', calmix.cli.'.join(modules)}; print('torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stdout == "False\n", ended
 
 
 def test_help_is_not_truncated(calmix, monkeypatch):

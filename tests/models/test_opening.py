@@ -96,6 +96,9 @@ def test_invalid_model_names(tmp_path, tiny_folder):
     ):
         with pytest.raises(InputError, match=line):
             open_model(str(tiny_folder), **how)
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    rejected(tmp_path / "lora", r"is a LoRA adapter of a/b: merge it .*AutoPeftModelForCausalLM")
     folder = save_tiny_model(tmp_path / "model")
     rejected(tmp_path, f"it is not a model folder, but {folder} is")
     file = folder / "model.safetensors"
@@ -137,28 +140,59 @@ def test_duplicate_weights_are_read_once(tiny_folder, tmp_path, monkeypatch):
     assert set(filter_repo_objects(stored, **requests)) == {p.name for p in tiny_folder.iterdir()}
 
 
+HUB = {
+    "adapter": ["adapter_config.json", "adapter_model.safetensors"],
+    "pickled": ["config.json", "pytorch_model.bin"],
+    "gguf": ["config.json", "a.gguf"],
+}
+
+
+def on_hub(kind, gated=False, config=None):
+    config = {"peft": {"base_model_name_or_path": "some/base"}} if kind == "adapter" else config
+    names = HUB.get(kind, ["config.json", "model.safetensors"])
+    siblings = [SimpleNamespace(rfilename=name, size=1) for name in names]
+    return SimpleNamespace(gated=gated, config=config, siblings=siblings)
+
+
 def test_all_models_are_checked_before_a_download(tiny_folder, monkeypatch):
     requests = []
+    answer = SimpleNamespace(status_code=404, headers={}, request=None)
 
-    def model_info(self, name):
+    def model_info(self, name, files_metadata):
         requests.append(name)
         if name == "some/none":
-            answer = SimpleNamespace(status_code=404, headers={}, request=None)
             raise errors.RepositoryNotFoundError("no", response=answer)
+        return on_hub(name.removeprefix("some/"), gated="manual" if name == "some/gated" else False)
+
+    def auth_check(self, name):
+        raise errors.GatedRepoError("no", response=answer)
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
+    monkeypatch.setattr("huggingface_hub.HfApi.auth_check", auth_check)
+
+    def fetch(*of, local_files_only=False, **more):
+        if not local_files_only:
+            pytest.fail("fetched")
+        raise FileNotFoundError
+
     for name in ("huggingface_hub.snapshot_download", "calmix.assets.install"):
-        monkeypatch.setattr(name, lambda *of, **more: pytest.fail("fetched"))
+        monkeypatch.setattr(name, fetch)
     opening.check_models("builtin:smollm2-135m", "some/one", str(tiny_folder), None)
     assert requests == ["some/one"]
     for name, words in (
-        ("some/none", "the hub has no accessible model 'some/none'"),
+        ("some/none", "the hub has no model 'some/none': check the id; if it is private, log in"),
+        ("some/gated", "some/gated is gated: accept its terms at .*/some/gated, then log"),
+        ("some/adapter", "some/adapter is a LoRA adapter of some/base: merge it with peft"),
+        ("some/pickled", "some/pickled has no [*].safetensors on the hub$"),
+        ("some/gguf", "download one of its GGUF files .*hf download some/gguf a.gguf"),
         ("x" * 300, "is too long for the name of a model"),
         ("é" * 200, "is too long for the name of a model"),
         ("x" * 300 + "/model", "is too long for the name of a model"),
     ):
         with pytest.raises(ModelError, match=words):
             opening.check_models("some/one", name)
+        with pytest.raises(ModelError, match=words):  # compress --dry-run
+            opening.to_fetch(name)
 
 
 def test_noncausal_models_are_refused_before_download(tmp_path, monkeypatch):
@@ -175,7 +209,7 @@ def test_noncausal_models_are_refused_before_download(tmp_path, monkeypatch):
         about[kind] = result.config.to_dict()
     monkeypatch.setattr(
         "huggingface_hub.HfApi.model_info",
-        lambda _, name: SimpleNamespace(config=about[name.partition("/")[2]]),
+        lambda _, name, files_metadata: on_hub("", config=about[name.partition("/")[2]]),
     )
     for kind in about:
         with pytest.raises(ModelError, match=f"some/{kind} does not continue text"):
@@ -188,7 +222,7 @@ def test_download_size_is_known_without_fetching(tmp_path, monkeypatch):
     siblings = [SimpleNamespace(rfilename=name, size=size) for name, size in files.items()]
 
     def model_info(self, name, files_metadata):
-        return SimpleNamespace(siblings=siblings)
+        return SimpleNamespace(siblings=siblings, config=None, gated=False)
 
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", model_info)
     assert opening.to_fetch("some/one") == "fetches 1 GB from the hub"
@@ -257,7 +291,8 @@ def test_gguf_file_is_read_alone(tmp_path, monkeypatch):
         tiny.tiny_gguf(path)
     tiny.tiny_tokenizer().save_pretrained(own)
     monkeypatch.chdir(here)
-    opened = open_model(str(own / "a.gguf"))
+    (blob := tmp_path / f"sha256-{'0' * 64}").write_bytes((own / "a.gguf").read_bytes())
+    opened = open_model(str(blob))  # as Ollama stores it
     assert "ab" in opened.tokenizer.get_vocab()
     assert opened.model.model.layers[0].mlp.up_proj.weight.any()
     for factor in (1.0, 4.0):
