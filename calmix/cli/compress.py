@@ -200,7 +200,7 @@ def check(
         proof.check_all(recorded(folders[0], made))
     for file, (_, scores) in zip(files, pairs, strict=True) if not folders else ():
         if not proof.check_scores(file, scores):
-            note(f"no folder {scores.model} is here: only its scores were checked, not its files")
+            note(f"no model {scores.model} is here: only its scores were checked, not its files")
     verdict = judge(floors, pairs, confidence or request.get("confidence") or CONFIDENCE)
     result = record(verdict, floors, pairs)
     if path is not None:

@@ -101,9 +101,9 @@ class Results:
 
     def check_scores(self, file: Path, scores: CapabilityScores) -> bool:
         """Refuse a file of scores if another model lies in the place of its own now; return
-        whether there is a model: a folder, or a GGUF file of `calmix compress`."""
+        whether there is a model."""
         place = user_path(scores.model)
-        if not (ready(place) if place.suffix == GGUF else (place / "config.json").is_file()):
+        if not (place if place.suffix == GGUF else place / "config.json").is_file():
             return False
         record = {"model": {"name": scores.model, "sha256": scores.fingerprint}}
         now = {"model": Input(scores.model, self.sha256(place))}
@@ -114,9 +114,11 @@ class Results:
         """Return the hash that identifies a calibration set or a model."""
         if saved_set(path) is not None:
             return CalibrationSet.open(path).sha256
-        if path.suffix == GGUF:
+        if path.suffix == GGUF and ready(path):
             self.hashes(path)
             return str(read_record(path)["opened"])
+        if path.suffix == GGUF:
+            self._hashed(path)  # by which its dequantised copy is found
         record = read_record(path) if (path / CHECKPOINT).exists() else None
         if record is not None and "opened" in record:
             self.hashes(path)

@@ -2,20 +2,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from calmix.compression.results import Results
 from calmix.compression.running import stages
-from calmix.evaluation.scores import write_scores
+from calmix.errors import InputError
+from calmix.evaluation.scores import load_scores, write_scores
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
+from calmix.models import open_model
 from calmix.progress import Progress
 from calmix.pruning.engine import Run
 from calmix.pruning.work import SUFFIX
 from tests.pruning.stopper import interrupting
-from tests.tiny import hashes
+from tests.tiny import hashes, tiny_gguf
 
 FLOOR = ("--keep-at-least", "0.05")
 
@@ -167,7 +170,13 @@ def test_check_compares_scores_with_their_model(calmix, compressed, out, tmp_pat
     assert f"measured.json was made from {out}/model (" in line
     shutil.rmtree(out / "model")
     ended = calmix("check", file, *FLOOR)
-    assert f"no folder {out}/model is here: only its scores were checked" in ended.err
+    assert f"no model {out}/model is here: only its scores were checked" in ended.err
+    file = tiny_gguf(tmp_path / "any.gguf")  # that calmix did not make
+    results, scores = Results(sha256_file), load_scores(tmp_path / "measured.json")
+    scores = replace(scores, model=str(file), fingerprint=open_model(str(file)).fingerprint)
+    assert results.check_scores(out, scores)
+    with pytest.raises(InputError, match="put back what was there"):
+        results.check_scores(out, replace(scores, fingerprint="of another file"))
 
 
 def test_inspect_lists_unhashed_files(calmix, compressed):
