@@ -83,8 +83,10 @@ def choice_text(found: Sequence[Candidate], choice: Choice) -> str:
     """Return which model to use, and what that rests on."""
     margin, best = f"{words.percent(choice.margin)} points", short_name(choice.best)
     if choice.smallest is None:
-        text = f"No model is shown to be within {margin} of the best ({best})"
-        text += ": use a larger one, or ask more prompts."
+        nearest, apart = min(choice.behind.items(), key=lambda one: one[1].value or 0.0)
+        text = f"No model is shown to be within {margin} of the best ({best}). Nearest is "
+        text += f"{nearest}, {words.percent(apart.value)} behind, at most "
+        text += f"{words.percent(apart.high)}: use a larger one, or ask more prompts."
     else:
         name = choice.smallest
         text = f"Use {name}: the smallest that is not worse than the best ({best}) by {margin}"

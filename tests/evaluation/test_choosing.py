@@ -49,7 +49,8 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     assert [row["model"] for row in rows] == ["q2", "q5", "q8"]
     assert (rows[0]["#bits"], rows[0]["#lost"], rows[1]["#lost"]) == ("1.60", 40, 2)
     assert choose_smallest(found, "dense", 0.001).smallest is None
-    assert "No model is shown" in choice_text(found, choose_smallest(found, "dense", 0.001))
+    text = choice_text(found, choose_smallest(found, "dense", 0.001))
+    assert "Nearest is q8, 0.0 behind, at most 1.8: use a larger one" in text
     unknown = [replace(found[0], size=None), found[1]]
     assert "Size unknown: q8." in choice_text(unknown, choose_smallest(unknown, "dense", 0.05))
 
