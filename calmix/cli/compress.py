@@ -182,7 +182,7 @@ def check(
     if folders:
         if len(results) > 1:
             raise InputError("a folder is checked alone: name one folder, or only files")
-        request = (made := read_compressed(folders[0]))["request"]
+        request = (written := read_compressed(folders[0]))["request"]
         alone = request.get("suite", "offline") != "offline"
         names = [SCORES if alone else BEHAVIOUR, *[PROMPTS] * bool(request.get("prompts"))]
         files = tuple(result_in(folders[0], name) for name in names)
@@ -197,7 +197,7 @@ def check(
     pairs = load_pairs(files)
     proof = Results(partial(cached_sha256, again=True))  # a gate reads the model's every byte
     if folders:
-        proof.check_all(recorded(folders[0], made))
+        proof.check_all(recorded(folders[0], written))
     for file, (_, scores) in zip(files, pairs, strict=True) if not folders else ():
         if not proof.check_scores(file, scores):
             note(f"no model {scores.model} is here: only its scores were checked, not its files")

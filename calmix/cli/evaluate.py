@@ -625,9 +625,9 @@ def answers(
     check_models(*models, **how)
     questions = panel()
     with Progress() as bar:
-        made = answer_all(models, questions, bar, **how)
-    made.save(output)
-    for prompt, *texts in zip(questions, *made.answers, strict=True):
+        answered = answer_all(models, questions, bar, **how)
+    answered.save(output)
+    for prompt, *texts in zip(questions, *answered.answers, strict=True):
         line(f"\n{words.wrapped(prompt.shown)}")
         for name, text in zip(models, texts, strict=True):
             line(f"{name}:\n{textwrap.indent(text, '  ')}")
@@ -650,11 +650,11 @@ def perplexity(
     check_models(model, **opening.opening())
     opened = open_model(model, **opening.opening())
     with Progress() as bar:
-        made = measure(opened, whole, length=length, tick=bar.of("scoring windows"))
-    print_json({"model": model, "text": str(text)} | made)
+        measured = measure(opened, whole, length=length, tick=bar.of("scoring windows"))
+    print_json({"model": model, "text": str(text)} | measured)
     line(
-        f"perplexity {made['perplexity']:.3f}, {made['bits_per_byte']:.4f} bits per byte "
-        f"(lower is better; context {made['length']}, {made['windows']} windows)"
+        f"perplexity {measured['perplexity']:.3f}, {measured['bits_per_byte']:.4f} bits per byte "
+        f"(lower is better; context {measured['length']}, {measured['windows']} windows)"
     )
 
 

@@ -75,17 +75,17 @@ def _pack(options: ExportOptions, form: str, bar: Progress) -> Made:
         dense = unpack(*folders, overwrite=overwrite, progress=bar.of("unpacking"))
         text = f"{size_text(dense)} of weights"
         return {"output": str(options.output), "dense": dense}, text
-    made = pack(*folders, overwrite=overwrite, progress=bar.of("packing"))
-    before, after = made.sparse
+    packed = pack(*folders, overwrite=overwrite, progress=bar.of("packing"))
+    before, after = packed.sparse
     sparse = f", {after / before:.3f} where weights are pruned or quantised" if before else ""
-    text = f"{size_text(made.dense)} of weights in {size_text(made.packed)} "
-    return asdict(made), text + f"({made.packed / made.dense:.3f}{sparse})"
+    text = f"{size_text(packed.dense)} of weights in {size_text(packed.packed)} "
+    return asdict(packed), text + f"({packed.packed / packed.dense:.3f}{sparse})"
 
 
 def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
     from calmix.deploy import gguf
 
-    made = gguf.export(
+    facts = gguf.export(
         options.what,
         options.output,
         weights=options.weights or "f16",
@@ -93,18 +93,18 @@ def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
         overwrite=options.overwrite,
         say=bar.each("export", 2),
     )
-    if made["kl"] > FAR:
+    if facts["kl"] > FAR:
         finer = "f16" if options.weights == "q8_0" else "q8_0"
         note(
-            f"warning: at KL {made['kl']:.2g} to the model a file can lose many answers: "
+            f"warning: at KL {facts['kl']:.2g} to the model a file can lose many answers: "
             "SmolLM2-135M at 4.5 bits kept 57 of 65, rounded to Q4_0 (KL 0.68) 35. Solve the "
             f"types instead: calmix compress MODEL --type Q4_K_M, or use --weights {finer}"
         )
-    kinds = ", ".join(f"{count} {kind}" for kind, count in made["types"].items())
-    return made, (
-        f"{size_text(made['before'])} of weights in {size_text(made['after'])} ({kinds}; "
-        f"{made['ours']} keep the levels of calmix), KL to the model {made['kl']:.2g} nats per "
-        f"token, in {made['engine']}"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in facts["types"].items())
+    return facts, (
+        f"{size_text(facts['before'])} of weights in {size_text(facts['after'])} ({kinds}; "
+        f"{facts['ours']} keep the levels of calmix), KL to the model {facts['kl']:.2g} nats per "
+        f"token, in {facts['engine']}"
     )
 
 
@@ -113,12 +113,12 @@ def _vllm(options: ExportOptions, form: str, bar: Progress) -> Made:
     from calmix.models.opening import forget
 
     how: dict[str, Any] = {"overwrite": options.overwrite, "say": bar.each("export", 2)}
-    made = compressed_tensors.export(options.what, options.output, **how)
+    facts = compressed_tensors.export(options.what, options.output, **how)
     forget(options.output)
-    return made, (
-        f"{size_text(made['before'])} of weights in a folder of {size_text(made['bytes'])} "
-        f"({made['rate']:.2f} bits per weight, {made['matrices']} matrices of {made['bits']} bits "
-        f"in groups of {made['group']})"
+    return facts, (
+        f"{size_text(facts['before'])} of weights in a folder of {size_text(facts['bytes'])} "
+        f"({facts['rate']:.2f} bits per weight, {facts['matrices']} matrices of {facts['bits']} bits "
+        f"in groups of {facts['group']})"
     )
 
 

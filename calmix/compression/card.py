@@ -177,12 +177,12 @@ class Card:
         if self.prompted is None:
             return ""
         parts = self.calibration, *(self.calibration.get("written") or {}).values()
-        made = [one["settings"]["count"] for one in parts if one.get("generated") == "prompts"]
+        counts = [one["settings"]["count"] for one in parts if one.get("generated") == "prompts"]
         count = words.counted(sum(len(one.items) for one in self.prompted[0].tasks), "prompt")
-        if not made:
+        if not counts:
             return f"{count} were the test, all that the file has; none was calibrated on."
         return (
-            f"The model's answers to {words.counted(made[0], 'prompt')} were calibrated on; the "
+            f"The model's answers to {words.counted(counts[0], 'prompt')} were calibrated on; the "
             f"test is the other {count}. The split is by hash."
         )
 
@@ -519,8 +519,8 @@ def kept_figure(card: Card) -> Figure | None:
 
 def card_page(card: Card) -> str:
     """Return the report card as HTML."""
-    made = card.answers
-    answers = [] if made is None else zip(made.prompts, *made.answers, strict=True)
+    answered = card.answers
+    answers = [] if answered is None else zip(answered.prompts, *answered.answers, strict=True)
     return render("card.html", card=card, kept=kept_figure(card), answers=[*answers])
 
 

@@ -187,13 +187,14 @@ class Walk:
             held = request.calibration if request.saved else str(self.out / sample / CALIBRATION)
             folder = self.folder(bits, sample)
             parts = stages(candidate, folder, held)
-            made = (one for one in parts if isinstance(one.request, (Prune, Recover, Export)))
+            models = (one for one in parts if isinstance(one.request, (Prune, Recover, Export)))
             tested = (
                 scoring(candidate, file, folder / request.file, folder / file, self.dense(file))
                 for file in self.files
             )
             listed += [
-                replace(one, name=f"{bits:g} bits, {one.name}{called}") for one in (*made, *tested)
+                replace(one, name=f"{bits:g} bits, {one.name}{called}")
+                for one in (*models, *tested)
             ]
         return listed
 
@@ -276,9 +277,11 @@ class Walk:
         """Resume after time ran out: the model becomes a candidate again, and results made from it
         are removed."""
         _move(self.out, self.folder(self.bits or self.rates[0]))
-        made = [stage.leaves for stage in stages(self.at(self.rates[0]), self.out) if stage.leaves]
+        leaves = [
+            stage.leaves for stage in stages(self.at(self.rates[0]), self.out) if stage.leaves
+        ]
         others = [self.out / name for name in (MANIFEST, RUN, floors.FILE, PAGE)]
-        for path in (*made, *others):
+        for path in (*leaves, *others):
             if path.name != CALIBRATION:
                 files.remove(path)
         self.ended = ""

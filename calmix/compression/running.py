@@ -121,14 +121,14 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
         listed, seconds = stages(request, out), dict[str, float]()
         before = read_object(out / RUN, "")["seconds"] if (out / RUN).exists() else {}
         if not (out / MANIFEST).exists():
-            made = record(
+            manifest = record(
                 "compressed model",
                 request=request.model_dump(mode="json"),
                 commands={stage.name: stage.command for stage in listed},
                 stages=[stage.result.entry(out) for stage in listed if stage.leaves],
                 dense_bytes=weight_bytes(resolve_model(request.model)),
             )
-            write_json(out / MANIFEST, made)
+            write_json(out / MANIFEST, manifest)
         for stage, taken in do(listed, out, run, say):
             if isinstance(stage.request, (Export, Pack)):
                 _check_size(request, stage.leaves or out)

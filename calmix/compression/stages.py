@@ -108,10 +108,10 @@ class Draw(StageRequest):
             trust = self.how["trust_remote_code"]
             opened = open_tokenizer(self.model, trust_remote_code=trust)
         tick = bar.each("drawing")
-        made = resolve(
+        drawn = resolve(
             self.text, opened, **self.draw, writing=bar.writing, note=bar.note, tick=tick
         )
-        made.save(output)
+        drawn.save(output)
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ class Export(StageRequest):
             compressed_tensors.export(str(folder), output, say=tick)
             return
         facts = gguf.export(str(folder), output, like=self.like, overwrite=True, say=tick)
-        made = record(
+        manifest = record(
             FILE_KIND,
             inputs={"model": Input(str(folder), fingerprint(folder))},
             files={output.name: sha256_file(output)},
@@ -215,7 +215,7 @@ class Export(StageRequest):
             pruned=read_sealed(folder / MANIFEST, ""),
             **facts,
         )
-        write_json(output.with_name(f"{output.name}.json"), made)
+        write_json(output.with_name(f"{output.name}.json"), manifest)
 
 
 @dataclass(frozen=True)

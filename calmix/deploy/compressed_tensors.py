@@ -128,7 +128,7 @@ def export(
             "bytes": sum((beside / one).stat().st_size for one in hashes),
             "rate": 8 * tensors / sum(place.count for place in places.values()),
         }
-        made = record(
+        manifest_of_file = record(
             "compressed-tensors checkpoint",
             inputs={"model": Input(str(folder), fingerprint(folder))},
             files=hashes,
@@ -136,7 +136,7 @@ def export(
             pruned=manifest,
             **facts,
         )
-        write_json(beside / MANIFEST, made)
+        write_json(beside / MANIFEST, manifest_of_file)
     return facts
 
 

@@ -269,10 +269,10 @@ def _order(
 
     def read(values: Array) -> Array:
         more: dict[str, Any] = {"tensor_key_mapping": {}, "parsed_parameters": {"tensors": {}}}
-        made = processor.process(weights=values, name=name, **more).weights
-        if made is None:
+        processed = processor.process(weights=values, name=name, **more).weights
+        if processed is None:
             raise ModelError(f"{name} is part of a parameter: such models have no GGUF export")
-        return np.asarray(made)
+        return np.asarray(processed)
 
     zeros = np.zeros(shape, np.float32)
     with np.errstate(all="ignore"):  # of a logarithm

@@ -147,7 +147,7 @@ def pack(
             progress(done, total)
 
     with atomic_folder(output) as beside, ThreadPoolExecutor(cores()) as pool, disk_errors(output):
-        made = {
+        jobs = {
             name: (
                 pool.submit(sha256_file, folder / name),
                 _write(folder / name, beside / stored[name], tensors, grids, pool, tick),
@@ -162,7 +162,7 @@ def pack(
                 "packed": packed.result(),
                 "tensors": tensors,
             }
-            for name, (dense, tensors, packed) in made.items()
+            for name, (dense, tensors, packed) in jobs.items()
         }
         after = sum((beside / name).stat().st_size for name in stored.values())
         entries = [

@@ -442,17 +442,17 @@ def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
         how["enable_thinking"] = True
     if one.tools:
         how["tools"] = [*one.tools]
-    made = prompt(tokenizer, one.messages, one.plain, one.tokens, one.until, **how)
+    built = prompt(tokenizer, one.messages, one.plain, one.tokens, one.until, **how)
     if own is None:
-        return made
+        return built
     begins = f"the prompt that begins '{own.plain[:40]}'"
-    if opened.context is not None and len(made.ids) >= opened.context:
+    if opened.context is not None and len(built.ids) >= opened.context:
         raise ModelError(
-            f"{begins} has {len(made.ids):,} tokens, and the context of {opened.name} holds "
+            f"{begins} has {len(built.ids):,} tokens, and the context of {opened.name} holds "
             f"{opened.context:,}: shorten it or leave it out"
         )
     if not getattr(tokenizer, "chat_template", None):
-        return made
+        return built
     if rendered(tokenizer, own.messages, **how) is None:
         raise ModelError(f"the chat template of {opened.name} refuses {begins}: change its turns")
     if own.tools and not takes_tools(tokenizer):
@@ -460,7 +460,7 @@ def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
             f"the chat template of {opened.name} has no tools, which {begins} gives: leave such "
             "prompts out, or use a template with tools"
         )
-    return made
+    return built
 
 
 def suite_asks(suite: Suite) -> dict[str, list[Any]]:

@@ -314,16 +314,16 @@ def _judged(
             break
     else:
         return None
-    made = [parts(*both, score) for both in pairs]
+    scored = [parts(*both, score) for both in pairs]
     each, changed = 1.0, dict[str, int | None]()  # `each`: what a lost item loses, in mean items
     if measure == LIKELIHOOD:
-        rows = [(one.kept[None], one.whole[None]) for one in made]
-        many: list[Array] = [np.ones(len(one.whole)) for one in made]
+        rows = [(one.kept[None], one.whole[None]) for one in scored]
+        many: list[Array] = [np.ones(len(one.whole)) for one in scored]
         items = sum(len(before.items) for before, _ in pairs)
         each = LOST if any(before.primary == "bits" for before, _ in pairs) else 1.0
         most = [most_lost(*row, each) for row in rows]
     else:
-        pooled = np.hstack([np.stack([one.kept, one.whole]) for one in made])
+        pooled = np.hstack([np.stack([one.kept, one.whole]) for one in scored])
         (kept, whole), equal = np.unique(pooled, axis=1, return_counts=True)
         rows, many, most = [(kept[None], whole[None])], [equal.astype(float)], [np.ones(1)]
         count = behaviour.counted(ability, pairs, gains or measure == ACCURACY)

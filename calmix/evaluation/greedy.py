@@ -72,10 +72,10 @@ def prompt(
 ) -> Prompt:
     """Make a prompt of `chat` in the model's chat template if it has one, else of `plain` text.
     `how` are options of the template, such as `tools`."""
-    made = None if chat is None else rendered(tokenizer, chat, **how)
-    if made is None:
+    text = None if chat is None else rendered(tokenizer, chat, **how)
+    if text is None:
         return Prompt(to_continue(tokenizer, [plain])[0], tokens, until)
-    ids = tokenizer(made, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return Prompt(ids, tokens)
 
 
@@ -236,8 +236,8 @@ class _Writer:
     def _forward(self, ids: Any, held: Any, mask: Any, positions: Any) -> Any:
         more = {"position_ids": positions, "logits_to_keep": 1}
         more = {key: more[key] for key in self.takes} | {self.cache: held}
-        made = self.model(ids, attention_mask=mask, use_cache=True, **more)
-        return self._sound(None, made.logits[:, -1]).argmax(-1)
+        output = self.model(ids, attention_mask=mask, use_cache=True, **more)
+        return self._sound(None, output.logits[:, -1]).argmax(-1)
 
     def _sound(self, _: Any, logits: Any) -> Any:
         """Return logits of shape (rows, vocabulary), or raise a `ModelError` if any is nan."""
@@ -273,13 +273,13 @@ class _Writer:
             pad_token_id=ends[0] if ends else 0,
         )
         with generating(self.model, config):
-            made = self.model.generate(
+            generated = self.model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=config,
                 logits_processor=[self._sound],
             )
-        for step in made[:, inputs.shape[1] :].T:
+        for step in generated[:, inputs.shape[1] :].T:
             self._append(rows, step)
 
 

@@ -137,21 +137,21 @@ def retention(
         raise InputError(f"no task has {lacks} answers: use another --measure")
     tasks, points = [], np.full((len(dense), 1 + resamples), np.nan)
     for before, after, point in zip(dense, pruned, points, strict=True):
-        made, signal = parts(before, after, measure), measures.has_signal(before, measure)
+        scored, signal = parts(before, after, measure), measures.has_signal(before, measure)
         if signal:
-            point[:] = resampled(before.name, made, resamples=resamples, seed=seed)
+            point[:] = resampled(before.name, scored, resamples=resamples, seed=seed)
         tasks.append(
             TaskRetention(
                 before.name,
                 before.dimension,
-                made.score,
+                scored.score,
                 len(before.items),
-                made.floor,
-                made.dense,
-                made.pruned,
+                scored.floor,
+                scored.dense,
+                scored.pruned,
                 before.accuracy,
                 after.accuracy,
-                measures.noise(made.whole),
+                measures.noise(scored.whole),
                 signal,
                 estimate(point, level),
             )
@@ -200,8 +200,8 @@ def flips(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> dict[str
     points = []
     for before, after in judged:
         changed = np.not_equal(before.values, after.values).astype(float)
-        made = Parts("accuracy", changed, np.ones_like(changed))
-        points.append(resampled(before.name, made, resamples=RESAMPLES, seed=0))
+        scored = Parts("accuracy", changed, np.ones_like(changed))
+        points.append(resampled(before.name, scored, resamples=RESAMPLES, seed=0))
     rolled = by_dimension([before for before, _ in judged], np.stack(points))
     return {name: estimate(point) for name, point in rolled.items()}
 
@@ -234,13 +234,13 @@ def item_weights(task: str, count: int, *, resamples: int, seed: int) -> Array:
     return rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(float)
 
 
-def resampled(task: str, made: Parts, *, resamples: int, seed: int) -> Array:
+def resampled(task: str, scored: Parts, *, resamples: int, seed: int) -> Array:
     """Return one task's retention, then that of each resample, shape (1 + resamples,); nan where
     the sum of `whole` is not positive."""
-    weights = item_weights(task, len(made.kept), resamples=resamples, seed=seed)
-    kept, whole = weights @ made.kept, weights @ made.whole
+    weights = item_weights(task, len(scored.kept), resamples=resamples, seed=seed)
+    kept, whole = weights @ scored.kept, weights @ scored.whole
     ratios = np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
-    return np.append(made.retention, ratios)
+    return np.append(scored.retention, ratios)
 
 
 def estimate(point: Array, level: float = LEVEL) -> Estimate:

@@ -317,8 +317,8 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
     runs = list[Run]()
     for members, most in groups + [(loose, 0)] * bool(loose):
         kept = [0, *(shared[b] - most if b == a + 1 else 0 for a, b in pairwise(members))]
-        made = trees([ordered[at] for at in members], kept, most, row_tokens)
-        runs.append((ordered[members[0]][0][:most], fill_rows(made, row_tokens)))
+        rows = trees([ordered[at] for at in members], kept, most, row_tokens)
+        runs.append((ordered[members[0]][0][:most], fill_rows(rows, row_tokens)))
     return runs
 
 
@@ -329,27 +329,27 @@ def trees(
 
     `shared` is how many tokens after the prefix each sequence shares with the previous one.
     """
-    made, path = list[Row](), list[int]()
+    rows, path = list[Row](), list[int]()
     for (ids, start, owner), kept in zip(members, shared, strict=True):
         ids = ids[prefix:]
-        if kept < MIN_SHARED or len(made[-1]) + len(ids) - 1 - kept > row_tokens:
-            made.append(Row())
+        if kept < MIN_SHARED or len(rows[-1]) + len(ids) - 1 - kept > row_tokens:
+            rows.append(Row())
             path, kept = [], 0
-        tree, path = made[-1], path[:kept]
+        tree, path = rows[-1], path[:kept]
         for token in ids[kept:-1]:
             tree.ids.append(token)
             tree.parent.append(path[-1] if path else -1)
             path.append(len(tree) - 1)
         for at in range(start - prefix, len(ids)):
             tree.targets.append((owner, path[at - 1], ids[at]))
-    return made
+    return rows
 
 
-def fill_rows(made: list[Row], row_tokens: int) -> list[Row]:
+def fill_rows(partial: list[Row], row_tokens: int) -> list[Row]:
     """Pack trees into rows of at most `row_tokens` nodes: best fit, longest first."""
     rows: list[Row] = []
     room: list[list[int]] = []  # [free tokens, row] of at most OPEN_ROWS rows
-    for tree in sorted(made, key=len, reverse=True):
+    for tree in sorted(partial, key=len, reverse=True):
         best = min((one for one in room if one[0] >= len(tree)), default=None)
         if best is None:
             rows.append(Row())

@@ -95,7 +95,7 @@ class CapabilityScores(Shown):
         if measure in ("accuracy", "ratio"):
             return retention(*self._asked_all(dense), **how)
         part = self.part
-        made = retention(
+        retained = retention(
             *(
                 [replace(one, primary="kept") if one.name in part else one for one in each.tasks]
                 for each in (dense, self)
@@ -103,10 +103,10 @@ class CapabilityScores(Shown):
             **how,
         )
         return replace(
-            made,
+            retained,
             tasks=tuple(
                 replace(one, pruned=None, pruned_accuracy=None) if one.name in part else one
-                for one in made.tasks
+                for one in retained.tasks
             ),
         )
 

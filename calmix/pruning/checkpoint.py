@@ -318,11 +318,11 @@ class _Pruning:
         work.keep(dropped=[asdict(mixture) for mixture in dropped])
         write_dropped(source, dropped, folder)
         dtype = dtype_name(source.dtype)
-        made = StreamedModel(str(folder), **self.run.opening | {"dtype": dtype})
+        smaller = StreamedModel(str(folder), **self.run.opening | {"dtype": dtype})
         source.close()
-        made.name, made.folder, made.files = source.name, source.folder, source.files
-        made.blocks = made.blocks.select(source.blocks.only, source.blocks.skip)
-        self.source = made
+        smaller.name, smaller.folder, smaller.files = source.name, source.folder, source.files
+        smaller.blocks = smaller.blocks.select(source.blocks.only, source.blocks.skip)
+        self.source = smaller
         return dropped
 
     def _allocate(self, ids: Tensor, costs: Mapping[str, Tensor]) -> None:

@@ -270,14 +270,14 @@ def solve_rows(
     """Return a matrix with many rows in blocks of a type, as `round_rows`; rounded plainly without
     a Gram matrix."""
     assert isinstance(method, Typed)
-    made = torch.empty_like(weight)
+    values = torch.empty_like(weight)
     parts = weight.tensor_split(-(-weight.numel() // ROUNDED))
     blocks, at = list[Encoded](), 0
     for one in method.solve_outer(parts, gram, pattern):
-        made[at : at + len(one.data)] = one.values()
+        values[at : at + len(one.data)] = one.values()
         at += len(one.data)
         blocks.append(one)
-    return made, Encoded(blocks[0].name, torch.cat([one.data for one in blocks]))
+    return values, Encoded(blocks[0].name, torch.cat([one.data for one in blocks]))
 
 
 def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]:
@@ -291,13 +291,13 @@ def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]
     method, parts = get_method(BITS_METHOD), -(-weight.numel() // ROUNDED)
     assert isinstance(method, Quantiser)
     factor = inverse_factor(gram, method.damping)
-    made, scales, taken = torch.empty_like(weight), [], 0.0
-    for rows, out in zip(weight.tensor_split(parts), made.tensor_split(parts), strict=True):
+    values, scales, taken = torch.empty_like(weight), [], 0.0
+    for rows, out in zip(weight.tensor_split(parts), values.tensor_split(parts), strict=True):
         [rounded], [grid] = method.round([rows], factor, bits)
         out.copy_(rounded)
         scales.append(grid.scale.expand(len(rows), -1))
         taken += grid.bits * rows.numel()
-    return made, replace(grid, scale=torch.cat(scales), bits=taken / weight.numel())
+    return values, replace(grid, scale=torch.cat(scales), bits=taken / weight.numel())
 
 
 def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> None:
@@ -466,14 +466,14 @@ class Run:
                 shrinkage = 0.0
                 with bfloat16_products(allowed=False):
                     if gram is None:
-                        made, grid = self._round(weight, None, pattern)
+                        rounded, grid = self._round(weight, None, pattern)
                     else:
                         statistic = gram.matrix()
                         shrinkage = gram.shrinkage() if self.robust else 0.0
                         with raised_diagonal(statistic, shrinkage):
-                            made, grid = self._round(weight, statistic, pattern)
-                error = held_out.error(weight, made) if gram and held_out.judges else None
-                weight.data.copy_(made)
+                            rounded, grid = self._round(weight, statistic, pattern)
+                error = held_out.error(weight, rounded) if gram and held_out.judges else None
+                weight.data.copy_(rounded)
                 self.report.grids[f"{name}.weight"] = grid
                 self.report.outer.append(_layer_report(name, weight, grid, error, shrinkage))
         self.report.seconds["solve"] += time.perf_counter() - began
@@ -738,14 +738,14 @@ class Run:
                     solved = self.method.solve(weights, statistic, patterns)
             except SolverError as failure:
                 raise SolverError(f"{layers[0].name}: {failure}") from failure
-            made = self._stored(layers, solved.weights)
+            stored = self._stored(layers, solved.weights)
             if statistic is not None and isinstance(gathered, Gram):
                 errors = [
-                    relative_error(*pair, statistic) for pair in zip(weights, made, strict=True)
+                    relative_error(*pair, statistic) for pair in zip(weights, stored, strict=True)
                 ]
                 judged = errors
             if statistic is not None and held_out is not None and held_out.judges:
-                judged = [held_out.error(*pair) for pair in zip(weights, made, strict=True)]
+                judged = [held_out.error(*pair) for pair in zip(weights, stored, strict=True)]
                 doubtful = [
                     at for at, one in enumerate(judged) if (one or 0) > DOUBT * (errors[at] or 0)
                 ]
@@ -755,13 +755,13 @@ class Run:
                 )
                 for at in replaced:
                     corrected[at] = False
-                    [made[at]] = self._stored([layers[at]], [solved.weights[at]])
-                    errors[at] = relative_error(weights[at], made[at], statistic)
-                    judged[at] = held_out.error(weights[at], made[at])
+                    [stored[at]] = self._stored([layers[at]], [solved.weights[at]])
+                    errors[at] = relative_error(weights[at], stored[at], statistic)
+                    judged[at] = held_out.error(weights[at], stored[at])
         if self.report.propagation == "block":
-            self._waiting.append((layers, made))
+            self._waiting.append((layers, stored))
         else:
-            self._assign(layers, made)
+            self._assign(layers, stored)
         precision = None if solved.dtype is None else dtype_name(solved.dtype)
         grids: Sequence[Grid | Encoded | None] = solved.grids or [None] * len(layers)
         results = zip(layers, solved.pruned, judged, errors, grids, corrected, strict=True)

@@ -92,8 +92,8 @@ def _score(
     width, count = hidden.shape[-1], routed.mixture.count
     if index is None:  # stacked: the gate is in the input
         used = (hidden.reshape(count, -1, width) != 0).any(-1)
-        made = module.forward(*args, **kwargs).reshape(*used.shape, -1)
-        sums[0] += (made.to(sums.dtype).norm(dim=-1) * used).sum(1)
+        outputs = module.forward(*args, **kwargs).reshape(*used.shape, -1)
+        sums[0] += (outputs.to(sums.dtype).norm(dim=-1) * used).sum(1)
         sums[1] += used.sum(1)
         return
     flat = hidden.reshape(-1, width)
@@ -106,8 +106,8 @@ def _score(
             continue
         routed_here = flat[token][None] if hidden.ndim == 3 else flat[token]
         only = index.new_full((len(token), 1), expert)
-        made = module.forward(routed_here, only, flat.new_ones(len(token), 1))
-        norms = made.reshape(len(token), -1).to(sums.dtype).norm(dim=-1)
+        outputs = module.forward(routed_here, only, flat.new_ones(len(token), 1))
+        norms = outputs.reshape(len(token), -1).to(sums.dtype).norm(dim=-1)
         sums[0, expert] += (gates[token, place] * norms).sum()
         sums[1, expert] += len(token)
 
@@ -137,20 +137,20 @@ def chosen_experts(config: Any, scores: dict[str, list[float]], share: float) ->
             f"--drop-experts {share:g} leaves {left * groups} of the {count} experts of {first}, "
             f"and every token is routed to {chosen}{within}: drop fewer"
         )
-    made = []
+    dropped = []
     for name, each in scores.items():
         grouped = np.array(each).reshape(-1, size)
         best = np.sort(np.argsort(-grouped, axis=1, kind="stable")[:, :left])
         kept = best + size * np.arange(len(best))[:, None]
-        made.append(Dropped(name, each, kept.ravel().tolist()))
-    return made
+        dropped.append(Dropped(name, each, kept.ravel().tolist()))
+    return dropped
 
 
 def cut(
     mixtures: Sequence[Mixture], dropped: dict[str, Dropped], tensors: dict[str, Tensor]
 ) -> dict[str, Tensor]:
     """Return a block's tensors, by name in the model, without those of dropped experts."""
-    made = dict(tensors)
+    shortened = dict(tensors)
     for mixture in mixtures:
         owner = mixture.name.rpartition(".")[0]
         for name, value in tensors.items():
@@ -163,8 +163,8 @@ def cut(
             axis = int(routes and value.shape[:1] == (1,))  # ERNIE's bias has groups first
             if per_expert and value.shape[axis : axis + 1] == (mixture.count,):
                 kept = torch.tensor(dropped[mixture.name].kept, device=value.device)
-                made[name] = value.index_select(axis, kept)
-    return made
+                shortened[name] = value.index_select(axis, kept)
+    return shortened
 
 
 def unscored(source: StreamedModel) -> set[str]:

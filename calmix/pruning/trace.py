@@ -75,10 +75,10 @@ def _copied(value: Any) -> Any:
     """Copy a dict or list and all dicts and lists in it; other values are shared."""
     if not isinstance(value, MutableMapping | MutableSequence):
         return value
-    made: Any = copy.copy(value)
+    copied: Any = copy.copy(value)
     for key in value if isinstance(value, MutableMapping) else range(len(value)):
-        made[key] = _copied(value[key])
-    return made
+        copied[key] = _copied(value[key])
+    return copied
 
 
 def _filled(value: Any, written: list[Any]) -> Any:

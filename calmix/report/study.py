@@ -58,7 +58,7 @@ def pages(results: StudyResults, analysis: Analysis) -> dict[str, str]:
 def ranking_figure(analysed: ConditionAnalysis) -> Figure:
     """Return the figure of one condition: the total of every calibration set."""
     ranked = [one for one in analysed.ranking if one.total.value is not None]
-    made = {one.strategy for one in ranked}
+    strategies = {one.strategy for one in ranked}
     over = "test items and seeds" if analysed.joint.freedom else "test items alone (one seed each)"
     return Figure(
         f"Ranking by total, {analysed.condition.label}",
@@ -68,7 +68,7 @@ def ranking_figure(analysed: ConditionAnalysis) -> Figure:
             Bar(one.calibration, one.total, f"s-{one.strategy}", one.shrunken.value)
             for one in ranked
         ],
-        {name: f"s-{key}" for key, name in words.STRATEGIES.items() if key in made},
+        {name: f"s-{key}" for key, name in words.STRATEGIES.items() if key in strategies},
     )
 
 

@@ -84,12 +84,12 @@ class Admm(Sparse):
         pairs = zip(weights, patterns, strict=True)
         starts = [self._search(one, order, scaled, reflector, pattern) for one, pattern in pairs]
         del reflector
-        made = [
+        solved = [
             refit_layer(weight, starts.pop(0), scaled, steps=self.refit, damping=used)
             for weight in weights
         ]
         counts = self.counts(weights, patterns)
-        return Solution(made, counts, used, torch.float32, scaled.dead)
+        return Solution(solved, counts, used, torch.float32, scaled.dead)
 
     def _search(
         self, weight: Tensor, order: Tensor, scaled: Scaled, reflector: Tensor, pattern: Pattern
@@ -118,9 +118,9 @@ class Admm(Sparse):
         # Weights of dead inputs are kept unchanged.
         state = torch.where(norm == 0, weight[:, order].float(), state)
         clear(state, mask)
-        made = torch.empty_like(weight, memory_format=torch.contiguous_format)
-        made[:, order] = state.to(weight.dtype)
-        return made
+        solved = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        solved[:, order] = state.to(weight.dtype)
+        return solved
 
 
 def by_own_part(scaled: Scaled) -> Scaled:

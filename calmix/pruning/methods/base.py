@@ -193,11 +193,11 @@ def by_kind(
     for kind in dict.fromkeys(kinds):
         indices = [index for index, other in enumerate(kinds) if other == kind]
         some, targets = ([every[index] for index in indices] for every in (weights, patterns))
-        made = choose(some, statistic, targets)
-        parts = filter(None, (made.weights, made.pruned, made.grids))
+        solved = choose(some, statistic, targets)
+        parts = filter(None, (solved.weights, solved.pruned, solved.grids))
         merged |= zip(indices, zip(*parts, strict=True), strict=True)
     kept, pruned, *grids = map(list, zip(*(merged[at] for at in range(len(kinds))), strict=True))
-    return replace(made, weights=kept, pruned=pruned, grids=grids[0] if grids else [])
+    return replace(solved, weights=kept, pruned=pruned, grids=grids[0] if grids else [])
 
 
 def sampled(matrix: Tensor, size: int) -> Tensor:
@@ -276,10 +276,10 @@ class Quantiser(Method):
         """Do the same with the factor of the Gram matrix."""
 
         def choose(some: Sequence[Tensor], _: None, rates: Sequence[Pattern]) -> Solution:
-            made, grids = self.round(some, factor, self.rate(rates[0]).bits)
-            zeros = [weight.numel() - int(weight.count_nonzero()) for weight in made]
+            rounded, grids = self.round(some, factor, self.rate(rates[0]).bits)
+            zeros = [weight.numel() - int(weight.count_nonzero()) for weight in rounded]
             dead = int(factor.dead.sum())
-            return Solution(made, zeros, factor.damping, factor.dtype, dead, grids)
+            return Solution(rounded, zeros, factor.damping, factor.dtype, dead, grids)
 
         return by_kind(choose, weights, None, patterns)
 
@@ -348,8 +348,8 @@ class Sparse(Method):
         narrow = statistic.diagonal() if widened else statistic
         chosen = by_kind(self.choose, weights, narrow, patterns)
         if self.refit and not self.refits:
-            made = refit(weights, chosen.weights, statistic, steps=self.refit)
-            chosen = replace(chosen, weights=made)
+            refitted = refit(weights, chosen.weights, statistic, steps=self.refit)
+            chosen = replace(chosen, weights=refitted)
         if self.bits and not chosen.grids:  # GPTQ's loop, with a fixed mask
             chosen = self.rounded(chosen, inverse_factor(statistic, self.rounding_damping))
         return chosen
@@ -357,8 +357,8 @@ class Sparse(Method):
     def rounded(self, pruned: Solution, factor: Factor) -> Solution:
         """Return pruned layers with their kept weights rounded."""
         rounding = Symmetric(pruned.weights, self.group, self.bits)
-        made, grids = solve_columns(pruned.weights, factor, None, rounding, pruned.pruned)
-        return replace(pruned, weights=made, grids=grids)
+        rounded, grids = solve_columns(pruned.weights, factor, None, rounding, pruned.pruned)
+        return replace(pruned, weights=rounded, grids=grids)
 
     @property
     def rounding_damping(self) -> float:
@@ -404,15 +404,15 @@ class Saliency(Sparse):
         self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         """Prune; on a CPU with `by_row`, as many rows at a time as fit in the cache."""
-        made = [torch.empty_like(weight) for weight in weights]
-        for weight, kept, pattern in zip(weights, made, patterns, strict=True):
+        masked = [torch.empty_like(weight) for weight in weights]
+        for weight, kept, pattern in zip(weights, masked, patterns, strict=True):
             cached = self.by_row and weight.device.type == "cpu"
             rows = max(1, CACHED // weight.shape[1]) if cached else len(weight)
             for given, pruned in zip(weight.split(rows), kept.split(rows), strict=True):
                 mask = pattern.mask(self.score(given, statistic), by_row=self.by_row)
                 clear(pruned.copy_(given), mask)
         dead = 0 if statistic is None else int((statistic == 0).sum())
-        return Solution(made, self.counts(weights, patterns), dead=dead)
+        return Solution(masked, self.counts(weights, patterns), dead=dead)
 
     def groups(self, rows: int, columns: int) -> list[tuple[int, int]]:
         """Return one group per row, or one per layer."""

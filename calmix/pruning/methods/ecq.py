@@ -54,9 +54,9 @@ class Ecq(Quantiser):
         factor = replace(factor, upper=factor.upper / column)
         steps = torch.tensor([_step(one, factor, bits) for one in scaled]).bfloat16().tolist()
         scaled = [weight.div_(step) for weight, step in zip(scaled, steps, strict=True)]
-        made, grids = solve_columns(scaled, factor, None, DeadZone(scaled, steps))
+        rounded, grids = solve_columns(scaled, factor, None, DeadZone(scaled, steps))
         grids = [replace(grid, octaves=octaves) for grid in grids]
-        return [weight.mul_(column) for weight in made], grids
+        return [weight.mul_(column) for weight in rounded], grids
 
 
 def _step(weight: Tensor, factor: Factor, bits: float) -> float:

@@ -36,9 +36,9 @@ class SparseGPT(Sparse):
         counts, rounding = self.counts(weights, patterns), None
         if self.bits and not self.refit:  # a refit would leave the grid
             rounding = Symmetric(weights, self.group, self.bits)
-        made, grids = solve_columns(weights, factor, patterns, rounding, counts)
+        solved, grids = solve_columns(weights, factor, patterns, rounding, counts)
         dead = int(factor.dead.sum())
-        return Solution(made, counts, factor.damping, factor.dtype, dead, grids)
+        return Solution(solved, counts, factor.damping, factor.dtype, dead, grids)
 
     @property
     def rounding_damping(self) -> float:

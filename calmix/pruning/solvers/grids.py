@@ -80,16 +80,16 @@ class Grid:
 
 def stored(grids: Mapping[str, Grid | Encoded]) -> dict[str, Tensor]:
     """Return the grids of parameters as the tensors of a file in `SCALES`."""
-    made = {}
+    tensors = {}
     for name, grid in grids.items():
         if isinstance(grid, Encoded):
-            made[f"{name}|{grid.name}"] = grid.data
+            tensors[f"{name}|{grid.name}"] = grid.data
             continue
         scale = grid.scale.bfloat16()  # may be a strided view
-        made[f"{name}|scale"] = scale.clone(memory_format=torch.contiguous_format)
+        tensors[f"{name}|scale"] = scale.clone(memory_format=torch.contiguous_format)
         if grid.octaves is not None:
-            made[f"{name}|octaves"] = grid.octaves
-    return made
+            tensors[f"{name}|octaves"] = grid.octaves
+    return tensors
 
 
 def as_grids(tensors: Mapping[str, Tensor], folder: Path) -> dict[str, Grid]:

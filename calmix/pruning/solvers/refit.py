@@ -94,7 +94,7 @@ def refit_layer(
     worse stops; each row keeps its best weights, which may be the initial ones.
     """
     checked = {1, *range(CHECK, steps, CHECK), steps} if steps else set()
-    made = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    refitted = torch.empty_like(weight, memory_format=torch.contiguous_format)
     for rows in chunks(weight):
         dense, begin = weight[rows].float(), start[rows].to(weight.dtype).float()
         best, mask = begin, (begin != 0).float()
@@ -128,8 +128,8 @@ def refit_layer(
                 torch.add(product, rounded_product(back, scaled.coarse), out=left)
                 left.add_(delta.add_(back), alpha=damping).mul_(mask)
             left.mul_(better)
-        made[rows] = best
-    return made
+        refitted[rows] = best
+    return refitted
 
 
 def _dot(left: Tensor, right: Tensor) -> Tensor:

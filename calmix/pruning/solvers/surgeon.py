@@ -81,10 +81,10 @@ def solve_columns(
         )
         if rounding is None:
             clear(stacked[start:stop], mask)
-    made = [layer.T for layer in layers]
+    solved = [layer.T for layer in layers]
     if rounding is None:
-        return made, []
-    return made, rounding.grids(made, pruned or [0] * len(made))
+        return solved, []
+    return solved, rounding.grids(solved, pruned or [0] * len(solved))
 
 
 def prune_block(
