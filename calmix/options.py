@@ -172,7 +172,7 @@ class TextField(Options):
         if not isinstance(values, dict) or (field := values.get("text_field")) is None:
             return values
         key = "spec" if "spec" in values else "calibration"
-        text = ROWS_OF.sub(lambda found: f"{found[1]}@{field}", values.get(key) or "")
+        text = ROWS_OF.sub(lambda match: f"{match[1]}@{field}", values.get(key) or "")
         if not field or text == (values.get(key) or ""):
             raise ValueError(
                 "--text-field reads .csv, .tsv, .json, .jsonl and .parquet files, but none is named"

@@ -330,24 +330,26 @@ def compare(
             raise InputError(f"two files are called {name}: rename one")
         files[name] = files_of
     given = None if against is None else load_dense(against)
-    found = [
+    comparisons = [
         Comparison.of(name, pairs, measure)
         for name, pairs in read_pairs(files, given, note).items()
     ]
-    print_json({one.name: one.to_dict() for one in found})
-    for one in found:
+    print_json({one.name: one.to_dict() for one in comparisons})
+    for one in comparisons:
         dense, small = one.pairs[-1]
         does, command = one.behaviour, words.measuring(small.model, dense.model)
-        if does.answers is not None or one is found[0]:
+        if does.answers is not None or one is comparisons[0]:
             line(
                 words.wrapped(
                     f"{one.name}: {words.summary_lines(does, None, command)[0]}", rest="  "
                 )
             )
-    if ceiling := next(filter(None, (words.against_itself(one.behaviour) for one in found)), ""):
+    if ceiling := next(
+        filter(None, (words.against_itself(one.behaviour) for one in comparisons)), ""
+    ):
         line(words.wrapped(ceiling))
     line("")
-    _print_comparisons(found, measure)
+    _print_comparisons(comparisons, measure)
 
 
 def _compare_models(
@@ -373,7 +375,7 @@ def _compare_models(
     first, *others = names
     shorts = [short_name(name) for name in others]
     shown = shorts if len({*shorts}) == len(shorts) else others
-    dense, found = None, list[Candidate]()
+    dense, candidates = None, list[Candidate]()
     with journal_beside(output, note) as journal, Progress() as bar:
         for name, called in zip(others, shown, strict=True):
             again = suite.own and not any(map(is_served, (first, name)))  # for the distance
@@ -395,9 +397,9 @@ def _compare_models(
                 size, weights = place.size, place.weights
             else:
                 size, weights = size_of(name)
-            found.append(Candidate(called, (dense, scores), size, weights, speed))
-    choice = choose_smallest(found, first, margin)
-    table, said = model_rows(found, choice), choice_text(found, choice)
+            candidates.append(Candidate(called, (dense, scores), size, weights, speed))
+    choice = choose_smallest(candidates, first, margin)
+    table, said = model_rows(candidates, choice), choice_text(candidates, choice)
     result = {
         "dense": first,
         "choice": asdict(choice),
@@ -408,17 +410,17 @@ def _compare_models(
                 "speed": one.speed,
                 **scores_record(one.pair[1], one.pair[0]),
             }
-            for one in found
+            for one in candidates
         },
     }
     if output is not None:
         write_json(output, result)
     if page is not None:
-        write_text(page, answers_page({one.name: one.pair for one in found}, table, said))
+        write_text(page, answers_page({one.name: one.pair for one in candidates}, table, said))
     print_json(result)
     print_table(
         [{key.removeprefix("#"): cell for key, cell in row.items()} for row in table],
-        title=f"suite {suite.name}, against {first}: {found[0].counted.asked:,} answers",
+        title=f"suite {suite.name}, against {first}: {candidates[0].counted.asked:,} answers",
         least=["p", "tokens/s", "gained", "bits", "identical %", "KL", "lost"],
     )
     line(wrapped(said))
@@ -447,49 +449,52 @@ def _result(path: Path) -> tuple[str, list[Path]]:
 
 
 def _print_comparisons(
-    found: Sequence[Comparison], measure: Measure | None, *, alone: bool = False
+    comparisons: Sequence[Comparison], measure: Measure | None, *, alone: bool = False
 ) -> None:
     """Print what models keep by ability, and their distance to the dense model; `alone` without
     what `evaluate` prints before."""
     from calmix.evaluation.comparison import compared_by
     from calmix.report.words import comparison, distances
 
-    by = compared_by(found, measure)
+    by = compared_by(comparisons, measure)
     answers = by in (PRIMARY, "kept")
     if alone and answers:
-        line(", ".join(f"{name}: {cell}" for name, cell in distances(found[0]).items() if cell))
+        line(
+            ", ".join(f"{name}: {cell}" for name, cell in distances(comparisons[0]).items() if cell)
+        )
         line(BRACKETS)
         return
-    records = [comparison(one, by, alone) | distances(one) for one in found]
+    records = [comparison(one, by, alone) | distances(one) for one in comparisons]
     labels = [
         label
         for label in dict.fromkeys(chain.from_iterable(records))
         if any(one.get(label) is not None for one in records)
     ]
     table: list[dict[str, Any] | None] = []
-    if len(found) <= BESIDE:
+    if len(comparisons) <= BESIDE:
         for label in labels:
             if label in ("total", "lost", "accuracy %", "KL to dense"):
                 table.append(None)
             cells = {
-                one.name: record.get(label) for one, record in zip(found, records, strict=True)
+                one.name: record.get(label)
+                for one, record in zip(comparisons, records, strict=True)
             }
             table.append({"": label, **cells})
     else:  # one row per model; only the total has its interval
-        for one, record in zip(found, records, strict=True):
+        for one, record in zip(comparisons, records, strict=True):
             cells = {
                 label: record.get(label) if label == "total" else _value(record.get(label))
                 for label in labels
             }
             table.append({"": one.name, **cells})
-    suite = found[0].pairs[-1][0].suite
+    suite = comparisons[0].pairs[-1][0].suite
     what, meaning = MEANINGS.get(by, (f"retention %, by {by}", RETENTION))
     least = ["accuracy %", "top-1 %", "flips %", "worst", "likelihood %", "p", "KL to dense"]
     least += ["kept %", "gained", "lost"]
     if table:
         print_table(
             table,
-            least=least if len(found) > BESIDE else [],
+            least=least if len(comparisons) > BESIDE else [],
             title=f"{what}; suite {suite['name']} version {suite['version']}",
         )
     line(meaning)
@@ -596,15 +601,15 @@ def _print(
     _print_comparisons([one], measure, alone=True)
 
 
-def _print_answers(found: Answers, scores: CapabilityScores) -> None:
+def _print_answers(answers: Answers, scores: CapabilityScores) -> None:
     """Print what changed in the answers to a user's prompts."""
     from calmix.report.answers import fault_rows, sentences
     from calmix.report.words import wrapped
 
-    for text in sentences(found, scores.distance):
+    for text in sentences(answers, scores.distance):
         line(wrapped(text))
     line("")
-    rows = [{k.removeprefix("#"): v for k, v in row.items()} for row in fault_rows(found)]
+    rows = [{k.removeprefix("#"): v for k, v in row.items()} for row in fault_rows(answers)]
     print_table(rows, title="faults that a program can see", least=["repeat %", "p", "of"])
 
 
@@ -686,8 +691,8 @@ def list_suites() -> None:
 
 def _origins(suite: suites.Suite) -> dict[str, dict[str, str]]:
     """Return licence, permitted use and origin of each task's items."""
-    found = {name: suites.provenance(spec) for name, spec in suite.tasks.items()}
-    return {name: {**one, "use": use_of(one["licence"])} for name, one in found.items()}
+    origins = {name: suites.provenance(spec) for name, spec in suite.tasks.items()}
+    return {name: {**one, "use": use_of(one["licence"])} for name, one in origins.items()}
 
 
 @verb("suite", of=evaluate)
@@ -705,10 +710,10 @@ def show_suite(
             write_text(path, text)
         line(f"wrote {', '.join(map(str, files))}; calmix evaluate suite {stem}.yaml checks them")
         return
-    found = suites.load_suite(name)
-    origins = _origins(found)
-    fields = found.model_dump(mode="json", exclude_none=True)
-    print_json({**fields, "hash": found.hash, "provenance": origins})
+    loaded = suites.load_suite(name)
+    origins = _origins(loaded)
+    fields = loaded.model_dump(mode="json", exclude_none=True)
+    print_json({**fields, "hash": loaded.hash, "provenance": origins})
     rows = [
         {
             "dimension": dimension,
@@ -721,7 +726,7 @@ def show_suite(
             "chance": spec.chance,
             "data": spec.archive or spec.asked or spec.file,
         }
-        for dimension, tasks in found.dimensions.items()
+        for dimension, tasks in loaded.dimensions.items()
         for task, spec in tasks.items()
     ]
     print_table(
@@ -729,7 +734,7 @@ def show_suite(
         by="dimension",
         text=["data"],
         least=["chance", "shots", "metric", "data"],
-        title=f"{found.name} version {found.version}: {found.description}",
+        title=f"{loaded.name} version {loaded.version}: {loaded.description}",
     )
     print_table(
         [{"task": name, **one} for name, one in origins.items()],

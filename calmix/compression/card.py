@@ -193,8 +193,8 @@ class Card:
     @property
     def changed(self) -> list[str]:
         """What changed in the answers to the user's prompts, in sentences."""
-        found, prompted = self._compared, self.prompted
-        return sentences(found, prompted[1].distance) if found and prompted else []
+        comparison, prompted = self._compared, self.prompted
+        return sentences(comparison, prompted[1].distance) if comparison and prompted else []
 
     @property
     def faults(self) -> list[dict[str, Any]]:

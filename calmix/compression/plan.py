@@ -135,14 +135,14 @@ def slices(request: Target) -> dict[str, tuple[Suite | str, Mapping[str, Any]]]:
         floors = parse_floors(request.keep_at_least)
         named = tuple(name for name in choose(suite).dimensions if name in floors)
         part = {} if "" in floors else {**part, "whole": named}
-    found: dict[str, tuple[Suite | str, Mapping[str, Any]]] = {}
+    parts: dict[str, tuple[Suite | str, Mapping[str, Any]]] = {}
     for file in score_files(request):
-        found[file] = suite, part
-    if len(found) > 1:
-        found[SCORES] = request.suite, effort.likelihood or {}
+        parts[file] = suite, part
+    if len(parts) > 1:
+        parts[SCORES] = request.suite, effort.likelihood or {}
     if request.prompts is not None:
-        found[PROMPTS] = prompt_suite(request.prompts, test_half=splits(request)), {}
-    return found
+        parts[PROMPTS] = prompt_suite(request.prompts, test_half=splits(request)), {}
+    return parts
 
 
 def decisive(request: Target) -> list[str]:

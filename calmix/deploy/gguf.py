@@ -437,19 +437,19 @@ def export_imatrix(
     trust = how.get("trust_remote_code", False)
     drawn = CalibrationSet.open(folder, open_tokenizer(model, trust_remote_code=trust))
     opened = open_model(model, **how)
-    found, sums = find_blocks(opened.model), dict[str, Any]()
-    if any(found.mixtures(index) for index in range(len(found))):
+    blocks, sums = find_blocks(opened.model), dict[str, Any]()
+    if any(blocks.mixtures(index) for index in range(len(blocks))):
         raise ModelError("--to imatrix does not support mixtures of experts yet")
     mapped = gguf_names(opened.model, opened.name, opened.model.config.model_type)[1]
     names = {hf: name for name, hf in mapped.items()}
-    for layer in found.layers:
+    for layer in blocks.layers:
         if layer.parameter_name not in names:
             raise ModelError(f"{layer.name} has no name in GGUF: no importance matrix is written")
 
     def seen(some: list[Prunable], squares: Tensor) -> None:
         sums.update(dict.fromkeys((one.name for one in some), squares.float().cpu().numpy()))
 
-    run_through(Run(opened.model, found, Look(), seen=seen), drawn.ids)
+    run_through(Run(opened.model, blocks, Look(), seen=seen), drawn.ids)
     with replacing(output) as file:
         writer = GGUFWriter(file.name, "")
         writer.kv_data[0].clear()  # an importance matrix has no architecture
@@ -457,7 +457,7 @@ def export_imatrix(
         writer.add_array("imatrix.datasets", list(drawn.counts))
         writer.add_uint32("imatrix.chunk_count", drawn.rows)
         writer.add_uint32("imatrix.chunk_size", drawn.length)
-        for layer in (one for one in found.layers if one.name in sums):  # some are never called
+        for layer in (one for one in blocks.layers if one.name in sums):  # some are never called
             name = names[layer.parameter_name]
             writer.add_tensor(f"{name}.in_sum2", sums[layer.name][None])
             writer.add_tensor(f"{name}.counts", np.full((1, 1), drawn.ids.numel(), np.float32))

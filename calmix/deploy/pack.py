@@ -454,10 +454,10 @@ def _encoded_levels(
         return astray, _squeezed(low[::2] | (low[1::2] << 4))  # two to a byte
 
     whole, spans = _tensor(raw, place), _spans(place)
-    found = list(pool.map(read, spans))
-    small = sum(wide for *_, wide in found) <= RARE * raw.size
+    parts_of_rows = list(pool.map(read, spans))
+    small = sum(wide for *_, wide in parts_of_rows) <= RARE * raw.size
     starts = [rows.start * place.shape[1] for rows in spans]
-    levels, off, _ = zip(*found, strict=True)
+    levels, off, _ = zip(*parts_of_rows, strict=True)
     wrong, coded = zip(*pool.map(code, starts, levels, off), strict=True)
     astray = np.concatenate(wrong)
     if len(astray) > ASTRAY * raw.size:
@@ -569,10 +569,10 @@ def _chunks(
             if kind == "half":
                 low = np.stack([low & 15, low >> 4], axis=1).reshape(-1)[:count] - 8
             levels = torch.from_numpy(low.astype(np.int8)).view(-1, columns)
-            found = _words(own.values(levels).to(place.dtype))
+            words = _words(own.values(levels).to(place.dtype))
             here = slice(*np.searchsorted(astray, [first, first + count]))
-            found[astray[here] - first] = put[here]
-            return found.tobytes()
+            words[astray[here] - first] = put[here]
+            return words.tobytes()
 
         for number, rows in enumerate(_spans(place)):
             yield partial(decoded, read(kind, number), rows, grid.part(rows))

@@ -140,14 +140,14 @@ class Row:
 def rows(pairs: Sequence[Pair]) -> list[Row]:
     """Return all prompts with the answers of the dense model and of each pair's smaller one, the
     worst first. The pairs have one dense model."""
-    found = []
+    records = []
     models = [pairs[0][0], *(small for _, small in pairs)]
     tasks = [[task for task in one.tasks if own(task)] for one in models]
     for each in tasks[1:]:
         check_paired(tasks[0], each)
     for several in zip(*tasks, strict=True):
         for at, item in enumerate(several[0].items):
-            found.append(
+            records.append(
                 Row(
                     several[0].prompts[at],
                     tuple(task.answers[at] for task in several),
@@ -156,7 +156,7 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
                     tuple(_kl(one, item) for one in models[1:]),
                 )
             )
-    return sorted(found, key=lambda row: row.badness, reverse=True)
+    return sorted(records, key=lambda row: row.badness, reverse=True)
 
 
 def _kl(one: CapabilityScores, item: str) -> float | None:

@@ -193,7 +193,7 @@ def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
 def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
     """Return both models' scores of the tasks that fit, each from the suite where it has the most
     items. An `InputError` unless both models were given the same items in the same form."""
-    found: dict[tuple[str, ...], TaskPair] = {}
+    pairs_by_kind: dict[tuple[str, ...], TaskPair] = {}
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
         check_paired(dense.tasks, pruned.tasks)
@@ -203,9 +203,9 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
                 continue
             # Tasks of two suites are the same if their items are of one data set.
             key = before.name, before.dimension, before.items[0].partition("/")[0]
-            if len(before.items) > len(found[key][0].items if key in found else ()):
-                found[key] = before, after
-    return [*found.values()]
+            if len(before.items) > len(pairs_by_kind[key][0].items if key in pairs_by_kind else ()):
+                pairs_by_kind[key] = before, after
+    return [*pairs_by_kind.values()]
 
 
 def counted(name: str, tasks: Sequence[TaskPair], whole: bool = True) -> Counted | None:

@@ -292,8 +292,8 @@ def _result(text: str) -> str:
     for part, which in ((stated[1] if stated else "", 0), (text, -1)):
         if formulas := [one[1] or one[2] or one[3] for one in FORMULA.finditer(part)]:
             return str(formulas[which])
-        if found := readings(part):
-            return found[which].text
+        if numbers := readings(part):
+            return numbers[which].text
     return ""
 
 
@@ -390,11 +390,11 @@ def _items(text: str, comma: bool = False) -> list[str]:
 
 
 def _json(text: str, value: str) -> bool:
-    found = re.search(r"\{.*\}", text, re.DOTALL)
+    match = re.search(r"\{.*\}", text, re.DOTALL)
     try:
         given, wanted = (
             json.dumps(json.loads(one), sort_keys=True).lower()
-            for one in (found[0] if found else "", value)
+            for one in (match[0] if match else "", value)
         )
     except (ValueError, RecursionError):
         return False

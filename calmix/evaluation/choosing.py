@@ -62,18 +62,20 @@ class Choice:
     margin: float
 
 
-def choose_smallest(found: Sequence[Candidate], dense: str, margin: float) -> Choice:
+def choose_smallest(candidates: Sequence[Candidate], dense: str, margin: float) -> Choice:
     """Choose among candidates of one dense model, which may be the best itself.
 
     A model is not worse if the upper end of the 95 % interval of its deficit is at most `margin`.
     """
-    known = {one.name: one.values for one in found}
-    before = [*chain.from_iterable(task.values for task, _ in found[0].tasks)]
+    known = {one.name: one.values for one in candidates}
+    before = [*chain.from_iterable(task.values for task, _ in candidates[0].tasks)]
     all_of = {dense: before, **known}
     best = max(all_of, key=lambda name: sum(all_of[name]))
     apart = {name: behind(all_of[best], values) for name, values in known.items()}
     fine = [
-        one for one in found if one.size is not None and (apart[one.name].high or 0.0) <= margin
+        one
+        for one in candidates
+        if one.size is not None and (apart[one.name].high or 0.0) <= margin
     ]
     smallest = min(fine, key=lambda one: one.size or 0, default=None)
     return Choice(best, None if smallest is None else smallest.name, apart, margin)

@@ -173,12 +173,12 @@ def scores_record(
     return pair_record(scores, dense, **more)
 
 
-def compared_by(found: Sequence[Comparison], measure: Measure | None) -> str:
+def compared_by(comparisons: Sequence[Comparison], measure: Measure | None) -> str:
     """Return what a table of several models shows: a `measure` that was chosen, else `right`, or
     `kept` where gains were not measured, or `primary` without generated answers."""
-    if measure is not None or any(one.behaviour.answers is None for one in found):
+    if measure is not None or any(one.behaviour.answers is None for one in comparisons):
         return measure or "primary"
-    return PRIMARY if all(one.behaviour.right for one in found) else "kept"
+    return PRIMARY if all(one.behaviour.right for one in comparisons) else "kept"
 
 
 def read_pairs(
@@ -195,9 +195,9 @@ def read_pairs(
         InputError: a file lacks dense scores or is about another dense model, or no suite is
             common to all.
     """
-    first, found = given, dict[str, list[Pair]]()
+    first, pairs = given, dict[str, list[Pair]]()
     for name, paths in files.items():
-        found[name] = []
+        pairs[name] = []
         for path in paths:
             own, small = load_pair(path)
             if (dense := given or own or first) is None:
@@ -215,28 +215,28 @@ def read_pairs(
                     f"{path} was asked only what its own dense scores have right, and others were "
                     "given: leave out --against"
                 )
-            found[name].append((dense, small))
-    return _in_common(found, note)
+            pairs[name].append((dense, small))
+    return _in_common(pairs, note)
 
 
 def _in_common(
-    found: Mapping[str, Sequence[Pair]], note: Callable[[str], None]
+    pairs_of: Mapping[str, Sequence[Pair]], note: Callable[[str], None]
 ) -> dict[str, list[Pair]]:
     """Return the pairs of the suites that all have."""
-    hashes = [{small.suite["hash"] for _, small in pairs} for pairs in found.values()]
+    hashes = [{small.suite["hash"] for _, small in pairs} for pairs in pairs_of.values()]
     shared = set[str].intersection(*hashes)
-    head, *others = found
+    head, *others = pairs_of
     if not shared:
-        for pairs in found.values():
-            check_same_suite(pairs[-1][1].suite, found[head][-1][1].suite)
+        for pairs in pairs_of.values():
+            check_same_suite(pairs[-1][1].suite, pairs_of[head][-1][1].suite)
         raise InputError("no suite is common to all that are compared: compare fewer at a time")
-    for name, pairs in found.items():
+    for name, pairs in pairs_of.items():
         for _, small in pairs:
             if small.suite["hash"] not in shared:
                 note(f"left out: suite {small.suite['name']} of {name}, which others lack")
     kept = {
         name: [pair for pair in pairs if pair[1].suite["hash"] in shared]
-        for name, pairs in found.items()
+        for name, pairs in pairs_of.items()
     }
     for name in others:
         for (one, _), (other, _) in zip(kept[head], kept[name], strict=True):

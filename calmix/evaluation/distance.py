@@ -149,7 +149,7 @@ def distance(
             raise InputError(f"{opened.name} has another output head: pass the dense model too")
         before = likelihood.decoder_and_head(dense().model)[1]
     done, total = 0, sum(map(len, reference.texts.values()))
-    found: dict[str, dict[str, Any]] = {}
+    distances: dict[str, dict[str, Any]] = {}
     points: list[Array] = []  # mean KL, then that of each resample
     for name, ids in reference.texts.items():
         divergence, agree = [], []
@@ -169,13 +169,13 @@ def distance(
         means = weights @ kls.mean(1) / len(ids)
         points.append(np.append(kls.mean(), means if len(ids) > 1 else np.full_like(means, np.nan)))
         top1 = torch.cat(agree).cpu().double().mean()
-        found[name] = _record(kls.size, points[-1], [*np.quantile(kls, [0.5, 0.99]), top1])
-    others = [np.mean([one[key] for one in found.values()]) for key in REPORTED]
-    tokens = sum(one["tokens"] for one in found.values())
+        distances[name] = _record(kls.size, points[-1], [*np.quantile(kls, [0.5, 0.99]), top1])
+    others = [np.mean([one[key] for one in distances.values()]) for key in REPORTED]
+    tokens = sum(one["tokens"] for one in distances.values())
     return {
         "dense": reference.dense,
         "texts": texts_hash(reference.texts),
-        "dimensions": found,
+        "dimensions": distances,
         "total": _record(tokens, np.mean(points, 0), others),
     }
 
@@ -196,17 +196,17 @@ def answer_texts(
     return texts, last
 
 
-def pooled(found: Mapping[str, Any], name: str) -> dict[str, Any]:
+def pooled(distances: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a record of `distance` on answers, one per item, as that of one dimension: means over
     items, with an interval by bootstrap over items. The mean KL of each item stays in `items`."""
-    rows = found["dimensions"].values()
+    rows = distances["dimensions"].values()
     kls = np.array([one["kl_mean"] for one in rows])
     weights = item_weights(name, len(kls), resamples=retention.RESAMPLES, seed=0)
     others = [np.mean([one[key] for one in rows]) for key in REPORTED]
     points = np.append(kls.mean(), weights @ kls / len(kls))
     record = _record(sum(one["tokens"] for one in rows), points, others)
-    items = dict(zip(found["dimensions"], kls.round(6).tolist(), strict=True))
-    return {**found, "dimensions": {name: record}, "total": record, "items": items}
+    items = dict(zip(distances["dimensions"], kls.round(6).tolist(), strict=True))
+    return {**distances, "dimensions": {name: record}, "total": record, "items": items}
 
 
 def logit_pairs(

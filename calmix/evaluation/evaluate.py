@@ -348,7 +348,7 @@ def _likely(
     if chance == "choices":
         chance = sum(1 / len(item.requests) for item in items) / len(items)
     answers = [[answer for _, answer in item.requests] for item in items]
-    found: dict[str, Any] = {
+    scores: dict[str, Any] = {
         "chance": float(chance),
         "values": tuple(accuracies(spec, items, rows)),
         "gold": tuple(item.gold for item in items),
@@ -356,12 +356,12 @@ def _likely(
         "bytes": tuple(tuple(len(one.encode()) for one in row) for row in answers),
     }
     if scorer is None:
-        return found
+        return scores
     if spec.form not in ("passage", "contexts"):
         distinct = list(dict.fromkeys(one for row in answers for one in row))
         values = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
         context_free = dict(zip(distinct, values, strict=True))
-        found["floors"] = rounded([[context_free[one] for one in row] for row in answers])
+        scores["floors"] = rounded([[context_free[one] for one in row] for row in answers])
     counts = Counter(
         token for row in scorer.encode(task_texts(spec), special=False) for token in row
     )
@@ -370,7 +370,7 @@ def _likely(
     right = scorer.encode(
         [row[item.gold] for row, item in zip(answers, items, strict=True)], special=False
     )
-    return found | {"unigram": rounded([[math.fsum(unigram[t] for t in row) for row in right]])[0]}
+    return scores | {"unigram": rounded([[math.fsum(unigram[t] for t in row) for row in right]])[0]}
 
 
 def ask(
@@ -388,7 +388,7 @@ def ask(
     )
     own = [at for at, (_, one) in enumerate(asked) if one.own is not None]
     others = [at for at, (_, one) in enumerate(asked) if one.own is None]
-    found = dict[int, tuple[str, bool]]()
+    texts_by_number = dict[int, tuple[str, bool]]()
     chunks = (own[at : at + CHUNK] for at in range(0, len(own), CHUNK))
     for part in filter(None, (others, *chunks)):
         key = ""
@@ -406,8 +406,8 @@ def ask(
                 journal.add(key, texts)
         else:
             scorer.tick(ANSWER * len(part))
-        found |= zip(part, texts, strict=True)
-    return [found[at] for at in range(len(asked))]
+        texts_by_number |= zip(part, texts, strict=True)
+    return [texts_by_number[at] for at in range(len(asked))]
 
 
 def _judged(
@@ -424,15 +424,15 @@ def _judged(
     }
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
         right = [*pool.map(lambda both, one: verdict(both[1], *one), asked, texts)]
-    found = {}
+    judgements = {}
     for (name, one), (text, ended), good in zip(asked, texts, right, strict=True):
         seen, key = dict[str, bool](), (name, one.id)
         if one.own is not None:
             seen = properties(one.own, text, ended, known.get(key))
             seen |= {"right": good} if one.check else {}
             good = good if one.check else all(seen.values())
-        found[key] = float(good), text, int(ended), seen
-    return found
+        judgements[key] = float(good), text, int(ended), seen
+    return judgements
 
 
 def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
@@ -466,10 +466,10 @@ def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
 def suite_asks(suite: Suite) -> dict[str, list[Any]]:
     """Return the items of a suite's tasks. If the model is to think, chats have `THINKING` more
     tokens, and tasks in other forms stay as they are."""
-    found = {name: load_items(spec) for name, spec in suite.tasks.items()}
+    by_task = {name: load_items(spec) for name, spec in suite.tasks.items()}
     if not suite.thinking:
-        return found
-    return {name: [_thinking(one) for one in items] for name, items in found.items()}
+        return by_task
+    return {name: [_thinking(one) for one in items] for name, items in by_task.items()}
 
 
 def _thinking(one: Any) -> Any:

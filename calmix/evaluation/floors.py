@@ -168,20 +168,20 @@ def parse_floors(text: str) -> dict[str, float]:
         InputError: a floor is not between 0 and 1, an ability is named twice, or the syntax is
             wrong.
     """
-    found: dict[str, float] = {}
+    floors: dict[str, float] = {}
     for part in text.split(","):
         name, equals, value = (piece.strip() for piece in part.rpartition("="))
         try:
             if not value or bool(equals) != bool(name):
                 raise ValueError(f"'{part.strip()}' is not of the form 0.9 or ABILITY=0.9,...")
-            if name in found:
+            if name in floors:
                 raise ValueError(f"{name or 'the floor of all abilities'} is given twice")
-            found[name] = parse_share(value)
-            if not 0 < found[name] < 1:
+            floors[name] = parse_share(value)
+            if not 0 < floors[name] < 1:
                 raise ValueError(f"a floor must be between 0 and 1, e.g. 0.9, not {value}")
         except ValueError as error:
             raise InputError(f"{FLAG} '{text}': {error}") from None
-    return found
+    return floors
 
 
 def needed(floor: float, confidence: float = CONFIDENCE) -> int:
@@ -266,12 +266,12 @@ def judge(
         )
     chosen = known if "" in floors else [name for name in known if name in floors]
     gains = not any(pruned.part for _, pruned in pairs)
-    found = {
+    tests = {
         name: _judged(name, floors.get(name, floors.get("", 0.0)), tasks, confidence, gains)
         for name in chosen
     }
-    tested = tuple(one for one in found.values() if one is not None)
-    silent = tuple(name for name, one in found.items() if one is None)
+    tested = tuple(one for one in tests.values() if one is not None)
+    silent = tuple(name for name, one in tests.items() if one is None)
     if named := [name for name in silent if name in floors]:
         raise InputError(
             f"{FLAG} {named[0]}={floors[named[0]]:g}: the dense model has no signal in {named[0]}, "

@@ -62,12 +62,12 @@ def load_answers(path: Path) -> Answered:
         raise InputError(f"{path} is not a file of answers written by calmix")
     check_seal(path, value)
     try:
-        found = TypeAdapter(Answered).validate_python(value)
+        loaded = TypeAdapter(Answered).validate_python(value)
     except ValidationError as error:
         raise InputError(f"{path} is damaged: {first_problem(error)}") from error
-    if [len(row) for row in found.answers] != [len(found.prompts)] * len(found.models):
+    if [len(row) for row in loaded.answers] != [len(loaded.prompts)] * len(loaded.models):
         raise InputError(f"{path} is damaged: the answers do not match the prompts")
-    return found
+    return loaded
 
 
 def panel() -> list[Prompt]:

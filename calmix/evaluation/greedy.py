@@ -96,7 +96,7 @@ def answers(
     """
     if not prompts:
         return []
-    found, rows, context = [], [], opened.context or 2**31
+    texts, rows, context = [], [], opened.context or 2**31
     for one in prompts:
         room = min(one.tokens, max(context // 2, context - len(one.ids)))
         rows.append(Prompt(one.ids[-(context - room) :], room, one.until))
@@ -118,8 +118,8 @@ def answers(
         text = decode([*before, *row.written])[start:]
         for stop in row.until:
             text = text.partition(stop)[0]
-        found.append((text, row.ended))
-    return found
+        texts.append((text, row.ended))
+    return texts
 
 
 class _Writer:

@@ -89,7 +89,7 @@ def _output(model: Any, decoder: Any) -> Any:
         wanted = model(input_ids=ids, use_cache=False).logits
         few = model(input_ids=ids[:, : COMPARED // 2], use_cache=False).logits
         output = decoder(input_ids=ids, use_cache=False)
-        found = _own_logits(model, decoder, output, output[0])
+        logits = _own_logits(model, decoder, output, output[0])
     except Exception as error:  # models fail in their own ways
         kind, why = dtype_name(model.dtype), first_line(error)
         raise ModelError(f"{name} gives no logits for token ids in {kind}: {why}") from error
@@ -100,7 +100,7 @@ def _output(model: Any, decoder: Any) -> Any:
             "and it can be neither scored nor distilled"
         )
     limit = max(1e-4, 2 * torch.finfo(model.dtype).eps)
-    if not close(found.nan_to_num(), wanted.nan_to_num(), limit):
+    if not close(logits.nan_to_num(), wanted.nan_to_num(), limit):
         raise ModelError(f"{name} computes logits from more than its decoder's output")
     return output
 

@@ -118,19 +118,19 @@ def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) ->
     Raises:
         InputError: a row that cannot be asked, with its line.
     """
-    found, count = dict[str, OwnPrompt](), 0
+    prompts, count = dict[str, OwnPrompt](), 0
     for where, row in _rows(str(path)):
         try:
             one = _prompt(row)
         except (ValueError, SourceError) as error:
             raise InputError(f"{where}: {error}") from None
-        found.setdefault(one.sha256, one)
+        prompts.setdefault(one.sha256, one)
         count += 1
-    if not found:
+    if not prompts:
         raise InputError(f"{path} has no prompts")
-    if note is not None and count > len(found):
-        note(f"{path}: prompts repeated, and asked once: {count - len(found)}")
-    return list(found.values())
+    if note is not None and count > len(prompts):
+        note(f"{path}: prompts repeated, and asked once: {count - len(prompts)}")
+    return list(prompts.values())
 
 
 def halves(prompts: Sequence[OwnPrompt]) -> tuple[list[OwnPrompt], list[OwnPrompt]]:
@@ -283,28 +283,28 @@ def properties(
     dense model's answer, by default the answer itself."""
     model = answer if dense is None else dense
     given, known, looping = body(answer), body(model), loops(answer)
-    found = {"text": bool(given.strip()), "end": ended or looping, "progress": not looping}
+    traits = {"text": bool(given.strip()), "end": ended or looping, "progress": not looping}
     if prompt.thinking or THOUGHT in model:
-        found["thought"] = THOUGHT in answer
-    if not found["text"]:  # counted once, as empty
-        return found
+        traits["thought"] = THOUGHT in answer
+    if not traits["text"]:  # counted once, as empty
+        return traits
     spoken = language(known) or language(prompt.question)
     if spoken:
-        found["language"] = language(given) in ("", spoken)
+        traits["language"] = language(given) in ("", spoken)
     if re.search(r"\bjson\b", prompt.question, re.IGNORECASE) or is_json(known):
-        found["json"] = is_json(given)
+        traits["json"] = is_json(given)
     blocks = PYTHON.findall(given)
     if blocks or PYTHON.search(known):
-        found["code"] = bool(blocks) and all(map(_parses, blocks))
+        traits["code"] = bool(blocks) and all(map(_parses, blocks))
     calls = tool_calls(given) if prompt.tools else []
     if calls or (prompt.tools and tool_calls(known)):
-        found["tool call"] = bool(calls) and all(valid_call(one, prompt.tools) for one in calls)
-    return found
+        traits["tool call"] = bool(calls) and all(valid_call(one, prompt.tools) for one in calls)
+    return traits
 
 
-def faults(found: Mapping[str, bool]) -> list[str]:
+def faults(traits: Mapping[str, bool]) -> list[str]:
     """Return what is wrong with an answer of these properties."""
-    return [FAULTS[name] for name, met in found.items() if not met]
+    return [FAULTS[name] for name, met in traits.items() if not met]
 
 
 def body(answer: str) -> str:
@@ -369,14 +369,14 @@ def tool_calls(text: str) -> list[Any]:
         if not (bare[:1] in ("{", "[") and re.search(r'"name"\s*:', bare)):
             return []
         parts = [bare]
-    found: list[Any] = []
+    calls: list[Any] = []
     for part in parts:
         try:
             value = parse_json(part.strip())
         except (ValueError, RecursionError):
             value = None
-        found += value if isinstance(value, list) else [value]
-    return found
+        calls += value if isinstance(value, list) else [value]
+    return calls
 
 
 def valid_call(call: Any, tools: Sequence[Mapping[str, Any]]) -> bool:

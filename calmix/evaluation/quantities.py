@@ -105,15 +105,15 @@ def readings(text: str) -> list[Reading]:
     fractions ("3/4", "1 1/2"); not exponents, ordinals and parts of words. The ends of a range
     ("3 to 5") and the parts of a time ("3:15") are read as one, and a full hour as a number."""
     text = _written(text)
-    found, end = list[Reading](), -1
+    numbers, end = list[Reading](), -1
     for match in NUMBER.finditer(text):
         one = _reading(match)
-        if found and (last := _joined(text, found[-1], end, match.start(), one, match.end())):
-            found[-1] = last
+        if numbers and (last := _joined(text, numbers[-1], end, match.start(), one, match.end())):
+            numbers[-1] = last
         else:
-            found.append(one)
+            numbers.append(one)
         end = match.end()
-    return found
+    return numbers
 
 
 def numbers(text: str) -> list[Fraction]:

@@ -107,8 +107,8 @@ class Retention(Shown):
 
     def of(self, dimension: str) -> Estimate:
         """Return the retention of a dimension; all None if the measure has none."""
-        found = (one.kept for one in self.dimensions if one.name == dimension)
-        return next(found, Estimate(None))
+        estimates = (one.kept for one in self.dimensions if one.name == dimension)
+        return next(estimates, Estimate(None))
 
 
 def retention(

@@ -260,8 +260,8 @@ _SCORES = TypeAdapter(CapabilityScores)
 def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
     if value.pop("kind", None) != KIND:
         raise InputError(f"{path} is not a file of scores from 'calmix evaluate'")
-    if (found := value.pop("format", None)) != FORMAT:
-        raise InputError(f"{path} holds scores in format {found}, not {FORMAT}: evaluate again")
+    if (number := value.pop("format", None)) != FORMAT:
+        raise InputError(f"{path} holds scores in format {number}, not {FORMAT}: evaluate again")
     try:
         scores = _SCORES.validate_python(value)
     except ValidationError as error:

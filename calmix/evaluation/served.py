@@ -84,8 +84,8 @@ class Served:
         journal, start = journal or Journal(None), time.monotonic()
         bodies = [self._body(one) for one in asked]
         keys = [sha256_json([self.fingerprint, rearranged, body]) for body in bodies]
-        found = dict(zip(range(len(asked)), (journal.get(key) for key in keys), strict=True))
-        waiting = [at for at, known in found.items() if known is None]
+        texts = dict(zip(range(len(asked)), (journal.get(key) for key in keys), strict=True))
+        waiting = [at for at, known in texts.items() if known is None]
         done = len(asked) - len(waiting)
         if rearranged:
             waiting.reverse()
@@ -94,7 +94,7 @@ class Served:
             jobs = {pool.submit(self._answer, *bodies[at]): at for at in waiting}
             for job in as_completed(jobs):
                 at, done = jobs[job], done + 1
-                found[at] = answer = [job.result()]
+                texts[at] = answer = [job.result()]
                 journal.add(keys[at], answer)
                 if progress is not None:
                     progress(done, len(asked))
@@ -104,7 +104,7 @@ class Served:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
         self.seconds += time.monotonic() - start
-        return [known[0] for known in found.values() if known is not None]
+        return [known[0] for known in texts.values() if known is not None]
 
     def _body(self, one: Ask) -> tuple[str, dict[str, Any]]:
         """Return the path and the content of a request."""

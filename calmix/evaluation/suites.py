@@ -312,7 +312,7 @@ def suite_file(name: str | Path) -> Path | None:
 
 def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
     """Read and check the rows of a file; an `InputError` names the first wrong line."""
-    found = []
+    rows = []
     for number, line in enumerate(read_text(Path(path)).removeprefix("\ufeff").split("\n"), 1):
         if not line.strip():
             continue
@@ -326,10 +326,10 @@ def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
                 f"{path}, line {number}: {wrong} (example of kind {kind}: "
                 f"{json.dumps(EXAMPLES[kind])})"
             )
-        found.append(row)
-    if len(found) <= shots:
-        raise InputError(f"{path} has {len(found)} rows, {shots} of them worked examples: add rows")
-    return found
+        rows.append(row)
+    if len(rows) <= shots:
+        raise InputError(f"{path} has {len(rows)} rows, {shots} of them worked examples: add rows")
+    return rows
 
 
 def _mistake(row: Any, kind: str) -> str:

@@ -145,7 +145,7 @@ def _cloze(name: str, number: int, row: Mapping[str, Any]) -> Item:
 @functools.lru_cache(maxsize=64)
 def _archive_items(archive: str, form: str, shots: int) -> list[Item]:
     """Return the items of a rendered data set in the form in which they are scored."""
-    found: dict[str, Item] = {}
+    items: dict[str, Item] = {}
     for item in _rendered(archive, shots):
         (context, right), key = item.requests[item.gold], item.id
         if (len({one for one, _ in item.requests}) > 1) != (form == "contexts"):
@@ -162,8 +162,8 @@ def _archive_items(archive: str, form: str, shots: int) -> list[Item]:
         if form in ("answer", "passage"):
             item = replace(item, requests=((context, right),), gold=0)
         # Several questions may share a passage: the first one stays, in the place of the last.
-        found[key] = found.pop(key, item)
-    return list(found.values())
+        items[key] = items.pop(key, item)
+    return list(items.values())
 
 
 def _rendered(archive: str, shots: int) -> Iterator[Item]:
@@ -262,22 +262,24 @@ def _asked(
 
 def _documents(member: str) -> list[dict[str, Any]]:
     """Return the documents of an archive member, or of a builtin list."""
-    rng, found = random.Random(0), list[dict[str, Any]]()
+    rng, documents = random.Random(0), list[dict[str, Any]]()
     if member == "sums":
         for number in range(SUMS):
             digits = 1 + number % 3
             a, b = (rng.randrange(10 ** (digits - 1), 10**digits) for _ in range(2))
             sign = "+-"[rng.randrange(2)]
             value, question = str(a + b if sign == "+" else a - b), f"{a} {sign} {b}"
-            if all(one["question"] != question for one in found):
-                found.append({"at": number, "question": question, "right": value, "shown": value})
+            if all(one["question"] != question for one in documents):
+                documents.append(
+                    {"at": number, "question": question, "right": value, "shown": value}
+                )
     elif member == "small_programs":
-        found += [
+        documents += [
             _program(head, what, tests)
             for head, what, *tests in packaged("evaluation/abilities/small_programs.yaml")
         ]
     elif member == "tools":
-        found += _tool_calls()
+        documents += _tool_calls()
     elif member in REQUESTS:
         for one in packaged(f"evaluation/abilities/{REQUESTS[member]}").values():
             for fill in one["fill"]:
@@ -285,8 +287,8 @@ def _documents(member: str) -> list[dict[str, Any]]:
                     key: value.format(*fill) if isinstance(value, str) else value
                     for key, value in one["expect"].items()
                 }
-                found.append({"question": one["ask"].format(*fill), "right": expected})
-        found += [
+                documents.append({"question": one["ask"].format(*fill), "right": expected})
+        documents += [
             {"question": question, "right": {}, "shown": answer}
             for question, answer in EXAMPLES
             if member == "requests"
@@ -301,18 +303,18 @@ def _documents(member: str) -> list[dict[str, Any]]:
                 or not re.search(rf"\b{re.escape(one.lower())}\b", asked)
             ]
             new = {"aliases": aliases or answer["aliases"], "shown": answer["value"]}
-            found.append(row | answer | new)
+            documents.append(row | answer | new)
     else:
-        found += [
+        documents += [
             rows[0]["doc"] | {"context": rows[0]["request"]["context"], "number": number}
             for number, rows in _requests(member).items()
         ]
-    return found
+    return documents
 
 
 def _tool_calls() -> list[dict[str, Any]]:
     """Return the requests of tools.yaml, each with its own tool and the next ones of the list."""
-    known, found = packaged("evaluation/abilities/tools.yaml"), list[dict[str, Any]]()
+    known, calls = packaged("evaluation/abilities/tools.yaml"), list[dict[str, Any]]()
     tools = [
         {
             "type": "function",
@@ -333,8 +335,8 @@ def _tool_calls() -> list[dict[str, Any]]:
         for fill in one["fill"]:
             call = {"name": name, "arguments": fill}
             question = one["ask"].format(**fill)
-            found.append({"question": question, "right": call, "tools": beside})
-    return found
+            calls.append({"question": question, "right": call, "tools": beside})
+    return calls
 
 
 def _program(head: str, question: str, tests: list[str]) -> dict[str, Any]:
@@ -357,7 +359,7 @@ def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
 def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
     """Return id and text of a task's items, without worked examples: the question, the right answer
     and, for choices, the wrong ones."""
-    items, found = load_items(spec), []
+    items, texts = load_items(spec), []
     head = 0 if spec.writes else preamble([one for item in items for one, _ in item.requests])
     for item in items:
         if spec.writes:
@@ -373,8 +375,8 @@ def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
                 if at != item.gold and other == context
             ]
             text = context[head:].lstrip() + "\n".join([right, *wrong])
-        found.append((item.id, text))
-    return found
+        texts.append((item.id, text))
+    return texts
 
 
 def task_texts(spec: TaskSpec) -> list[str]:

@@ -39,7 +39,7 @@ def importance(file: Path, model: Any, blocks: DecoderBlocks) -> dict[str, Tenso
         _, names = gguf_names(model, "the model", model.config.model_type)
     except ModelError as error:
         raise InputError(f"{file}: {error}") from error
-    places, found = {parameter: name for name, parameter in names.items()}, {}
+    places, squares = {parameter: name for name, parameter in names.items()}, {}
     for layer in blocks.layers:
         vector = sums.get(places.get(layer.parameter_name, ""))
         if vector is None or vector.shape != layer.shape[1:]:
@@ -48,8 +48,8 @@ def importance(file: Path, model: Any, blocks: DecoderBlocks) -> dict[str, Tenso
                 f"{file} is of another model: it has {has} for the {layer.shape[1]} inputs of "
                 f"{layer.name}"
             )
-        found[layer.name] = vector if vector.any() else torch.ones_like(vector)  # never called
-    return found
+        squares[layer.name] = vector if vector.any() else torch.ones_like(vector)  # never called
+    return squares
 
 
 def _read_gguf(file: Path) -> dict[str, Tensor]:

@@ -14,14 +14,16 @@ from calmix.report import words
 from calmix.report.pages import render
 
 
-def sentences(found: Answers, distance: Mapping[str, Any] | None = None) -> list[str]:
+def sentences(answers: Answers, distance: Mapping[str, Any] | None = None) -> list[str]:
     """Return what changed in the answers, in words."""
-    count = round((found.identical.value or 0.0) * found.asked)
-    text = f"Identical answers: {count} of {found.asked:,}, {words.with_span(found.identical)} %"
-    if found.repeat is not None:
-        text += f" (the dense model's own repeat: {words.percent(found.repeat)} %)"
-    if found.parted is not None:
-        text += f". Different ones part after {found.parted:g} words (median)"
+    count = round((answers.identical.value or 0.0) * answers.asked)
+    text = (
+        f"Identical answers: {count} of {answers.asked:,}, {words.with_span(answers.identical)} %"
+    )
+    if answers.repeat is not None:
+        text += f" (the dense model's own repeat: {words.percent(answers.repeat)} %)"
+    if answers.parted is not None:
+        text += f". Different ones part after {answers.parted:g} words (median)"
     lines = [f"{text}."]
     if distance is not None:
         far = distance["total"]
@@ -30,7 +32,7 @@ def sentences(found: Answers, distance: Mapping[str, Any] | None = None) -> list
             f"[{words.number(far['kl_low'])}, {words.number(far['kl_high'])}], same next token: "
             f"{words.percent(far['top1'])} %."
         )
-    for name, one in (("Right answers", found.right), ("Answers without a fault", found.sound)):
+    for name, one in (("Right answers", answers.right), ("Answers without a fault", answers.sound)):
         if one is not None:
             lines.append(
                 f"{name}: {one.pruned} of {one.asked:,} (dense model: {one.dense}), {one.lost} "
@@ -39,27 +41,27 @@ def sentences(found: Answers, distance: Mapping[str, Any] | None = None) -> list
     return lines
 
 
-def fault_rows(found: Answers) -> list[dict[str, Any]]:
+def fault_rows(answers: Answers) -> list[dict[str, Any]]:
     """Return the rows of the table of faults; a # marks a column of numbers."""
     return [
         {
             "fault": FAULTS[one.name],
             "#of": one.asked,
             "#dense %": words.percent(1 - one.dense / one.asked),
-            "#repeat %": words.percent(found.again.get(one.name)),
+            "#repeat %": words.percent(answers.again.get(one.name)),
             "#small %": words.percent(1 - one.pruned / one.asked),
             "#lost": one.lost,
             "#gained": one.gained,
             "#p": words.p_value(one.p),
         }
-        for one in found.faults
+        for one in answers.faults
     ]
 
 
-def model_rows(found: Sequence[Candidate], choice: Choice) -> list[dict[str, Any]]:
+def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str, Any]]:
     """Return the rows of the table of several models, the smallest first."""
     rows = []
-    for one in sorted(found, key=lambda one: one.size or math.inf):
+    for one in sorted(candidates, key=lambda one: one.size or math.inf):
         counts, changed, far = one.counted, one.answers, one.pair[1].distance
         rows.append(
             {
@@ -79,7 +81,7 @@ def model_rows(found: Sequence[Candidate], choice: Choice) -> list[dict[str, Any
     return rows
 
 
-def choice_text(found: Sequence[Candidate], choice: Choice) -> str:
+def choice_text(candidates: Sequence[Candidate], choice: Choice) -> str:
     """Return which model to use, and what that rests on."""
     margin, best = f"{words.percent(choice.margin)} points", short_name(choice.best)
     if choice.smallest is None:
@@ -91,10 +93,10 @@ def choice_text(found: Sequence[Candidate], choice: Choice) -> str:
         name = choice.smallest
         text = f"Use {name}: the smallest that is not worse than the best ({best}) by {margin}"
         text += f" or more; at most {words.percent(choice.behind[name].high)} behind."
-    unknown = [one.name for one in found if one.size is None]
+    unknown = [one.name for one in candidates if one.size is None]
     if unknown:
         text += f" Size unknown: {words.listed(unknown)}."
-    changed = found[0].answers
+    changed = candidates[0].answers
     if changed is not None and changed.right is None:
         text += " No prompt has an answer or a check, so this rests on faults alone."
     return text
@@ -110,8 +112,8 @@ def answers_page(
 ) -> str:
     """Return the page that shows the answers of one or several smaller models beside those of their
     dense model, worst first; `table` and `choice` compare several."""
-    found = {name: compare_answers(pair) for name, pair in pairs.items()}
-    known = {name: one for name, one in found.items() if one is not None}
+    compared = {name: compare_answers(pair) for name, pair in pairs.items()}
+    known = {name: one for name, one in compared.items() if one is not None}
     dense = next(iter(pairs.values()))[0]
     said = {name: sentences(one, pairs[name][1].distance) for name, one in known.items()}
     return render(
