@@ -138,7 +138,7 @@ def _recovery_memory(
 ) -> float:
     """Return the bytes a recovery takes, with what pruning before it leaves; refuse more than
     `most`."""
-    held = int(PROGRAM + BEHIND)
-    memory = model.recovery_memory(request, length, math.inf if most is None else most - held)
-    check_memory(memory, held, most, 0)
-    return memory + held
+    resident = int(PROGRAM + BEHIND)
+    memory = model.recovery_memory(request, length, math.inf if most is None else most - resident)
+    check_memory(memory, resident, most, 0)
+    return memory + resident

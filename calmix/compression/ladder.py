@@ -62,10 +62,10 @@ class Walk:
         elif (out / MANIFEST).exists():
             saved = read_compressed(out)
         now = request.model_dump(mode="json")
-        held = saved.get("request", now)
-        if differs := [key for key in now if held.get(key) != now[key] and key not in but]:
+        before = saved.get("request", now)
+        if differs := [key for key in now if before.get(key) != now[key] and key not in but]:
             raise InputError(
-                f"{out} is of another request ({differs[0]}: {held.get(differs[0])}, now "
+                f"{out} is of another request ({differs[0]}: {before.get(differs[0])}, now "
                 f"{now[differs[0]]}): repeat that request or name another folder"
             )
         self.rungs: list[dict[str, Any]] = saved.get("rungs", [])
@@ -184,9 +184,11 @@ class Walk:
         """Return the stages that build a candidate and score it against the dense scores."""
         request, candidate, listed = self.request, self.at(bits), list[Stage]()
         for sample, called in self.samples.items():
-            held = request.calibration if request.saved else str(self.out / sample / CALIBRATION)
+            calibration = (
+                request.calibration if request.saved else str(self.out / sample / CALIBRATION)
+            )
             folder = self.folder(bits, sample)
-            parts = stages(candidate, folder, held)
+            parts = stages(candidate, folder, calibration)
             models = (one for one in parts if isinstance(one.request, (Prune, Recover, Export)))
             tested = (
                 scoring(candidate, file, folder / request.file, folder / file, self.dense(file))

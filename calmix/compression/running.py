@@ -38,14 +38,14 @@ Run = Callable[[Stage], None]
 Say = Callable[[Stage, bool], None]  # receives a stage, and whether its result existed
 
 
-def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
-    """Return the stages in order; `held` is the folder of an existing calibration set."""
+def stages(request: Request, out: Path, existing: str | None = None) -> list[Stage]:
+    """Return the stages in order; `existing` is the folder of an existing calibration set."""
     effort, listed, how = EFFORTS[request.effort], list[Stage](), request.how
     dense = Input(request.model, request.sha256)
-    if held is None and request.saved:
-        held = request.calibration
-    elif held is None and request.imatrix is None:
-        held = str(out / CALIBRATION)
+    if existing is None and request.saved:
+        existing = request.calibration
+    elif existing is None and request.imatrix is None:
+        existing = str(out / CALIBRATION)
         drawn = Draw(request.calibration, request.model, request.draw, how=how)
         what = f"{'write' if drawn.written else 'draw'} the calibration set"
         listed.append(Stage(what, drawn, out / CALIBRATION))
@@ -56,10 +56,10 @@ def stages(request: Request, out: Path, held: str | None = None) -> list[Stage]:
     exported = request.product in ("gguf", "vllm")
     last = out / QUANTISED if exported else product  # of prune and recoveries
     before = out / "pruned" if recoveries else last
-    held = held or ""
-    text = Input(held, CalibrationSet.open(user_path(held)).sha256 if request.saved else "")
+    existing = existing or ""
+    text = Input(existing, CalibrationSet.open(user_path(existing)).sha256 if request.saved else "")
     work: dict[str, Any] = {"how": how, "max_memory": request.max_memory}
-    reads = {"model": dense} if not held else {"model": dense, "calibration": text}
+    reads = {"model": dense} if not existing else {"model": dense, "calibration": text}
     target |= {"licence": request.licence if request.saved else None}
     pruned = Prune(target, reads=reads, **work)
     spent = product if before.name == QUANTISED else None

@@ -518,10 +518,10 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
     Raises InputError if the file is cut or altered; what only the hash shows is raised at the end.
     """
     try:
-        held = read_header(path)
+        stored = read_header(path)
         with path.open("rb") as file, ThreadPoolExecutor(cores()) as pool:
-            file.seek(held["header"].start)
-            header = file.read(held["header"].size)
+            file.seek(stored["header"].start)
+            header = file.read(stored["header"].size)
             digest, places = hashlib.sha256(header), _in_order(parse_header(header, path))
             if sum(place.size for _, place in places) > FIRST + GROWTH * path.stat().st_size:
                 raise ValueError("more than any weights grow")
@@ -529,7 +529,9 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
             jobs = (
                 job
                 for name, place in places
-                for job in _chunks(file, held, name, place, entry["tensors"][name], grids.get(name))
+                for job in _chunks(
+                    file, stored, name, place, entry["tensors"][name], grids.get(name)
+                )
             )
             for part in _in_turn(pool, jobs, 2 * cores()):
                 digest.update(part)
@@ -544,7 +546,7 @@ def _unpacked(path: Path, entry: dict[str, Any], grids: Mapping[str, Grid]) -> I
 
 def _chunks(
     file: BinaryIO,
-    held: Mapping[str, Place],
+    stored: Mapping[str, Place],
     name: str,
     place: Place,
     entry: dict[str, Any],
@@ -554,7 +556,7 @@ def _chunks(
 
     def read(kind: str, number: int) -> bytes:
         sizes = entry["sizes"][kind]
-        file.seek(held[f"{name}|{kind}"].start + sum(sizes[:number]))
+        file.seek(stored[f"{name}|{kind}"].start + sum(sizes[:number]))
         return file.read(sizes[number])
 
     width = place.dtype.itemsize

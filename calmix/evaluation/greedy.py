@@ -181,7 +181,7 @@ class _Writer:
 
     def answer(self, rows: Sequence[Prompt]) -> None:
         """Answer rows; those that finish are replaced by waiting ones."""
-        waiting, batch, held = list(rows), list[Prompt](), own_places(self.model)
+        waiting, batch, cache = list(rows), list[Prompt](), own_places(self.model)
         exact = rows[0].needs > self.window  # a row that joined late would see too few tokens
         idle, tokens = Prompt([], 0, (), over=True), self.ends.new_zeros(0)
         while waiting or not all(row.over for row in batch):
@@ -193,7 +193,7 @@ class _Writer:
                 width = self._width(due)
                 if not len(batch) <= width < WIDER * len(batch):
                     kept = torch.tensor(active, dtype=torch.int64, device=self.device)
-                    held.hold(width, max(row.needs for row in due), kept)
+                    cache.hold(width, max(row.needs for row in due), kept)
                     free = list(range(len(active), width))
                     batch = [*(batch[n] for n in active), *(idle for _ in free)]
                     tokens = torch.cat([tokens[kept], tokens.new_zeros(len(free))])
@@ -204,14 +204,14 @@ class _Writer:
                     for place, row in zip(free, joined, strict=False):
                         batch[place] = row
                     places = torch.tensor(free[: len(joined)], device=self.device)
-                    tokens[places] = self._prefill(joined, held, places)
+                    tokens[places] = self._prefill(joined, cache, places)
                     continue
-            mask = torch.arange(held.last + 1, device=self.device) <= held.at[:, None]
-            tokens = self._forward(tokens[:, None], held, mask.long(), held.at[:, None])
-            held.move(torch.tensor([not row.over for row in batch], device=self.device))
+            mask = torch.arange(cache.last + 1, device=self.device) <= cache.at[:, None]
+            tokens = self._forward(tokens[:, None], cache, mask.long(), cache.at[:, None])
+            cache.move(torch.tensor([not row.over for row in batch], device=self.device))
             self._append(batch, tokens)
 
-    def _prefill(self, rows: Sequence[Prompt], held: Any, places: Any) -> Any:
+    def _prefill(self, rows: Sequence[Prompt], target: Any, places: Any) -> Any:
         """Prefill rows with a common prefix into their places; return the first token of each."""
         from transformers import DynamicCache
 
@@ -229,13 +229,13 @@ class _Writer:
                 self.read = ids[0][:head], prefix_cache(decoder_of(self.model), ids[0][:head])
             cache = repeated_cache(self.read[1], len(rows))
         tokens = self._forward(inputs, cache, mask, positions)
-        held.fill(places, cache, mask)
+        target.fill(places, cache, mask)
         self._append(rows, tokens)
         return tokens
 
-    def _forward(self, ids: Any, held: Any, mask: Any, positions: Any) -> Any:
+    def _forward(self, ids: Any, cache: Any, mask: Any, positions: Any) -> Any:
         more = {"position_ids": positions, "logits_to_keep": 1}
-        more = {key: more[key] for key in self.takes} | {self.cache: held}
+        more = {key: more[key] for key in self.takes} | {self.cache: cache}
         output = self.model(ids, attention_mask=mask, use_cache=True, **more)
         return self._sound(None, output.logits[:, -1]).argmax(-1)
 

@@ -215,8 +215,8 @@ def _parsed(value: Any) -> Any:
 
 
 def _tool(value: Any) -> dict[str, Any]:
-    held = value if isinstance(value, dict) else {}
-    function = held.get("function", held)
+    mapping = value if isinstance(value, dict) else {}
+    function = mapping.get("function", mapping)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a tool must be {'type': 'function', 'function': {'name': ...}}")
     return {"type": "function", "function": function}
@@ -381,12 +381,12 @@ def tool_calls(text: str) -> list[Any]:
 
 def valid_call(call: Any, tools: Sequence[Mapping[str, Any]]) -> bool:
     """Whether a call names one of the tools, with the arguments its schema asks for."""
-    held = call if isinstance(call, dict) else {}
+    mapping = call if isinstance(call, dict) else {}
     known = {one["function"]["name"]: one["function"] for one in tools}
-    if not isinstance(held.get("name"), str) or held["name"] not in known:
+    if not isinstance(mapping.get("name"), str) or mapping["name"] not in known:
         return False
-    schema = known[held["name"]].get("parameters") or {}
-    given, types = arguments(held), schema.get("properties") or {}
+    schema = known[mapping["name"]].get("parameters") or {}
+    given, types = arguments(mapping), schema.get("properties") or {}
     if given is None or not set(schema.get("required") or ()) <= set(given):
         return False
     return all(name in types and _fits(value, types[name]) for name, value in given.items())
@@ -403,11 +403,11 @@ def arguments(call: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _fits(value: Any, schema: Any) -> bool:
-    held = schema if isinstance(schema, dict) else {}
-    kind = TYPES.get(str(held.get("type")), object)
-    if isinstance(value, bool) and held.get("type") in ("integer", "number"):
+    mapping = schema if isinstance(schema, dict) else {}
+    kind = TYPES.get(str(mapping.get("type")), object)
+    if isinstance(value, bool) and mapping.get("type") in ("integer", "number"):
         return False
-    return isinstance(value, kind) and value in (held.get("enum") or [value])
+    return isinstance(value, kind) and value in (mapping.get("enum") or [value])
 
 
 def same_call(answer: str, right: Mapping[str, Any]) -> bool:

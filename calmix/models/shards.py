@@ -197,18 +197,18 @@ def write_index(folder: Path) -> None:
 def write_model(folder: Path, tensors: Iterable[tuple[str, Tensor]], most: float = MOST) -> None:
     """Write the tensors of a model, one by one, to `model.safetensors`, or to several files of at
     most that many bytes and an index."""
-    parts, held, size = list[Path](), dict[str, Tensor](), 0
+    parts, waiting, size = list[Path](), dict[str, Tensor](), 0
 
     def write() -> None:
         parts.append(folder / f"part-{len(parts)}.safetensors")
-        write_file(parts[-1], held)
-        held.clear()
+        write_file(parts[-1], waiting)
+        waiting.clear()
 
     for name, tensor in tensors:
-        if held and size + tensor.nbytes > most:
+        if waiting and size + tensor.nbytes > most:
             write()
             size = 0
-        held[name] = tensor
+        waiting[name] = tensor
         size += tensor.nbytes
     write()
     for number, part in enumerate(parts, start=1):

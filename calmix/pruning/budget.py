@@ -138,11 +138,11 @@ def plan_for(
         last += max(one.memory(largest.shape[1], 0) for one in (get_method(BITS_METHOD), method))
     begin = max(block + (source.outside_bytes() if rows else 0), last)
 
-    held, free, total = device_memory(device)
+    resident, free, total = device_memory(device)
     swaps = total is None
-    most = held + int(FREE_SHARE * free) if budget is None else budget
-    held += KERNELS if swaps else WORKSPACE
-    room, held = int((1 - SLACK) * most), -(-held // (GIB // 4)) * (GIB // 4)
+    most = resident + int(FREE_SHARE * free) if budget is None else budget
+    resident += KERNELS if swaps else WORKSPACE
+    room, resident = int((1 - SLACK) * most), -(-resident // (GIB // 4)) * (GIB // 4)
     # On a CPU the micro-batch does not depend on the free memory, so that results do not either;
     # what does not fit is swapped.
     swaps = swaps and budget is None
@@ -150,12 +150,12 @@ def plan_for(
     while True:
         tokens = at_once * length
         running = 9 * tokens * (hidden + inner)
-        first = held + begin + running
+        first = resident + begin + running
         wanted = -(-rows // at_once)
         each = max(1, tokens * (3 * hidden + 2 * inner))  # held while paused in a block
         plans: list[tuple[int, Plan]] = []
         for overlap in (True, False):
-            least = held + (1 + overlap + source.merges) * block + max(solver, running)
+            least = resident + (1 + overlap + source.merges) * block + max(solver, running)
             if max(first, least) <= room:
                 # Taking several experts at a time saves restarts of unpaused micro-batches.
                 more = min(EXPERT_BYTES, count * expert, (room - least) // 2)
@@ -175,6 +175,6 @@ def plan_for(
             raise InputError(
                 f"{most / GIB:.2f} GiB of memory cannot hold one block at work: "
                 f"{needed / GIB:.2f} GiB are needed ({block / GIB:.2f} for its "
-                f"weights, {solver / GIB:.2f} for the solver, {held / GIB:.2f} for the program)"
+                f"weights, {solver / GIB:.2f} for the solver, {resident / GIB:.2f} for the program)"
             )
         at_once //= 2

@@ -516,7 +516,7 @@ class Run:
     def _through(self, index: int, inputs: list[SharedInput | Routed]) -> None:
         """Prune one block; replace the states by its outputs if these are needed."""
         device, current, batches = self._device(index), 0, range(len(self._batches))
-        held = len(batches) if self.paused is None else self.paused
+        paused = len(batches) if self.paused is None else self.paused
         work: dict[int, Work] = {}  # at the current input
         owners: list[Any] = [one if isinstance(one, Routed) else one[0] for one in inputs]
 
@@ -545,7 +545,7 @@ class Run:
                                     "the engine cannot prune layers that only some tokens pass "
                                     "through"
                                 )
-                            if batch >= held:
+                            if batch >= paused:
                                 tasks[batch].throw()
                                 tasks[batch] = greenlet(partial(run, batch))
                         work.clear()  # drops the last reference to the statistic

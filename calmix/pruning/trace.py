@@ -194,8 +194,8 @@ class Calls:
 
         def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
             first.append(hidden)
-            held = tuple(kept(str(i), value) for i, value in enumerate(others))
-            batch.calls.append((held, {name: kept(name, value) for name, value in named.items()}))
+            stored = tuple(kept(str(i), value) for i, value in enumerate(others))
+            batch.calls.append((stored, {name: kept(name, value) for name, value in named.items()}))
             return hidden
 
         self._decode(see, ids)

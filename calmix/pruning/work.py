@@ -246,11 +246,11 @@ class States:
 
     def __getitem__(self, number: int) -> Tensor:
         """Return a copy, on the device."""
-        held = self._held[number]
-        if not held.is_meta:
-            return held.clone()
+        state = self._held[number]
+        if not state.is_meta:
+            return state.clone()
         read: Any = torch.from_numpy(np.fromfile(self.folder / str(number), np.uint8))
-        return read.view(held.dtype).view(held.shape).to(self.device)
+        return read.view(state.dtype).view(state.shape).to(self.device)
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
         old = self._held.pop(number, None)

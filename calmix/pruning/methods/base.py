@@ -162,8 +162,8 @@ class Method(BaseModel, ABC):
             columns: width of the input.
             outputs: total rows of the layers that share it.
         """
-        held = 0 if self.needs is None else self.needs.memory(columns)
-        return held + self.work[0] * columns**2 + self.work[1] * columns * outputs
+        statistic = 0 if self.needs is None else self.needs.memory(columns)
+        return statistic + self.work[0] * columns**2 + self.work[1] * columns * outputs
 
     @property
     def options(self) -> dict[str, Any]:
@@ -372,13 +372,13 @@ class Sparse(Method):
 
     def memory(self, columns: int, outputs: int) -> int:
         """Return the larger of the bytes for the mask, the refit and the rounding."""
-        gram, held = Gram.memory(columns), super().memory(columns, outputs)
+        gram, needed = Gram.memory(columns), super().memory(columns, outputs)
         if self.refit:  # scaled Gram matrix, some rows or a factorisation; two sets of weights
             work = 6 * columns**2 + 16 * 4 * columns * min(outputs, OUTPUTS)
-            held = max(held, gram + max(11 * columns**2, work) + 6 * columns * outputs)
+            needed = max(needed, gram + max(11 * columns**2, work) + 6 * columns * outputs)
         if self.bits:
-            held = max(held, gram + 7 * columns**2 + 20 * columns * outputs)
-        return held
+            needed = max(needed, gram + 7 * columns**2 + 20 * columns * outputs)
+        return needed
 
 
 class Saliency(Sparse):

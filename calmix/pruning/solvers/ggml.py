@@ -161,8 +161,8 @@ class Encoded:
 
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether these are the blocks of a matrix of this shape (rows, columns)."""
-        kind, held = TYPES[self.name], (self.data.dtype, *self.data.shape)
-        return held == (torch.uint8, shape[0], shape[-1] // kind.size * kind.bytes)
+        kind, layout = TYPES[self.name], (self.data.dtype, *self.data.shape)
+        return layout == (torch.uint8, shape[0], shape[-1] // kind.size * kind.bytes)
 
     def values(self) -> Tensor:
         """Return the weights, float32 (rows, columns)."""
