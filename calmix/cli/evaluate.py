@@ -329,10 +329,10 @@ def compare(
         if name in files:
             raise InputError(f"two files are called {name}: rename one")
         files[name] = files_of
-    given = None if against is None else load_dense(against)
+    reference = None if against is None else load_dense(against)
     comparisons = [
         Comparison.of(name, pairs, measure)
-        for name, pairs in read_pairs(files, given, note).items()
+        for name, pairs in read_pairs(files, reference, note).items()
     ]
     print_json({one.name: one.to_dict() for one in comparisons})
     for one in comparisons:

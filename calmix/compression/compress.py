@@ -104,10 +104,10 @@ def compress(
         NotKeptError: no candidate meets the floors of `keep_at_least`.
         CalmixError: an error the user can fix, raised before any work or download if possible.
     """
-    given = {"model": model, **options}
-    given = {key: str(one) if isinstance(one, Path) else one for key, one in given.items()}
-    recipe, folder = given.pop("recipe", None), Path(output)
-    request = checked(Compression, given)
+    values = {"model": model, **options}
+    values = {key: str(one) if isinstance(one, Path) else one for key, one in values.items()}
+    recipe, folder = values.pop("recipe", None), Path(output)
+    request = checked(Compression, values)
     if recipe is not None:
         request = with_recipe(request, Path(recipe))
     walked, _ = make(request, folder, shown=shown)

@@ -382,13 +382,13 @@ class Checked(NamedTuple):
 
 def check_options(options: Compression) -> Checked:
     """Check a user's options without the model."""
-    given, saved = options.calibration, saved_set(options.calibration) is not None
+    named, saved = options.calibration, saved_set(options.calibration) is not None
     _check_idle(options, saved)
     mix = MIXES["mix-default" if options.licence is None else "mix-permissive"]
-    text = "self-written" if options.no_corpus else mix_text(mix) if given is None else given
+    text = "self-written" if options.no_corpus else mix_text(mix) if named is None else named
     if options.keep is not None:
         text = mix_text(weighed(text, options.keep))
-    if splits(options) and given is None:
+    if splits(options) and named is None:
         text = _beside("prompts", text)
     draw: dict[str, Any] = {
         "rows": EFFORTS[options.effort].rows,
@@ -447,10 +447,10 @@ def check_options(options: Compression) -> Checked:
 def check_request(options: Compression) -> Request:
     """Check a user's options before any work; fetches the model."""
     text, target, prompts = check_options(options)
-    given, trust = options.calibration, options.trust_remote_code
+    named, trust = options.calibration, options.trust_remote_code
     check_models(options.model, device=options.device, trust_remote_code=trust)
     tokenizer = open_tokenizer(options.model, trust_remote_code=trust)
-    chats = given is None and options.prompts is None and not options.no_corpus and bool(text)
+    chats = named is None and options.prompts is None and not options.no_corpus and bool(text)
     if chats and chat_turns(tokenizer.tokenizer) is not None:
         text = _beside("chat", text)
     if target["product"] == "gguf":

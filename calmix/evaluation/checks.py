@@ -137,8 +137,8 @@ def short_match(answer: str, right: Sequence[str], question: str = "") -> bool:
     first sentence names one (`named`). It may add a unit, unless the question names another."""
     line, asked = first_line(answer), short_text(question).split()
     units = {unit_of(word) for word in asked if len(word) > 2} - {""} or {*UNITS}
-    given = {short_text(one) for one in sentences(line)} - {""}
-    if _same(given, right, {*units, *OPTIONAL}):
+    statements = {short_text(one) for one in sentences(line)} - {""}
+    if _same(statements, right, {*units, *OPTIONAL}):
         return True
     first = min(sentences(line), key=len)
     return any(
@@ -147,13 +147,13 @@ def short_match(answer: str, right: Sequence[str], question: str = "") -> bool:
     )
 
 
-def _same(given: set[str], right: Sequence[str], units: Collection[str] = OPTIONAL) -> bool:
+def _same(stated: set[str], right: Sequence[str], units: Collection[str] = OPTIONAL) -> bool:
     """Whether one of several normalised answers is a right one, or is but for a unit: one of
     `units` that it adds, or an optional one that it leaves out."""
     known = {short_text(one) for one in right}
     bare = {without_unit(one, OPTIONAL) for one in known}
-    return not given.isdisjoint(known | bare) or not known.isdisjoint(
-        without_unit(one, units) for one in given
+    return not stated.isdisjoint(known | bare) or not known.isdisjoint(
+        without_unit(one, units) for one in stated
     )
 
 
@@ -192,13 +192,13 @@ def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
 
 def exact_match(answer: str, right: Sequence[str]) -> bool:
     """Whether the first line of an answer is a right one after normalisation."""
-    given = short_text(first_line(answer))
-    return bool(given) and _same({given}, right)
+    stated = short_text(first_line(answer))
+    return bool(stated) and _same({stated}, right)
 
 
 def own_match(answer: str, right: Sequence[str]) -> bool:
     """`exact_match` in any script: whatever the punctuation and the form of its characters."""
-    given, *known = (
+    stated, *known = (
         "".join(
             char
             for char in unicodedata.normalize("NFKC", raised(text)).translate(MARKS)
@@ -206,7 +206,7 @@ def own_match(answer: str, right: Sequence[str]) -> bool:
         )
         for text in (answer, *right)
     )
-    return exact_match(given, known)
+    return exact_match(stated, known)
 
 
 def same_text(answer: str, right: Sequence[str]) -> bool:
@@ -234,24 +234,24 @@ def same_number(answer: str, right: str) -> bool:
     """Whether the number of an answer is the right one: that of the first sentence with "answer
     is" (behind its last "=", if any), or else the last one."""
     stated = (readings(one[1].rpartition("=")[2])[:1] for one in ANSWER_IS.finditer(answer))
-    given = next(filter(None, stated), None) or readings(answer)[-1:]
-    return any(one.same(other) for one in given for other in readings(right)[:1])
+    numbers = next(filter(None, stated), None) or readings(answer)[-1:]
+    return any(one.same(other) for one in numbers for other in readings(right)[:1])
 
 
 def same_result(answer: str, solution: str) -> bool:
     """Whether an answer has the same result as a solution: its last `\\boxed`, or else what the
     first "answer is" states, or else its last formula or number. A unit may be added or left out,
     but not be another one."""
-    (given, unit), (wanted, other) = (_cleaned(_result(text)) for text in (answer, solution))
+    (result, unit), (wanted, other) = (_cleaned(_result(text)) for text in (answer, solution))
     if unit and other and unit != other:
         return False
     if "=" not in wanted:
-        given = given.rpartition("=")[2].strip()
-    if same_formula(given, wanted):
+        result = result.rpartition("=")[2].strip()
+    if same_formula(result, wanted):
         return True
     one, two = (
         single(f"{text}%" if of == "percent" else text)
-        for text, of in ((given, unit), (wanted, other))
+        for text, of in ((result, unit), (wanted, other))
     )
     return one is not None and two is not None and one.same(two)
 
@@ -297,12 +297,12 @@ def _result(text: str) -> str:
     return ""
 
 
-def same_formula(given: str, wanted: str) -> bool:
+def same_formula(stated: str, wanted: str) -> bool:
     """Whether two formulas have the same normal form; if there is none, whether they are equal."""
     try:
-        return bool(given) and _normal(given) == _normal(wanted)
+        return bool(stated) and _normal(stated) == _normal(wanted)
     except (ValueError, IndexError):
-        return given == wanted
+        return stated == wanted
 
 
 def _normal(text: str) -> str:
@@ -377,8 +377,8 @@ def _plain(text: str) -> str:
 
 
 def _copied(text: str, value: str) -> bool:
-    given, wanted = (re.sub(r"\s+|(?<=,)(?=\S)", " ", _plain(one)) for one in (text, value))
-    return given.lower() == wanted.lower()
+    stated, wanted = (re.sub(r"\s+|(?<=,)(?=\S)", " ", _plain(one)) for one in (text, value))
+    return stated.lower() == wanted.lower()
 
 
 def _items(text: str, comma: bool = False) -> list[str]:
@@ -392,13 +392,13 @@ def _items(text: str, comma: bool = False) -> list[str]:
 def _json(text: str, value: str) -> bool:
     match = re.search(r"\{.*\}", text, re.DOTALL)
     try:
-        given, wanted = (
+        stated, wanted = (
             json.dumps(json.loads(one), sort_keys=True).lower()
             for one in (match[0] if match else "", value)
         )
     except (ValueError, RecursionError):
         return False
-    return given == wanted
+    return stated == wanted
 
 
 def _any(text: str, value: str) -> bool:

@@ -183,24 +183,24 @@ def compared_by(comparisons: Sequence[Comparison], measure: Measure | None) -> s
 
 def read_pairs(
     files: Mapping[str, Sequence[Path]],
-    given: CapabilityScores | None,
+    against: CapabilityScores | None,
     note: Callable[[str], None],
 ) -> dict[str, list[Pair]]:
     """Read the scores of the dense and the smaller models in the files of each name.
 
-    A file's dense scores are those `given`, else its own, else those of the first file. Only suites
+    A file's dense scores are those `against`, else its own, else those of the first file. Only suites
     that all names have remain; `note` receives what is left out, and where dense scores differ.
 
     Raises:
         InputError: a file lacks dense scores or is about another dense model, or no suite is
             common to all.
     """
-    first, pairs = given, dict[str, list[Pair]]()
+    first, pairs = against, dict[str, list[Pair]]()
     for name, paths in files.items():
         pairs[name] = []
         for path in paths:
             own, small = load_pair(path)
-            if (dense := given or own or first) is None:
+            if (dense := against or own or first) is None:
                 raise InputError(
                     f"{path} was scored without a dense model: name its file with --against"
                 )

@@ -282,21 +282,21 @@ def properties(
     """Return what is expected of an answer (keys of `FAULTS`), and whether it is so. `dense` is the
     dense model's answer, by default the answer itself."""
     model = answer if dense is None else dense
-    given, known, looping = body(answer), body(model), loops(answer)
-    traits = {"text": bool(given.strip()), "end": ended or looping, "progress": not looping}
+    text, known, looping = body(answer), body(model), loops(answer)
+    traits = {"text": bool(text.strip()), "end": ended or looping, "progress": not looping}
     if prompt.thinking or THOUGHT in model:
         traits["thought"] = THOUGHT in answer
     if not traits["text"]:  # counted once, as empty
         return traits
     spoken = language(known) or language(prompt.question)
     if spoken:
-        traits["language"] = language(given) in ("", spoken)
+        traits["language"] = language(text) in ("", spoken)
     if re.search(r"\bjson\b", prompt.question, re.IGNORECASE) or is_json(known):
-        traits["json"] = is_json(given)
-    blocks = PYTHON.findall(given)
+        traits["json"] = is_json(text)
+    blocks = PYTHON.findall(text)
     if blocks or PYTHON.search(known):
         traits["code"] = bool(blocks) and all(map(_parses, blocks))
-    calls = tool_calls(given) if prompt.tools else []
+    calls = tool_calls(text) if prompt.tools else []
     if calls or (prompt.tools and tool_calls(known)):
         traits["tool call"] = bool(calls) and all(valid_call(one, prompt.tools) for one in calls)
     return traits
@@ -386,10 +386,10 @@ def valid_call(call: Any, tools: Sequence[Mapping[str, Any]]) -> bool:
     if not isinstance(mapping.get("name"), str) or mapping["name"] not in known:
         return False
     schema = known[mapping["name"]].get("parameters") or {}
-    given, types = arguments(mapping), schema.get("properties") or {}
-    if given is None or not set(schema.get("required") or ()) <= set(given):
+    values, types = arguments(mapping), schema.get("properties") or {}
+    if values is None or not set(schema.get("required") or ()) <= set(values):
         return False
-    return all(name in types and _fits(value, types[name]) for name, value in given.items())
+    return all(name in types and _fits(value, types[name]) for name, value in values.items())
 
 
 def arguments(call: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -416,8 +416,8 @@ def same_call(answer: str, right: Mapping[str, Any]) -> bool:
     calls = [one for one in tool_calls(body(answer)) if isinstance(one, dict)]
     if len(calls) != 1 or calls[0].get("name") != right["name"]:
         return False
-    given, wanted = arguments(calls[0]) or {}, arguments(right) or {}
-    return all(_same_value(given.get(name), value) for name, value in wanted.items())
+    values, wanted = arguments(calls[0]) or {}, arguments(right) or {}
+    return all(_same_value(values.get(name), value) for name, value in wanted.items())
 
 
 def _same_value(one: Any, other: Any) -> bool:

@@ -109,8 +109,8 @@ class TaskSpec(BaseModel):
             return values
         kind = str(values.get("kind"))
         standing = STANDING if kind == "choices" else {}
-        if given := sorted(standing.keys() & values.keys()):
-            raise ValueError(f"'{given[0]}' has no effect on choices in a file")
+        if fixed := sorted(standing.keys() & values.keys()):
+            raise ValueError(f"'{fixed[0]}' has no effect on choices in a file")
         metric = TAKES[kind][0][0] if kind in TAKES else "as_asked"
         return {"metric": metric, **standing, **values}
 
@@ -120,11 +120,11 @@ class TaskSpec(BaseModel):
         if len(sources) != 1:
             raise ValueError("a task needs one of 'archive', 'asked' and 'file'")
         metrics, scores, needs = TAKES[self._what]
-        given = {key for key in KEYS if getattr(self, key) is not None}
+        present = {key for key in KEYS if getattr(self, key) is not None}
         shots = {"shots"} if self._what in ("answers", "numbers") else set()
-        if lacks := sorted(needs - given):
+        if lacks := sorted(needs - present):
             raise ValueError(f"a task with '{sources[0]}' needs '{lacks[0]}'")
-        if extra := sorted(given - needs - shots):
+        if extra := sorted(present - needs - shots):
             raise ValueError(f"'{extra[0]}' has no effect on such a task")
         if self.metric not in metrics:
             raise ValueError(f"'metric' of such a task is {' or '.join(metrics)}")

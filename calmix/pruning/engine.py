@@ -724,8 +724,10 @@ class Run:
             square = statistic.ndim == 2 and statistic.shape[0] == statistic.shape[1]
             inputs = [statistic.diagonal() if square else statistic]
         _check_finite(layers, "its weights are not finite", inputs)
-        weights, given = [layer.view() for layer in layers], self.pattern
-        patterns = [given[one.name] if isinstance(given, Mapping) else given for one in layers]
+        weights, pattern = [layer.view() for layer in layers], self.pattern
+        patterns = [
+            pattern[one.name] if isinstance(pattern, Mapping) else pattern for one in layers
+        ]
         # Solvers allow rounding explicitly; all else is float32, whatever the caller has set.
         errors: list[float | None] = [None] * len(layers)
         judged, corrected = errors, [True] * len(layers)

@@ -44,9 +44,9 @@ Add = Callable[[int, Tensor], None]  # expert and its inputs
 Given = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments of a mixture
 
 
-def given_tensors(given: Given) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def given_tensors(call: Given) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return the hidden states, the tensor of each token's experts (or None), and all tensors."""
-    args, kwargs = given
+    args, kwargs = call
     tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
     whole = (torch.int64, torch.int32, torch.int16)
     index = next((one for one in tensors if one.ndim > 1 and one.dtype in whole), None)
@@ -149,8 +149,8 @@ class Routed:
             groups.setdefault((expert, *where, inputs.shape, inputs.stride()), []).append(key)
             return True
 
-        given = args, kwargs
-        result = self._watched(given, seen)
+        call = args, kwargs
+        result = self._watched(call, seen)
         done: set[str] = set()
         for keys in groups.values():
             if done.isdisjoint(keys) and len(set(keys)) == len(keys):
@@ -163,7 +163,7 @@ class Routed:
                 f"the input of {min(missing)} of the experts in {self.name} cannot be traced: the "
                 "engine cannot prune them"
             )
-        hidden, index, tensors = given_tensors(given)
+        hidden, index, tensors = given_tensors(call)
         self.kind = "stacked" if len(tensors) == 1 else "shared" if index is None else "indexed"
         tokens = hidden.numel() // hidden.shape[-1]
         tokens //= self.mixture.count if self.kind == "stacked" else 1
@@ -176,16 +176,16 @@ class Routed:
             if experts and self.kind != "shared":
                 inputs: dict[int, Tensor] = {}
                 every = torch.arange(tokens, device=hidden.device)
-                self.everything(step, experts, every, given, inputs.__setitem__)
+                self.everything(step, experts, every, call, inputs.__setitem__)
                 step.common = len(inputs) < 2 or torch.equal(*inputs.values())
         return result
 
-    def _watched(self, given: Given, seen: Seen) -> Any:
+    def _watched(self, call: Given, seen: Seen) -> Any:
         """Run the module and call `seen` for every product with its experts' weights.
 
         A product is computed if `seen` returns True. A product of all experts has the expert None.
         """
-        args, kwargs = given
+        args, kwargs = call
         config: Any = getattr(self.module, "config", None)
         before = getattr(config, "_experts_implementation", None)
         if before is not None:
@@ -197,7 +197,7 @@ class Routed:
             if before is not None:
                 config._experts_implementation = before
 
-    def collect(self, step: Step, experts: Collection[int], given: Given, add: Add) -> None:
+    def collect(self, step: Step, experts: Collection[int], call: Given, add: Add) -> None:
         """Run the module up to a step's inputs and call `add` with those of some experts."""
         earlier = {key for one in self.steps[: self.steps.index(step)] for key in one.keys}
 
@@ -210,13 +210,13 @@ class Routed:
                 add(expert, inputs)
             return key in earlier and (expert is None or expert in experts)
 
-        self._watched(given, seen)
+        self._watched(call, seen)
 
     def everything(
-        self, step: Step, experts: Sequence[int], tokens: Tensor, given: Given, add: Add
+        self, step: Step, experts: Sequence[int], tokens: Tensor, call: Given, add: Add
     ) -> None:
         """Do the same as if the tokens at the given positions were routed to all these experts."""
-        (hidden, index, tensors), count = given_tensors(given), self.mixture.count
+        (hidden, index, tensors), count = given_tensors(call), self.mixture.count
         flat = hidden.reshape(-1, hidden.shape[-1])
         if index is None:
             apart = flat.view(count, -1, flat.shape[-1])
@@ -231,8 +231,8 @@ class Routed:
             new = dict.fromkeys(map(id, tensors), hidden.new_ones(numbers.shape))  # gates
             flat = flat[tokens]
             new |= {id(hidden): flat[None] if hidden.ndim == 3 else flat, id(index): numbers}
-        args = tuple(new.get(id(value), value) for value in given[0])
-        kwargs = {key: new.get(id(value), value) for key, value in given[1].items()}
+        args = tuple(new.get(id(value), value) for value in call[0])
+        kwargs = {key: new.get(id(value), value) for key, value in call[1].items()}
         self.collect(step, experts, (args, kwargs), add)
 
     def counts(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -110,7 +110,7 @@ class Calls:
         self._rest: tuple[Any, ...] | None = None  # what a block returns after its hidden states
         self._hands = False
         handed: list[Tensor] = []
-        given: list[Tensor] = []
+        returned: list[Tensor] = []
         run_first = self._blocks.blocks[0].forward
 
         def see(index: int, hidden: Tensor, others: list[Any], named: dict[str, Any]) -> Tensor:
@@ -124,22 +124,22 @@ class Calls:
                 self._rest = rest
             values = [*others, *named.values()]
             self._hands |= index > 0 and any(map(self._handed, values))
-            given.append(hidden + 1)
-            return given[-1]
+            returned.append(hidden + 1)
+            return returned[-1]
 
         reason = ""
         try:
             self._decode(see, ids)
         except (ValueError, TypeError, RuntimeError, AttributeError, LookupError) as error:
             reason = first_line(error)
-        if reason and not given:  # failed before it reached a block
+        if reason and not returned:  # failed before it reached a block
             first = next(self._blocks.blocks[0].parameters())
             raise ModelError(
                 f"{type(self._decoder).__name__} does not run on token ids in "
                 f"{str(first.dtype)[6:]}: {reason}"
             )
         straight = not reason and len(handed) == len(self._blocks)
-        if not straight or not all(map(torch.equal, given, handed[1:])):
+        if not straight or not all(map(torch.equal, returned, handed[1:])):
             raise ModelError(
                 f"the blocks in {self._blocks.name} do not pass hidden states straight from one "
                 f"to the next{reason and f' ({reason})'}: the engine cannot prune this "
@@ -151,8 +151,8 @@ class Calls:
         block's index, hidden states and other arguments, and returns hidden states."""
 
         def stub(index: int, /, *args: Any, **kwargs: Any) -> Any:
-            given, *others = args or (kwargs.pop("hidden_states"),)
-            hidden = see(index, given, others, kwargs)
+            entering, *others = args or (kwargs.pop("hidden_states"),)
+            hidden = see(index, entering, others, kwargs)
             return hidden if self._rest is None else (hidden, *self._rest)
 
         with ExitStack() as stack:
@@ -208,17 +208,17 @@ class Calls:
 
     def behind(self, hidden: Tensor, rows: int, length: int) -> Tensor | None:
         """Return the output head's inputs for the last block's outputs; None if not called."""
-        given: list[Tensor] = []
+        inputs: list[Tensor] = []
 
         def stop(seen: Tensor, *_: Any, **__: Any) -> None:
-            given.append(seen)
+            inputs.append(seen)
             raise StopIteration  # the rest need not run
 
         ids = torch.zeros(rows, length, dtype=torch.int64, device=hidden.device)
         head = self._model.get_output_embeddings()
         with suppress(StopIteration), patch.object(head, "forward", stop):
             self._decode(lambda *_: hidden, ids, self._model)
-        return given[0] if given else None
+        return inputs[0] if inputs else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits of the last block's outputs, (rows, positions, width)."""

@@ -408,9 +408,9 @@ class Saliency(Sparse):
         for weight, kept, pattern in zip(weights, masked, patterns, strict=True):
             cached = self.by_row and weight.device.type == "cpu"
             rows = max(1, CACHED // weight.shape[1]) if cached else len(weight)
-            for given, pruned in zip(weight.split(rows), kept.split(rows), strict=True):
-                mask = pattern.mask(self.score(given, statistic), by_row=self.by_row)
-                clear(pruned.copy_(given), mask)
+            for part, pruned in zip(weight.split(rows), kept.split(rows), strict=True):
+                mask = pattern.mask(self.score(part, statistic), by_row=self.by_row)
+                clear(pruned.copy_(part), mask)
         dead = 0 if statistic is None else int((statistic == 0).sum())
         return Solution(masked, self.counts(weights, patterns), dead=dead)
 
