@@ -252,9 +252,9 @@ def rescore(
     """Recompute scores and retention of a file by another measure, without the model."""
     dense, scores = load_pair(file)
     dense = dense if against is None else load_dense(against)
-    kept = _kept(scores, dense, measure)
+    retained = _kept(scores, dense, measure)
     print_json(
-        kept.to_dict()
+        retained.to_dict()
         if dense is not None
         else [
             {
@@ -268,7 +268,7 @@ def rescore(
                 "signal": task.signal,
                 "accuracy": task.dense_accuracy,
             }
-            for task in kept.tasks
+            for task in retained.tasks
         ]
     )
     _print(scores, dense, measure)

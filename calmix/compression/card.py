@@ -326,8 +326,8 @@ class Card:
         if self.kept is None:
             return {"abilities": abilities, "dimensions": [], "tasks": []}
         dimensions = [
-            {"dimension": name, "#likelihood kept %": words.with_span(kept), **self.apart(name)}
-            for name, kept in self.kept.estimates.items()
+            {"dimension": name, "#likelihood kept %": words.with_span(estimate), **self.apart(name)}
+            for name, estimate in self.kept.estimates.items()
         ]
         tasks = [
             {

@@ -93,13 +93,13 @@ class Walk:
     @property
     def bits(self) -> float | None:
         """Bits of the smallest candidate that passes; None if none does."""
-        return min((bits for bits, kept in self.kept.items() if kept), default=None)
+        return min((bits for bits, passed in self.kept.items() if passed), default=None)
 
     @property
     def left(self) -> tuple[float, ...]:
         """Bits of the candidates that may still be built."""
-        fewest = min((bits for bits, kept in self.kept.items() if kept), default=math.inf)
-        failed = max((bits for bits, kept in self.kept.items() if not kept), default=-math.inf)
+        fewest = min((bits for bits, passed in self.kept.items() if passed), default=math.inf)
+        failed = max((bits for bits, passed in self.kept.items() if not passed), default=-math.inf)
         return tuple(bits for bits in self.rates if failed < bits < fewest)
 
     @property
@@ -116,12 +116,12 @@ class Walk:
     def rows(self) -> list[dict[str, Any]]:
         """Return one record per candidate: what it keeps of each ability, and what is proven."""
         return [
-            {"bits": f"{bits:g}", "kept": "yes" if kept else "no"}
+            {"bits": f"{bits:g}", "kept": "yes" if passed else "no"}
             | {
                 one["ability"]: f"{100 * one['kept']:.1f} ({floors.proven(one['bound'])})"
                 for one in _weakest(rung)
             }
-            for rung, (bits, kept) in zip(self.rungs, self.kept.items(), strict=True)
+            for rung, (bits, passed) in zip(self.rungs, self.kept.items(), strict=True)
         ]
 
     def why(self) -> str:

@@ -582,14 +582,14 @@ def _chunks(
     whole, masked = math.prod(place.shape), entry["mask"] is True
 
     def joined(parts: list[bytes], count: int) -> bytes:
-        kept = count
+        nonzero = count
         if masked:
             bits = np.unpackbits(_expanded(parts[0], -(-count // 8)), count=count).view(bool)
             where = np.flatnonzero(bits)  # indices are ten times faster to fill than a mask
-            kept = len(where)
-        planes = np.empty((kept, width), np.uint8)
+            nonzero = len(where)
+        planes = np.empty((nonzero, width), np.uint8)
         for at, part in enumerate(parts[masked:]):
-            planes[:, width - 1 - at] = _expanded(part, kept)
+            planes[:, width - 1 - at] = _expanded(part, nonzero)
         values = planes.view(f"<u{width}")[:, 0]
         if place.dtype.is_floating_point:
             values = (values >> 1) | (values << (8 * width - 1))

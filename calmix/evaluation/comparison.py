@@ -52,8 +52,8 @@ class Comparison:
     def of(cls, name: str, pairs: Sequence[Pair], measure: Measure | None = None) -> Comparison:
         """Compare two models' scores; by default by the primary measure of `retention`."""
         dense, small = max(pairs, key=lambda pair: any(task.written for task in pair[0].tasks))
-        kept = small.retention(dense, measure)
-        return cls(name, pairs, behaviour(*pairs), kept, likelihood(*pairs[0]))
+        retained = small.retention(dense, measure)
+        return cls(name, pairs, behaviour(*pairs), retained, likelihood(*pairs[0]))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the figures as JSON-serialisable values."""
@@ -234,12 +234,12 @@ def _in_common(
         for _, small in pairs:
             if small.suite["hash"] not in shared:
                 note(f"left out: suite {small.suite['name']} of {name}, which others lack")
-    kept = {
+    common = {
         name: [pair for pair in pairs if pair[1].suite["hash"] in shared]
         for name, pairs in pairs_of.items()
     }
     for name in others:
-        for (one, _), (other, _) in zip(kept[head], kept[name], strict=True):
+        for (one, _), (other, _) in zip(common[head], common[name], strict=True):
             check_paired(one.tasks, other.tasks)
             tasks = zip(one.tasks, other.tasks, strict=True)
             if differ := sum(sum(map(ne, left.values, right.values)) for left, right in tasks):
@@ -247,4 +247,4 @@ def _in_common(
                     f"the dense model's own results in {head} and {name} differ in {differ} items "
                     "(rounding): each model is compared with those in its file"
                 )
-    return kept
+    return common

@@ -70,10 +70,10 @@ def reference(
     and written to the cache: leave it off for a model changed in memory.
     """
     hidden = None
-    kept = opened.cached("reference", texts_hash(texts), VERSION).with_suffix(".safetensors")
+    cached = opened.cached("reference", texts_hash(texts), VERSION).with_suffix(".safetensors")
     if cache:
         with contextlib.suppress(OSError, SafetensorError):  # missing or damaged
-            hidden = load(kept.read_bytes())
+            hidden = load(cached.read_bytes())
     if hidden is None:
         decoder, _ = likelihood.decoder_and_head(opened.model)
         hidden = {
@@ -87,7 +87,7 @@ def reference(
         }
         if cache:
             with contextlib.suppress(DiskError):  # full or read-only
-                write_bytes(kept, save(hidden))
+                write_bytes(cached, save(hidden))
     about = opened.fingerprint, opened.tokenizer_fingerprint, dtype_name(opened.model.dtype)
     return Reference(*about, head_hash(opened.model), texts, hidden)
 
@@ -154,8 +154,8 @@ def distance(
     for name, ids in reference.texts.items():
         divergence, agree = [], []
         for rows, states in likelihood.hidden_states(decoder, ids):
-            kept = reference.hidden[name][rows].to(states.device)
-            both = (kept.flatten(0, 1), states[:, -kept.shape[1] :].flatten(0, 1))
+            dense_states = reference.hidden[name][rows].to(states.device)
+            both = (dense_states.flatten(0, 1), states[:, -dense_states.shape[1] :].flatten(0, 1))
             for first, second in logit_pairs((before, after), both):
                 agree.append(first.argmax(-1) == second.argmax(-1))
                 divergence.append(likelihood.divergences(first, second))

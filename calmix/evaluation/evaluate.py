@@ -82,7 +82,7 @@ def choose(
         raise InputError("--whole has no effect without --quick: leave it out")
     if limit is not None and limit < 1:
         raise InputError(f"the limit must be at least 1 item per task, not {limit}")
-    kept: dict[str, dict[str, TaskSpec]] = {}
+    chosen: dict[str, dict[str, TaskSpec]] = {}
     for dimension, specs in full.dimensions.items():
         sliced = quick and dimension not in whole
         for name, task in specs.items():
@@ -93,10 +93,10 @@ def choose(
                     "limit": most if limit is None else min(limit, most or limit),
                     "quick": None if sliced else task.quick,
                 }
-                kept.setdefault(dimension, {})[name] = task.model_copy(update=values)
-    if not kept:
+                chosen.setdefault(dimension, {})[name] = task.model_copy(update=values)
+    if not chosen:
         raise InputError(f"no task of suite {full.name} is left: select others, or exclude fewer")
-    return full.model_copy(update={"dimensions": kept})
+    return full.model_copy(update={"dimensions": chosen})
 
 
 def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite, list[str]]:
@@ -193,16 +193,16 @@ def _scored(
         form = "chat template" if model.chat else "worked examples"
     else:
         form = how_asked(model.tokenizer, chosen)
-    kept = None
+    cached = None
     if cache and floors and right is None and isinstance(model, OpenModel):
         # Items of a user's rows are named after their file.
         stems = sorted((name, Path(t.file).stem) for name, t in chosen.tasks.items() if t.file)
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS, *stems
         about += ("rearranged",) * rearranged
-        kept = model.cached("scores", *about).with_suffix(".json")
+        cached = model.cached("scores", *about).with_suffix(".json")
         with suppress(InputError):  # missing or damaged
             return replace(
-                load_scores(kept),
+                load_scores(cached),
                 model=model.name,
                 suite=describe(chosen),
                 not_run=tuple(skipped),
@@ -281,9 +281,9 @@ def _scored(
         form=form,
         right_only=right is not None,
     )
-    if kept is not None:
+    if cached is not None:
         with suppress(DiskError):  # a cache that is full or read-only costs no result
-            scores.save(kept)
+            scores.save(cached)
     return scores
 
 

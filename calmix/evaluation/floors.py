@@ -112,14 +112,14 @@ class Verdict:
         """Summarise the verdict: abilities proven or missed, then those left out."""
         sure = f"{100 * self.confidence:g} % confidence"
         if self.passed:
-            kept = ", ".join(
+            proofs = ", ".join(
                 f"{one.ability} {100 * one.floor:g} % ({one.counts})" for one in self.tested
             )
             others = "another sample of calibration text may keep more or less"
             if self.draws > 1:
                 others = f"the models of all {self.draws} samples of calibration text keep it"
             lines = [
-                f"Kept at {sure}, at least: {kept}. This holds for items like these and for "
+                f"Kept at {sure}, at least: {proofs}. This holds for items like these and for "
                 f"this checkpoint; {others}."
             ]
         else:
@@ -194,12 +194,12 @@ def proven(bound: float) -> str:
     return f"{math.floor(1000 * bound + 1e-9) / 10:.1f}"
 
 
-def lower_bound(kept: int, of: int, confidence: float = CONFIDENCE) -> float:
+def lower_bound(retained: int, of: int, confidence: float = CONFIDENCE) -> float:
     """Return the exact one-sided lower bound of a proportion (Clopper and Pearson 1934). With all
     kept, it is the highest floor that so many right answers prove."""
     from scipy.special import betaincinv
 
-    return float(betaincinv(kept, of - kept + 1, 1 - confidence)) if kept else 0.0
+    return float(betaincinv(retained, of - retained + 1, 1 - confidence)) if retained else 0.0
 
 
 def random_weights(counts: tuple[float, ...]) -> Array:
@@ -217,7 +217,7 @@ def lower_mean(
 ) -> Array:
     """Return a one-sided lower bound of the mean retention of tasks, shape (models,).
 
-    Each task has its `kept` and `whole`, of shape (models, items), and may have `counts` of equal
+    Each task has its `retained` and `whole`, of shape (models, items), and may have `counts` of equal
     items, of shape (items,). The bound is a quantile over random weights of the items and of one
     more, in the task where it does most harm; `lost` is what it loses there, of shape (models,) by
     task, of the mean of the items that either model has. It is Gaffke's bound of a mean (2005),
@@ -229,18 +229,18 @@ def lower_mean(
     sums = [whole @ many for (_, whole), many in zip(tasks, counts, strict=True)]
     harm = [most / of for of, most in zip(sums, lost, strict=True)]
     ratios = []
-    for at, ((kept, whole), many) in enumerate(zip(tasks, counts, strict=True)):
+    for at, ((retained, whole), many) in enumerate(zip(tasks, counts, strict=True)):
         more = weights[:, :1] * (np.argmax(harm, 0) == at)
-        mean = sums[at] / np.maximum(1, ((kept != 0) | (whole != 0)) @ many)
+        mean = sums[at] / np.maximum(1, ((retained != 0) | (whole != 0)) @ many)
         of = parted[at] @ whole.T + more * mean
-        left = parted[at] @ kept.T + more * (mean - lost[at])
+        left = parted[at] @ retained.T + more * (mean - lost[at])
         ratios.append(np.divide(left, of, out=np.full_like(of, np.nan), where=of > 0))
     return np.nanquantile(np.mean(ratios, 0), 1 - confidence, axis=0)
 
 
-def most_lost(kept: Array, whole: Array, times: float = 1.0) -> Array:
+def most_lost(retained: Array, whole: Array, times: float = 1.0) -> Array:
     """Return what one more item may lose by likelihood, shape (models,)."""
-    return np.maximum(times * whole.mean(1), (whole - kept).max(1))
+    return np.maximum(times * whole.mean(1), (whole - retained).max(1))
 
 
 def judge(
@@ -324,8 +324,8 @@ def _judged(
         most = [most_lost(*row, each) for row in rows]
     else:
         pooled = np.hstack([np.stack([one.kept, one.whole]) for one in scored])
-        (kept, whole), equal = np.unique(pooled, axis=1, return_counts=True)
-        rows, many, most = [(kept[None], whole[None])], [equal.astype(float)], [np.ones(1)]
+        (retained, whole), equal = np.unique(pooled, axis=1, return_counts=True)
+        rows, many, most = [(retained[None], whole[None])], [equal.astype(float)], [np.ones(1)]
         count = behaviour.counted(ability, pairs, gains or measure == ACCURACY)
         assert count is not None  # of items with signal
         items, changed = count.dense, {"lost": count.lost, "gained": count.gained}
@@ -334,9 +334,11 @@ def _judged(
     if best < 0.01 and measure != LIKELIHOOD:
         return None
     low = best
-    if any((kept < whole).any() for kept, whole in rows):
+    if any((retained < whole).any() for retained, whole in rows):
         low = min(best, float(lower_mean(rows, most, confidence, many)[0]))
-    shares = [(kept @ of / (whole @ of))[0] for (kept, whole), of in zip(rows, many, strict=True)]
+    shares = [
+        (retained @ of / (whole @ of))[0] for (retained, whole), of in zip(rows, many, strict=True)
+    ]
     return Tested(
         ability,
         measure,

@@ -192,11 +192,11 @@ class _Writer:
                 due = [*(batch[n] for n in active), *waiting]
                 width = self._width(due)
                 if not len(batch) <= width < WIDER * len(batch):
-                    kept = torch.tensor(active, dtype=torch.int64, device=self.device)
-                    cache.hold(width, max(row.needs for row in due), kept)
+                    remaining = torch.tensor(active, dtype=torch.int64, device=self.device)
+                    cache.hold(width, max(row.needs for row in due), remaining)
                     free = list(range(len(active), width))
                     batch = [*(batch[n] for n in active), *(idle for _ in free)]
-                    tokens = torch.cat([tokens[kept], tokens.new_zeros(len(free))])
+                    tokens = torch.cat([tokens[remaining], tokens.new_zeros(len(free))])
                 if waiting:
                     _, some = next(itertools.groupby(waiting[: len(free)], key=Prompt.begins))
                     joined = list(some)

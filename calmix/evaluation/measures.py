@@ -204,7 +204,7 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
 
 
 def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -> Parts:
-    """Return the terms of retention, `kept` and `whole`, for each item."""
+    """Return the terms of retention, `retained` and `whole`, for each item."""
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
     anchored = measure not in ("right", "ratio") and (measure != "accuracy" or score not in BITS)
@@ -219,8 +219,8 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
     if score == "kept":
         return Parts(score, before * after, before, *shown)
     if floor is None:
-        kept, whole = (before, after) if score in BITS else (after, before)
-        return Parts(score, kept, whole, *shown)
+        retained, whole = (before, after) if score in BITS else (after, before)
+        return Parts(score, retained, whole, *shown)
     if score == "smoothed":
         # Bits under an even mixture of the model and the baseline code.
         before, after = (1.0 - np.logaddexp2(-bits, -floor) for bits in (before, after))

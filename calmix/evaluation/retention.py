@@ -238,8 +238,8 @@ def resampled(task: str, scored: Parts, *, resamples: int, seed: int) -> Array:
     """Return one task's retention, then that of each resample, shape (1 + resamples,); nan where
     the sum of `whole` is not positive."""
     weights = item_weights(task, len(scored.kept), resamples=resamples, seed=seed)
-    kept, whole = weights @ scored.kept, weights @ scored.whole
-    ratios = np.divide(kept, whole, out=np.full(resamples, np.nan), where=whole > 0)
+    retained, whole = weights @ scored.kept, weights @ scored.whole
+    ratios = np.divide(retained, whole, out=np.full(resamples, np.nan), where=whole > 0)
     return np.append(scored.retention, ratios)
 
 

@@ -316,8 +316,8 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
             groups += [(range(a, b), most) for a, b, most in split(low, high, prefix)]
     runs = list[Run]()
     for members, most in groups + [(loose, 0)] * bool(loose):
-        kept = [0, *(shared[b] - most if b == a + 1 else 0 for a, b in pairwise(members))]
-        rows = trees([ordered[at] for at in members], kept, most, row_tokens)
+        starts = [0, *(shared[b] - most if b == a + 1 else 0 for a, b in pairwise(members))]
+        rows = trees([ordered[at] for at in members], starts, most, row_tokens)
         runs.append((ordered[members[0]][0][:most], fill_rows(rows, row_tokens)))
     return runs
 
@@ -330,13 +330,13 @@ def trees(
     `shared` is how many tokens after the prefix each sequence shares with the previous one.
     """
     rows, path = list[Row](), list[int]()
-    for (ids, start, owner), kept in zip(members, shared, strict=True):
+    for (ids, start, owner), common in zip(members, shared, strict=True):
         ids = ids[prefix:]
-        if kept < MIN_SHARED or len(rows[-1]) + len(ids) - 1 - kept > row_tokens:
+        if common < MIN_SHARED or len(rows[-1]) + len(ids) - 1 - common > row_tokens:
             rows.append(Row())
-            path, kept = [], 0
-        tree, path = rows[-1], path[:kept]
-        for token in ids[kept:-1]:
+            path, common = [], 0
+        tree, path = rows[-1], path[:common]
+        for token in ids[common:-1]:
             tree.ids.append(token)
             tree.parent.append(path[-1] if path else -1)
             path.append(len(tree) - 1)

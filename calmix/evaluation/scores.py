@@ -134,7 +134,7 @@ class CapabilityScores(Shown):
         )
 
     def _rows(self) -> list[dict[str, Any]]:
-        kept = self.retention(self, "primary", resamples=1)
+        retained = self.retention(self, "primary", resamples=1)
         return [
             {
                 "dimension": one.dimension,
@@ -144,7 +144,7 @@ class CapabilityScores(Shown):
                 "score": one.dense,
                 "accuracy %": percent(one.dense_accuracy),
             }
-            for one in kept.tasks
+            for one in retained.tasks
         ]
 
     def save(self, path: Path | str) -> None:

@@ -145,8 +145,8 @@ class LossPass(Run):
 
     def __init__(self, model: nn.Module, blocks: DecoderBlocks) -> None:
         outer = outer_layers(model)
-        kept = {n: Blocks("Q8_0") for n, weight in outer.items() if types_for(weight.shape[1])}
-        super().__init__(model, blocks, Look(), kept)
+        outside = {n: Blocks("Q8_0") for n, weight in outer.items() if types_for(weight.shape[1])}
+        super().__init__(model, blocks, Look(), outside)
         self.seen = self._measure
         self.losses: dict[str, dict[str, float]] = {}
 

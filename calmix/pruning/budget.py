@@ -161,9 +161,11 @@ def plan_for(
                 more = min(EXPERT_BYTES, count * expert, (room - least) // 2)
                 paused = min(wanted, (room - least - more) // each)
                 needed = max(first, least + more + paused * each)
-                kept = min(states, room - needed)
+                in_memory = min(states, room - needed)
                 limit = None if paused == wanted else paused
-                plan = Plan(tokens, limit, overlap, needed + kept, max(more, expert), kept)
+                plan = Plan(
+                    tokens, limit, overlap, needed + in_memory, max(more, expert), in_memory
+                )
                 plans.append((paused, plan))
         if plans:
             return max(plans, key=lambda one: one[0])[1]

@@ -141,8 +141,8 @@ def chosen_experts(config: Any, scores: dict[str, list[float]], share: float) ->
     for name, each in scores.items():
         grouped = np.array(each).reshape(-1, size)
         best = np.sort(np.argsort(-grouped, axis=1, kind="stable")[:, :left])
-        kept = best + size * np.arange(len(best))[:, None]
-        dropped.append(Dropped(name, each, kept.ravel().tolist()))
+        retained = best + size * np.arange(len(best))[:, None]
+        dropped.append(Dropped(name, each, retained.ravel().tolist()))
     return dropped
 
 
@@ -162,8 +162,8 @@ def cut(
             per_expert = routes or name.startswith(f"{mixture.name}.")
             axis = int(routes and value.shape[:1] == (1,))  # ERNIE's bias has groups first
             if per_expert and value.shape[axis : axis + 1] == (mixture.count,):
-                kept = torch.tensor(dropped[mixture.name].kept, device=value.device)
-                shortened[name] = value.index_select(axis, kept)
+                retained = torch.tensor(dropped[mixture.name].kept, device=value.device)
+                shortened[name] = value.index_select(axis, retained)
     return shortened
 
 
@@ -186,12 +186,12 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
             source.fetch(index)
             own = source.tensors(index)
             taken |= source.as_stored(own).keys()
-            kept = source.as_stored(cut(source.blocks.mixtures(index), by_name, own))
+            stored = source.as_stored(cut(source.blocks.mixtures(index), by_name, own))
             source.drop(index)
         else:
-            kept = source.rest([name for name in names if name not in taken])
-        if kept:
-            write_file(folder / file, kept)
+            stored = source.rest([name for name in names if name not in taken])
+        if stored:
+            write_file(folder / file, stored)
     config, count = source.config.get_text_config(decoder=True), len(dropped[0].scores)
     for key in COUNTS:
         if getattr(config, key, None) == count:

@@ -141,10 +141,10 @@ class Routed:
     def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module on a few tokens to find the steps; return its output."""
         groups: dict[tuple[Any, ...], list[str]] = {}
-        kept: list[Tensor] = []  # keeps inputs alive, so that no address is reused
+        alive: list[Tensor] = []  # keeps inputs alive, so that no address is reused
 
         def seen(key: str, expert: int | None, inputs: Tensor) -> bool:
-            kept.append(inputs)
+            alive.append(inputs)
             where = _memory(inputs), inputs.storage_offset(), inputs._version
             groups.setdefault((expert, *where, inputs.shape, inputs.stride()), []).append(key)
             return True

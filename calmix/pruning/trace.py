@@ -249,7 +249,7 @@ def observe_block(
     outside inference mode, because version counters are needed.
     """
     seen: list[tuple[Prunable | Routed, tuple[Any, ...]]] = []
-    kept: list[Tensor] = []  # keeps inputs alive, so that no address is reused
+    inputs_alive: list[Tensor] = []  # keeps inputs alive, so that no address is reused
     wanted: dict[str | None, list[Prunable]] = defaultdict(list)  # by mixture
     for layer in blocks.prunables(index):
         wanted[layer.mixture].append(layer)
@@ -258,7 +258,7 @@ def observe_block(
     why: dict[str, str] = {}  # the reason of each that stays dense
 
     def on_linear(layer: Prunable, module: Any, args: tuple[Any, ...], output: Any) -> None:
-        kept.append(args[0])
+        inputs_alive.append(args[0])
         # Equal only for the same tensor, unmodified in between.
         place = args[0].untyped_storage()._cdata, args[0].storage_offset(), args[0]._version
         seen.append((layer, (*place, args[0].shape.numel(), args[0].dtype)))

@@ -89,8 +89,8 @@ class WorkFolder:
     @property
     def bytes(self) -> int:
         """Size of the folder on disk, in bytes, without temporary files."""
-        kept = (path for path in self.path.glob("*") if path.name != "scratch")
-        files = (file for path in kept for file in (path, *path.rglob("*")) if file.is_file())
+        lasting = (path for path in self.path.glob("*") if path.name != "scratch")
+        files = (file for path in lasting for file in (path, *path.rglob("*")) if file.is_file())
         return sum(file.stat().st_blocks * 512 for file in files)
 
     @property

@@ -196,8 +196,10 @@ def by_kind(
         solved = choose(some, statistic, targets)
         parts = filter(None, (solved.weights, solved.pruned, solved.grids))
         merged |= zip(indices, zip(*parts, strict=True), strict=True)
-    kept, pruned, *grids = map(list, zip(*(merged[at] for at in range(len(kinds))), strict=True))
-    return replace(solved, weights=kept, pruned=pruned, grids=grids[0] if grids else [])
+    weights_left, pruned, *grids = map(
+        list, zip(*(merged[at] for at in range(len(kinds))), strict=True)
+    )
+    return replace(solved, weights=weights_left, pruned=pruned, grids=grids[0] if grids else [])
 
 
 def sampled(matrix: Tensor, size: int) -> Tensor:
@@ -405,10 +407,10 @@ class Saliency(Sparse):
     ) -> Solution:
         """Prune; on a CPU with `by_row`, as many rows at a time as fit in the cache."""
         masked = [torch.empty_like(weight) for weight in weights]
-        for weight, kept, pattern in zip(weights, masked, patterns, strict=True):
+        for weight, out, pattern in zip(weights, masked, patterns, strict=True):
             cached = self.by_row and weight.device.type == "cpu"
             rows = max(1, CACHED // weight.shape[1]) if cached else len(weight)
-            for part, pruned in zip(weight.split(rows), kept.split(rows), strict=True):
+            for part, pruned in zip(weight.split(rows), out.split(rows), strict=True):
                 mask = pattern.mask(self.score(part, statistic), by_row=self.by_row)
                 clear(pruned.copy_(part), mask)
         dead = 0 if statistic is None else int((statistic == 0).sum())
