@@ -315,10 +315,10 @@ def compare(
             raise InputError("name the dense model, then one or more others, each once")
         if page is not None and not full.own:
             raise InputError("--page shows answers to --prompts: leave it out with --suite")
-        asked, left_out = runnable(choose(full, tasks=written), allow_code_execution)
+        answered, left_out = runnable(choose(full, tasks=written), allow_code_execution)
         if left_out:
             note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
-        _compare_models(scores, asked, opening, servers, margin, output, page, overwrite)
+        _compare_models(scores, answered, opening, servers, margin, output, page, overwrite)
         return
     for name in sorted(opening.model_fields_set - {"scores", "against", "measure", "as_json"}):
         flag = flags(type(opening), name)[0]
@@ -568,20 +568,20 @@ def _print(
             for row in ability_rows(does)
         ]
         print_table(counts, title="generated answers", least=["p", "asked"])
-    asked = {task.name for task in scores.tasks if task.written and measure is None}
+    generated = {task.name for task in scores.tasks if task.written and measure is None}
     tasks: list[dict[str, Any]] = [
         {
             "dimension": task.dimension,
             "task": task.name,
             "n": task.items,
-            "scored by": "right" if task.name in asked else task.score,
+            "scored by": "right" if task.name in generated else task.score,
             "dense": number(task.dense),
             "pruned": number(task.pruned),
             "accuracy": None
             if task.score in RIGHT_OR_WRONG or task.dense_accuracy is None
             else f"{number(task.dense_accuracy)} {number(task.pruned_accuracy)}",
             "retention %": None
-            if task.name in asked
+            if task.name in generated
             else with_span(task.kept)
             if task.signal
             else "no signal",

@@ -393,8 +393,8 @@ def read_card(out: Path) -> Card:
     request = Request(**read_compressed(out)["request"])
     first = score_files(request)[0]
     whole, results = verified(out, request.file, first)
-    asked, folder = whole["request"], out / request.file
-    model = asked["model"]
+    options, folder = whole["request"], out / request.file
+    model = options["model"]
     names = [first, *[BEHAVIOUR] * (first != BEHAVIOUR and (out / BEHAVIOUR).exists())]
     pairs = load_pairs([out / name for name in names])
     written = read_record(folder)
@@ -405,7 +405,7 @@ def read_card(out: Path) -> Card:
     if calibration:
         hashes["calibration set"] = calibration["sha256"]
     else:
-        hashes[f"importance matrix {asked['imatrix']}"] = asked["imatrix_sha256"]
+        hashes[f"importance matrix {options['imatrix']}"] = options["imatrix_sha256"]
     if trained:
         hashes["pruned model, before recovery"] = trained[-1]["model"]["sha256"]
     hashes |= {
@@ -415,7 +415,7 @@ def read_card(out: Path) -> Card:
     }
     tasks: list[dict[str, str]] = []
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
-        for suite, (_, scored_by) in zip((asked["suite"], "abilities"), pairs, strict=False):
+        for suite, (_, scored_by) in zip((options["suite"], "abilities"), pairs, strict=False):
             for one in scored_by.tasks:
                 origin = provenance(load_suite(suite).tasks[one.name])
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
@@ -426,7 +426,7 @@ def read_card(out: Path) -> Card:
         out,
         out.resolve().name,
         whole,
-        asked,
+        options,
         known.licence if known else "see the model's own card",
         known.origin if known else model,
         manifest["pruning"],

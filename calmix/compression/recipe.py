@@ -22,18 +22,18 @@ SEARCH = {"keep_at_least", "confidence", "seeds"}  # which has found the bits
 MACHINE = {*DeviceOptions.model_fields, "model", "max_memory"}  # decide no result
 
 
-def recipe_text(asked: Mapping[str, Any]) -> str:
+def recipe_text(request: Mapping[str, Any]) -> str:
     """Return the recipe of a finished run's request: all that decided the result but the model."""
     values = {}
     for key, name in KEYS.items():
         if name not in Target.model_fields or name in MACHINE:
             continue
-        if asked["bits"] is not None and name in SEARCH:
+        if request["bits"] is not None and name in SEARCH:
             continue
-        value = asked.get(name)
+        value = request.get(name)
         if value is not None and value != Compression.model_fields[name].default:
             values[key] = value if isinstance(value, int | float) else str(value)
-    head = f"# calmix compress {asked['model']} --recipe {RECIPE} -o OUT\n"
+    head = f"# calmix compress {request['model']} --recipe {RECIPE} -o OUT\n"
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

@@ -248,13 +248,13 @@ class Score(StageRequest):
     @property
     def words(self) -> tuple[str, ...]:
         against = self.dense or (self.named("against") if "against" in self.reads else None)
-        asked: dict[str, Any] = {"suite": None if self.suite == "offline" else self.suite}
+        scored: dict[str, Any] = {"suite": None if self.suite == "offline" else self.suite}
         if isinstance(self.suite, Suite):
             (task,) = self.suite.tasks.values()
-            asked = {"prompts": task.file, "test_half": self.half}
+            scored = {"prompts": task.file, "test_half": self.half}
         options = {
             "against": against,
-            **asked,
+            **scored,
             **self.part,
             "repeat": self.repeat,
             "allow_code_execution": self.allow_code_execution,

@@ -80,19 +80,19 @@ def export(
     folder = user_path(name)
     check_folder(folder)
     manifest = read_if_there(folder / MANIFEST)
-    asked: Mapping[str, Any] = next(
+    request: Mapping[str, Any] = next(
         (one["request"] for one in lineage(manifest) if "pruning" in one), {}
     )
-    if asked.get("method") != "gptq":
+    if request.get("method") != "gptq":
         raise InputError(
             f"{name} was not quantised by GPTQ, whose levels a compressed-tensors checkpoint "
             "holds: calmix compress MODEL --for vllm, or calmix prune MODEL --method "
             "gptq,group=128 --bits 4"
         )
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
-    rate = as_pattern(asked["pattern"])
+    rate = as_pattern(request["pattern"])
     assert isinstance(rate, Rate)
-    bits, symmetric = int(rate.bits), bool(asked["options"].get("symmetric", True))
+    bits, symmetric = int(rate.bits), bool(request["options"].get("symmetric", True))
     places = stored_tensors(folder)
     say("convert")
     with closing(StreamedModel(name)) as model:

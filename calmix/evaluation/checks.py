@@ -135,14 +135,14 @@ def sentences(line: str) -> list[str]:
 def short_match(answer: str, right: Sequence[str], question: str = "") -> bool:
     """Whether the first line or sentence of an answer is a right one after normalisation, or its
     first sentence names one (`named`). It may add a unit, unless the question names another."""
-    line, asked = first_line(answer), short_text(question).split()
-    units = {unit_of(word) for word in asked if len(word) > 2} - {""} or {*UNITS}
+    line, words = first_line(answer), short_text(question).split()
+    units = {unit_of(word) for word in words if len(word) > 2} - {""} or {*UNITS}
     statements = {short_text(one) for one in sentences(line)} - {""}
     if _same(statements, right, {*units, *OPTIONAL}):
         return True
     first = min(sentences(line), key=len)
     return any(
-        named(first, one, [*asked, *(units if one[-1:].isdigit() else ())])
+        named(first, one, [*words, *(units if one[-1:].isdigit() else ())])
         for one in map(short_text, right)
     )
 
@@ -157,8 +157,8 @@ def _same(stated: set[str], right: Sequence[str], units: Collection[str] = OPTIO
     )
 
 
-def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
-    """Whether a sentence gives a phrase as its answer to a question, whose words are `asked`.
+def named(sentence: str, phrase: str, terms: Sequence[str]) -> bool:
+    """Whether a sentence gives a phrase as its answer to a question, whose words are `terms`.
 
     The phrase has to stand in whole words and not in the question. Between the last verb that names
     it ("is", "called") and the phrase, one word may stand that the question lacks ("water bottle");
@@ -166,7 +166,7 @@ def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
     sentence ("not", "or"), a list before the phrase, "to" and "number of" rule it out.
     """
     sentence = re.sub(r"\([^()]*\)", " ", sentence)
-    words, wanted, free = short_text(sentence).split(), phrase.split(), {*asked} | PLAIN
+    words, wanted, free = short_text(sentence).split(), phrase.split(), {*terms} | PLAIN
     if len(words) > LONGEST:
         return False
     parts = (len(short_text(part).split()) for part in re.split(r"[,;](?!\d)", sentence))
@@ -174,7 +174,7 @@ def named(sentence: str, phrase: str, asked: Sequence[str]) -> bool:
     for start in range(len(words) - len(wanted) + 1):
         end = start + len(wanted)
         before, after = words[:start], words[end:]
-        if words[start:end] != wanted or f" {phrase} " in f" {' '.join(asked)} ":
+        if words[start:end] != wanted or f" {phrase} " in f" {' '.join(terms)} ":
             continue
         lead = before[max((n + 1 for n, word in enumerate(before) if word in NAMING), default=0) :]
         tail = [] if after[:1] in (["which"], ["who"]) else after

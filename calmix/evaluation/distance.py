@@ -181,15 +181,15 @@ def distance(
 
 
 def answer_texts(
-    opened: OpenModel, asked: Sequence[tuple[str, list[int], str]]
+    opened: OpenModel, answers: Sequence[tuple[str, list[int], str]]
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
     """Return prompts with their answers as `texts` and `last` of `reference`, by item.
 
-    `asked` are an item, the ids of its prompt, and the answer, of which at most `ANSWER` tokens
+    `answers` are an item, the ids of its prompt, and the answer, of which at most `ANSWER` tokens
     count; rows that exceed the model's context are left out, and so are empty answers.
     """
     texts, last = dict[str, Tensor](), dict[str, int]()
-    for item, before, answer in asked:
+    for item, before, answer in answers:
         ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:ANSWER]
         if ids and before and len(before) + len(ids) <= (opened.context or math.inf):
             texts[item], last[item] = torch.tensor([[*before, *ids]]), len(ids)

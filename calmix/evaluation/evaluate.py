@@ -215,12 +215,12 @@ def _scored(
     silent = set[str]()  # tasks that cannot be asked
     if isinstance(model, OpenModel) and not takes_tools(model.tokenizer):
         silent = {name for name, one in pairs if specs[name].writes and one.tools and not one.own}
-    asked = [
+    questions = [
         (name, item)
         for name, item in pairs
         if specs[name].writes and name not in silent and (right is None or item.id in right[name])
     ]
-    if any(one.check == "program" for _, one in asked):
+    if any(one.check == "program" for _, one in questions):
         check_sandbox()
     requests = [
         (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
@@ -233,15 +233,15 @@ def _scored(
                 "use --prompts, or select tasks with generated answers by --task"
             )
         texts = model.answers(
-            [one for _, one in asked], rearranged=rearranged, journal=journal, progress=progress
+            [one for _, one in questions], rearranged=rearranged, journal=journal, progress=progress
         )
     else:
         scorer = Scorer(model, batch_tokens=size, progress=progress)
-        scorer.total += ANSWER * len(asked)
+        scorer.total += ANSWER * len(questions)
         # All likelihood requests at once, so that common prefixes run only once.
         likely = iter(scorer.loglikelihood(requests))
-        texts = ask(scorer, asked, rearranged, journal)
-    judged = _judged(asked, texts, dense)
+        texts = ask(scorer, questions, rearranged, journal)
+    judged = _judged(questions, texts, dense)
     for name, spec in specs.items():
         of_task, record = items[name], dict[str, Any](chance=0.0)
         if name in silent:
@@ -305,12 +305,12 @@ def own_answers(
     opened: OpenModel, suite: Suite, scores: CapabilityScores
 ) -> tuple[dict[str, Any], dict[str, int]]:
     """Return a model's answers to a user's prompts as `distance.answer_texts` does."""
-    asked, items = [], suite_asks(suite)
+    questions, items = [], suite_asks(suite)
     for task in scores.tasks:
         known = {one.id: one for one in items[task.name]}
         for item, text in zip(task.items, task.answers, strict=True):
-            asked.append((item, as_prompt(opened, known[item]).ids, text))
-    return answer_texts(opened, asked)
+            questions.append((item, as_prompt(opened, known[item]).ids, text))
+    return answer_texts(opened, questions)
 
 
 def accuracies(
@@ -375,19 +375,19 @@ def _likely(
 
 def ask(
     scorer: Scorer,
-    asked: Sequence[tuple[str, Ask]],
+    questions: Sequence[tuple[str, Ask]],
     rearranged: bool = False,
     journal: Journal | None = None,
 ) -> list[tuple[str, bool]]:
     """Generate an answer to each item (given with its task's name). Returns its text and whether it
     ended. A user's prompts are answered in chunks, and not again if the `journal` has them."""
-    prompts = [as_prompt(scorer.opened, one) for _, one in asked]
+    prompts = [as_prompt(scorer.opened, one) for _, one in questions]
     context, journal = scorer.opened.context or math.inf, journal or Journal(None)
     scorer.truncated.update(
-        name for (name, _), one in zip(asked, prompts, strict=True) if one.needs > context
+        name for (name, _), one in zip(questions, prompts, strict=True) if one.needs > context
     )
-    own = [at for at, (_, one) in enumerate(asked) if one.own is not None]
-    others = [at for at, (_, one) in enumerate(asked) if one.own is None]
+    own = [at for at, (_, one) in enumerate(questions) if one.own is not None]
+    others = [at for at, (_, one) in enumerate(questions) if one.own is None]
     texts_by_number = dict[int, tuple[str, bool]]()
     chunks = (own[at : at + CHUNK] for at in range(0, len(own), CHUNK))
     for part in filter(None, (others, *chunks)):
@@ -407,11 +407,11 @@ def ask(
         else:
             scorer.tick(ANSWER * len(part))
         texts_by_number |= zip(part, texts, strict=True)
-    return [texts_by_number[at] for at in range(len(asked))]
+    return [texts_by_number[at] for at in range(len(questions))]
 
 
 def _judged(
-    asked: Sequence[tuple[str, Ask]],
+    questions: Sequence[tuple[str, Ask]],
     texts: Sequence[tuple[str, bool]],
     dense: CapabilityScores | None,
 ) -> dict[tuple[str, str], tuple[float, str, int, dict[str, bool]]]:
@@ -423,9 +423,9 @@ def _judged(
         for item, text in zip(task.items, task.answers, strict=False)
     }
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
-        right = [*pool.map(lambda both, one: verdict(both[1], *one), asked, texts)]
+        right = [*pool.map(lambda both, one: verdict(both[1], *one), questions, texts)]
     judgements = {}
-    for (name, one), (text, ended), good in zip(asked, texts, right, strict=True):
+    for (name, one), (text, ended), good in zip(questions, texts, right, strict=True):
         seen, key = dict[str, bool](), (name, one.id)
         if one.own is not None:
             seen = properties(one.own, text, ended, known.get(key))

@@ -439,12 +439,12 @@ def main() -> None:
         if ruleset >= 0:  # Landlock
             _system("syscall", 446, ruleset, 0)
             os.close(ruleset)
-        asked, answered = os.pipe(), os.pipe()
+        requests, answered = os.pipe(), os.pipe()
         end_with_parent()
         child = os.fork()
         if not child:
             os.dup2(null, 0)
-            for one in (report, asked[1], answered[0]):
+            for one in (report, requests[1], answered[0]):
                 os.close(one)
             end_with_parent()
         limit(seconds)
@@ -453,10 +453,10 @@ def main() -> None:
         os.write(report, bytes([REFUSED]) + str(error).encode())
         os._exit(1)
     if not child:
-        serve(asked[0], answered[1], source.decode("utf-8", "surrogatepass"))
-    os.close(asked[0])
+        serve(requests[0], answered[1], source.decode("utf-8", "surrogatepass"))
+    os.close(requests[0])
     os.close(answered[1])
-    JUDGE = Judge(answered[0], asked[1], report, child)
+    JUDGE = Judge(answered[0], requests[1], report, child)
     with open(0, "rb") as rest:
         JUDGE.run(*pickle.load(rest))
 

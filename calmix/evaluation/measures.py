@@ -139,8 +139,8 @@ def judged(tasks: Sequence[TaskScores], measure: Measure) -> list[TaskScores]:
     accuracy the tasks with right and wrong answers, else all tasks."""
     if measure == "right":
         return pooled([task for task in tasks if task.written])
-    asked = (task for task in tasks if task.values or task.metric not in WRITTEN)
-    return [task for task in asked if task.values or measure != "accuracy"]
+    written = (task for task in tasks if task.values or task.metric not in WRITTEN)
+    return [task for task in written if task.values or measure != "accuracy"]
 
 
 def pooled(tasks: Sequence[TaskScores]) -> list[TaskScores]:

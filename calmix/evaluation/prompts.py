@@ -106,8 +106,8 @@ class OwnPrompt:
     @property
     def sha256(self) -> str:
         """Hash of what is asked, which identifies the prompt and its half (`halves`)."""
-        asked = [[*self.messages], [*self.tools], self.thinking]
-        return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+        content = [[*self.messages], [*self.tools], self.thinking]
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) -> list[OwnPrompt]:

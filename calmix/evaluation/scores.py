@@ -83,8 +83,8 @@ class CapabilityScores(Shown):
         """
         check_same_suite(self.suite, dense.suite)
         if measure is None:
-            asked = any(task.written for task in self.tasks) and not self.right_only
-            measure = PRIMARY if asked else "primary"
+            written = any(task.written for task in self.tasks) and not self.right_only
+            measure = PRIMARY if written else "primary"
         how["measure"] = measure
         if measure == "right" and self.part:
             raise InputError(

@@ -67,7 +67,7 @@ class Served:
 
     def answers(
         self,
-        asked: Sequence[Ask],
+        questions: Sequence[Ask],
         *,
         rearranged: bool = False,
         journal: Journal | None = None,
@@ -82,11 +82,11 @@ class Served:
             InputError: it refuses a request.
         """
         journal, start = journal or Journal(None), time.monotonic()
-        bodies = [self._body(one) for one in asked]
+        bodies = [self._body(one) for one in questions]
         keys = [sha256_json([self.fingerprint, rearranged, body]) for body in bodies]
-        texts = dict(zip(range(len(asked)), (journal.get(key) for key in keys), strict=True))
+        texts = dict(zip(range(len(questions)), (journal.get(key) for key in keys), strict=True))
         waiting = [at for at, known in texts.items() if known is None]
-        done = len(asked) - len(waiting)
+        done = len(questions) - len(waiting)
         if rearranged:
             waiting.reverse()
         pool = ThreadPoolExecutor(self.how.concurrency)
@@ -97,7 +97,7 @@ class Served:
                 texts[at] = answer = [job.result()]
                 journal.add(keys[at], answer)
                 if progress is not None:
-                    progress(done, len(asked))
+                    progress(done, len(questions))
         except BaseException:
             self._client.close()  # ends what is under way
             raise

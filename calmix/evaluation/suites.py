@@ -153,8 +153,8 @@ class TaskSpec(BaseModel):
     @property
     def runs_code(self) -> bool:
         """Whether scoring runs code the model wrote."""
-        asked = self.asked is not None and packaged(ASKED)[self.asked]["check"] == "program"
-        return asked or self.kind == "programs"
+        program = self.asked is not None and packaged(ASKED)[self.asked]["check"] == "program"
+        return program or self.kind == "programs"
 
     def pick(self, items: Sequence[Any]) -> list[Any]:
         """Return the items to score, evenly from groups, which an `id` names (MMLU's subjects)."""
@@ -235,18 +235,18 @@ class Suite(BaseModel):
         """SHA-256 of everything that affects scores: the tasks and their items."""
         content = self.model_dump(mode="json", include={"dimensions", "version"})
         content["archive"] = assets.get_asset(ARCHIVE).sha256
-        asked = []
+        definitions = []
         for task in (task for tasks in content["dimensions"].values() for task in tasks.values()):
-            asked.append(task.pop("asked"))
+            definitions.append(task.pop("asked"))
             rows = {key: task.pop(key) for key in ("file", "kind")}
             if rows["file"] is not None:
                 file = local_file(rows["file"]).path
                 task |= {"rows": sha256_file(file), "kind": rows["kind"]}
             task |= {"harness": None, "filter": None}  # keeps hashes of older versions
-        if any(asked):  # likewise: older versions had no such tasks
+        if any(definitions):  # likewise: older versions had no such tasks
             files = sorted(_ROOT.joinpath("abilities").iterdir(), key=lambda file: file.name)
             texts = [f.read_text(encoding="utf-8") for f in files if f.name.endswith(".yaml")]
-            content |= {"asked": asked, "items": sha256_json(texts)}
+            content |= {"asked": definitions, "items": sha256_json(texts)}
         if self.asks:
             content["checks"] = checks.VERSION
         if self.thinking:

@@ -86,8 +86,8 @@ class Ask:
     @property
     def question(self) -> str:
         """The question itself, without worked examples."""
-        asked = self.doc.get("question") or self.doc.get("query") or self.chat or self.plain
-        return str(asked).rpartition("Question:")[2]
+        text = self.doc.get("question") or self.doc.get("query") or self.chat or self.plain
+        return str(text).rpartition("Question:")[2]
 
 
 def load_items(spec: TaskSpec) -> list[Any]:
@@ -295,12 +295,12 @@ def _documents(member: str) -> list[dict[str, Any]]:
         ]
     elif member.endswith(".arrow"):
         for row in assets.read_arrow(ARCHIVE, member):
-            answer, asked = row["answer"], row["question"].lower()
+            answer, lower = row["answer"], row["question"].lower()
             aliases = [
                 one
                 for one in answer["aliases"]
-                if one.lower() not in asked
-                or not re.search(rf"\b{re.escape(one.lower())}\b", asked)
+                if one.lower() not in lower
+                or not re.search(rf"\b{re.escape(one.lower())}\b", lower)
             ]
             new = {"aliases": aliases or answer["aliases"], "shown": answer["value"]}
             documents.append(row | answer | new)

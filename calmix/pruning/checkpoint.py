@@ -479,16 +479,16 @@ def take_through(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_of(manifest: Mapping[str, Any], asked: Mapping[str, Any], output: Path) -> bool:
+def is_of(manifest: Mapping[str, Any], identity: Mapping[str, Any], output: Path) -> bool:
     """Whether an output is of a request, and has all its files."""
     whole = all((output / name).is_file() for name in manifest["files"])
-    return whole and manifest["request_sha256"] == sha256_json(asked)
+    return whole and manifest["request_sha256"] == sha256_json(identity)
 
 
 def _write_beside(
     folder: Path,
     source: OpenModel | StreamedModel,
-    asked: Mapping[str, Any],
+    identity: Mapping[str, Any],
     report: PruneReport,
     calibration: CalibrationSet | None,
     request: PruneRequest,
@@ -504,15 +504,15 @@ def _write_beside(
     manifest = record(
         "pruned checkpoint",
         request=request.record(),
-        inputs={"model": Input(source.name, asked["model"])},
+        inputs={"model": Input(source.name, identity["model"])},
         files=files,
-        dtype=asked["dtype"],
+        dtype=identity["dtype"],
         stored_dtype=dtype_name(source.stored_dtype),
-        device=asked["device"],
+        device=identity["device"],
         trust_remote_code=source.trust_remote_code,
         calibration=None if calibration is None else calibration.manifest,
         pruning=done,
-        request_sha256=sha256_json(asked),
+        request_sha256=sha256_json(identity),
     )
     write_json(folder / MANIFEST, manifest)
     write_json(folder / RUN, run)
@@ -531,7 +531,7 @@ def write_checkpoint(
     check_output_folder(output, overwrite=None)
     model, device = opened.model, opened.model.device.type
     check_free(output, sum(p.nbytes for p in model.parameters()), "the checkpoint takes")
-    asked = {
+    identity = {
         "model": opened.fingerprint,
         "dtype": dtype_name(model.dtype),
         "device": device,
@@ -554,4 +554,4 @@ def write_checkpoint(
         if report.grids:
             (folder / SCALES).mkdir()
             write_file(folder / SCALES / "all", stored(report.grids))
-        _write_beside(folder, opened, asked, report, calibration, request)
+        _write_beside(folder, opened, identity, report, calibration, request)

@@ -98,9 +98,9 @@ class WorkFolder:
         """Whether there is something to resume."""
         return bool(self.done or self.kept.get("dropped"))
 
-    def claim(self, asked: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
+    def claim(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Take the folder, and the record of an earlier run, for a request."""
-        self._asked, self._overwrite = json.loads(json.dumps(asked)), overwrite
+        self._asked, self._overwrite = json.loads(json.dumps(identity)), overwrite
         try:
             self.kept = self._take(resume, overwrite)
         except BaseException:
