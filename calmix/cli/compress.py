@@ -51,11 +51,11 @@ def compress(
       IQ2_XXS  0.58 GB
       --for vllm --bits 3 --group 32: 58 and 80
     """
-    from calmix.compression import ladder
     from calmix.compression.card import PAGE, read_card
     from calmix.compression.compress import begin, dry, make
     from calmix.compression.plan import check_options
     from calmix.compression.recipe import with_recipe
+    from calmix.compression.search import HELPS
     from calmix.report import words
 
     if recipe is not None:
@@ -64,29 +64,29 @@ def compress(
         check_options(options)
         if not_here(options.model):
             return
-        walk = begin(options, output)
-        costs, request = dry(walk), walk.request
+        search = begin(options, output)
+        costs, request = dry(search), search.request
         title = f"{options.model} at {request.target}, effort {options.effort}, on this machine"
-        if walk.floors:
+        if search.floors:
             title = f"{options.model} to keep {options.keep_at_least}, with all candidates"
         print_json([asdict(one) for one in costs])
         print_costs(costs, title)
         if request.calibration and not request.saved:
             line(f"calibration: {request.rows} rows of {request.length} tokens")
-        if walk.floors:
-            line(words.wrapped(walk.provable()))
+        if search.floors:
+            line(words.wrapped(search.provable()))
         return
     began = time.monotonic()
-    walked, seconds = make(options, output)
+    search, seconds = make(options, output)
     result: dict[str, Any] = {"output": str(output), "model": None}
-    if walked.floors:
-        result |= {"ladder": {"rungs": walked.rungs} | walked.state}
-        print_table(walked.rows(), title="candidates: kept % (proven %)")
-        for text in (walked.why(), *walked.promise):
+    if search.floors:
+        result |= {"search": {"candidates": search.candidates} | search.state}
+        print_table(search.rows(), title="candidates: kept % (proven %)")
+        for text in (search.why(), *search.promise):
             line(words.wrapped(text))
-        if walked.bits is None:
-            text = f"refused: no candidate meets the floors. {ladder.HELPS}"
-            if walked.left:
+        if search.bits is None:
+            text = f"refused: no candidate meets the floors. {HELPS}"
+            if search.left:
                 text = "stopped: no candidate meets the floors yet."
             print_json(result)
             line(words.wrapped(text))

@@ -59,14 +59,14 @@ PAGE, ANSWERS, README, MODELFILE, SPEED = (
 
 @dataclass(frozen=True)
 class Card:
-    """The facts about one compressed model; `asked` is the request, `pruning`, `calibration` and
+    """The facts about one compressed model; `request` is the request, `pruning`, `calibration` and
     `recoveries` come from its manifest, `file` from the record of a GGUF file or a checkpoint for
     vLLM, and `speeds` from the measurement of its speed. `tasks` and `hashes` are tables."""
 
     out: Path
     name: str
     record: Mapping[str, Any]
-    asked: Mapping[str, Any]
+    request: Mapping[str, Any]
     licence: str
     origin: str
     pruning: Mapping[str, Any]
@@ -156,15 +156,15 @@ class Card:
     @property
     def title(self) -> str:
         """What was done to which model."""
-        name = self.asked["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
+        name = self.request["model"].rstrip("/").rpartition("/")[2].removeprefix("builtin:")
         rate = " per kept weight" if self.done == "pruned" else " per weight"
-        rate *= self.asked["bits"] is not None and self.asked["product"] != "vllm"
-        return f"{name} {self.done} to {target(self.asked)}{rate}"
+        rate *= self.request["bits"] is not None and self.request["product"] != "vllm"
+        return f"{name} {self.done} to {target(self.request)}{rate}"
 
     @property
     def recipe(self) -> str:
         """The options of the run, in YAML."""
-        return recipe_text(self.asked)
+        return recipe_text(self.request)
 
     @cached_property
     def verdict(self) -> list[str]:
@@ -226,7 +226,7 @@ class Card:
     @property
     def measure(self) -> str:
         """The command that measures generated answers, including programs."""
-        request = Request(**self.asked)
+        request = Request(**self.request)
         part = slices(request).get(BEHAVIOUR, ("", EFFORTS[request.effort].behaviour))[1]
         options = {
             # As many items as before: fewer could prove less.
@@ -241,7 +241,7 @@ class Card:
     @property
     def next(self) -> str:
         """The next command: measure what is missing, or upload the model."""
-        builtin = self.asked["suite"] in ("offline", "abilities")  # else not by `measure`
+        builtin = self.request["suite"] in ("offline", "abilities")  # else not by `measure`
         if self.behaved.answers is None or (builtin and self.behaved.not_run):
             return self.measure
         upload = ["hf", "upload", f"NAME/{self.name}"]
@@ -255,7 +255,7 @@ class Card:
         """A hint to quantise, for a sparse model."""
         if self.done == "quantised":
             return ""
-        command = ["calmix", "compress", self.asked["model"], "-o", f"{self.out}-gguf"]
+        command = ["calmix", "compress", self.request["model"], "-o", f"{self.out}-gguf"]
         return f"quantising usually keeps more than pruning; try {shlex.join(command)}"
 
     @property
@@ -291,13 +291,13 @@ class Card:
     @property
     def done(self) -> str:
         """`pruned` or `quantised`."""
-        return "pruned" if self.asked["sparsity"] or self.asked["pattern"] else "quantised"
+        return "pruned" if self.request["sparsity"] or self.request["pattern"] else "quantised"
 
     @property
     def guarded(self) -> str:
         """The result of the leakage check in a sentence."""
         if not self.calibration:
-            return f"The text of the importance matrix {self.asked['imatrix']} is not known."
+            return f"The text of the importance matrix {self.request['imatrix']} is not known."
         leakage = self.calibration.get("leakage")
         if not isinstance(leakage, dict):
             return "The calibration text was not checked for items of the suite."
@@ -350,7 +350,7 @@ class Card:
         """The table of the calibration set; for text the model wrote, one row per dimension."""
         manifest = self.calibration
         if "generated" in manifest:  # such a manifest has no counts
-            places = self.out / "calibration", user_path(self.asked["calibration"])
+            places = self.out / "calibration", user_path(self.request["calibration"])
             folder = next(filter(saved_set, places), None)
             counts = CalibrationSet.open(folder).counts if folder else {}
             parts: dict[str, Any] = {name: {"rows": rows} for name, rows in counts.items()}
@@ -472,7 +472,9 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
         if engine() and not card.speeds:
             bar.show("measuring speed", None)
             try:
-                speeds = measure(card.model, card.asked["model"], card.asked["trust_remote_code"])
+                speeds = measure(
+                    card.model, card.request["model"], card.request["trust_remote_code"]
+                )
             except ModelError as error:
                 bar.note(f"speed was not measured: {error}")
             else:

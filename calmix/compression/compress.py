@@ -13,12 +13,12 @@ from typing import Any
 from calmix.calibration import saved_set
 from calmix.compression.card import PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
-from calmix.compression.ladder import Walk
 from calmix.compression.plan import check_request
 from calmix.compression.recipe import with_recipe
-from calmix.compression.results import LADDER, MANIFEST
+from calmix.compression.results import MANIFEST, SEARCH
 from calmix.compression.running import Run, Say, stages
 from calmix.compression.running import compress as run_stages
+from calmix.compression.search import Search
 from calmix.compression.stages import Stage
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.retention import Retention, bounds
@@ -110,16 +110,16 @@ def compress(
     request = checked(Compression, values)
     if recipe is not None:
         request = with_recipe(request, Path(recipe))
-    walked, _ = make(request, folder, shown=shown)
-    if walked.floors and walked.bits is None:
-        yet = " yet" * bool(walked.left)
-        raise NotKeptError(f"no candidate keeps {request.keep_at_least}{yet}: {walked.why()}")
+    search, _ = make(request, folder, shown=shown)
+    if search.floors and search.bits is None:
+        yet = " yet" * bool(search.left)
+        raise NotKeptError(f"no candidate keeps {request.keep_at_least}{yet}: {search.why()}")
     return Compressed(folder)
 
 
-def begin(options: Compression, out: Path) -> Walk:
-    """Return the walk in OUT with the checked request, without candidates unless floors are given;
-    refuse an OUT that is an input or holds something else."""
+def begin(options: Compression, out: Path) -> Search:
+    """Return the search in OUT with the checked request, without candidates unless floors are
+    given; refuse an OUT that is an input or holds something else."""
     inputs = [
         options.model,
         saved_set(options.calibration),
@@ -130,36 +130,36 @@ def begin(options: Compression, out: Path) -> Walk:
     ]
     check_apart(out, inputs)
     check_unlocked(out)
-    if not (out / MANIFEST).exists() and not (out / LADDER).exists():
+    if not (out / MANIFEST).exists() and not (out / SEARCH).exists():
         if out.is_dir() and any(out.iterdir()):
             raise InputError(
                 f"{out} is not empty and was not made by calmix compress: name another folder"
             )
         check_output_folder(out)
-    return Walk(check_request(options), out)
+    return Search(check_request(options), out)
 
 
-def dry(walk: Walk) -> list[StageCost]:
+def dry(search: Search) -> list[StageCost]:
     """Return the cost of all stages; of a search, the most that there can be."""
-    if not walk.floors:
-        return estimate(walk.request, stages(walk.request, walk.out))
-    return estimate(walk.at(walk.rates[-1]), walk.longest())
+    if not search.floors:
+        return estimate(search.request, stages(search.request, search.out))
+    return estimate(search.at(search.rates[-1]), search.longest())
 
 
-def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Walk, dict[str, float]]:
-    """Compress a model, and return the walk and the seconds of each stage run now, none if no
+def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Search, dict[str, float]]:
+    """Compress a model, and return the search and the seconds of each stage run now, none if no
     candidate passes."""
-    walk = begin(options, out)
-    request = walk.request
-    if walk.floors:
-        with _staged(len(walk.longest()), shown) as (run, say):
-            walk.run(run, say, options.within or math.inf)
-        if walk.bits is None:
-            return walk, {}
-        request = walk.at(walk.bits)
+    search = begin(options, out)
+    request = search.request
+    if search.floors:
+        with _staged(len(search.longest()), shown) as (run, say):
+            search.run(run, say, options.within or math.inf)
+        if search.bits is None:
+            return search, {}
+        request = search.at(search.bits)
     check_room(request, out)
     with _staged(len(stages(request, out)), shown) as (run, say):
-        return walk, run_stages(request, out, run, say)
+        return search, run_stages(request, out, run, say)
 
 
 @contextmanager

@@ -216,9 +216,9 @@ class Request(Target):
 
     @property
     def epochs(self) -> int:
-        """Epochs of the last recovery: one in a walk at standard effort, with several of them."""
-        walks = self.keep_at_least is not None and self.effort == "standard"
-        return 1 if walks else EFFORTS[self.effort].epochs
+        """Epochs of the last recovery: one in a search at standard effort, with several of them."""
+        searches = self.keep_at_least is not None and self.effort == "standard"
+        return 1 if searches else EFFORTS[self.effort].epochs
 
     @property
     def target(self) -> str:
@@ -526,7 +526,7 @@ def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> 
 
 def _check_idle(options: Compression, saved: bool) -> None:
     """Refuse options that have no effect."""
-    sizes, walks = ("sparsity", "pattern", "bits", "type"), options.keep_at_least is not None
+    sizes, searches = ("sparsity", "pattern", "bits", "type"), options.keep_at_least is not None
     product = product_of(options)
     if product in ("gguf", "vllm") and is_sparse(options):
         what = "a GGUF file" if product == "gguf" else "vLLM"
@@ -542,8 +542,8 @@ def _check_idle(options: Compression, saved: bool) -> None:
         (f"with --for {product}", product != "gguf", ("type", "like", "imatrix")),
         (f"with --for {product}", product != "vllm", ("group", "asymmetric")),
         ("with --for none", product == "none", ("size",)),
-        ("with --keep-at-least", walks, (*sizes, "size")),
-        ("without --keep-at-least", not walks, ("confidence", "within", "seeds")),
+        ("with --keep-at-least", searches, (*sizes, "size")),
+        ("without --keep-at-least", not searches, ("confidence", "within", "seeds")),
     ):
         for name in idle if holds else ():
             if getattr(options, name) not in (None, False):

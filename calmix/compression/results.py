@@ -26,7 +26,7 @@ from calmix.models.folder import combined, model_files
 from calmix.models.opening import resolve_model
 
 MANIFEST, RUN = "compress.json", "compress-run.json"
-LADDER = "ladder.json"  # state of a search for --keep-at-least
+SEARCH = "search.json"  # state of a search for --keep-at-least
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def read_compressed(out: Path) -> dict[str, Any]:
     (`recorded`), `dense_bytes` of the dense weights; InputError if there is none or it is damaged.
     """
     missing = f"{out} was not made by calmix compress: it has no {MANIFEST}"
-    if (out / LADDER).exists():
+    if (out / SEARCH).exists():
         missing = f"{out} has no model yet: run its calmix compress again to resume or see why"
     record = read_sealed(out / MANIFEST, missing)
     if "stages" not in record:

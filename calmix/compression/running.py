@@ -23,7 +23,7 @@ from calmix.compression.plan import (
     slices,
     splits,
 )
-from calmix.compression.results import LADDER, MANIFEST, RUN, Results, ready
+from calmix.compression.results import MANIFEST, RUN, SEARCH, Results, ready
 from calmix.compression.stages import Answer, Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.evaluate import choose
@@ -172,7 +172,7 @@ def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple
             try:
                 run(stage)
             except CalmixError:  # a record without any result is useless
-                if {path.name for path in out.iterdir()} in ({MANIFEST}, {LADDER}):
+                if {path.name for path in out.iterdir()} in ({MANIFEST}, {SEARCH}):
                     shutil.rmtree(out, ignore_errors=True)
                 raise
             yield stage, time.perf_counter() - began

@@ -254,13 +254,13 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
 
 def _search(folder: Path, health: Health, say: Say) -> None:
     """Check the candidates of a search that has chosen none."""
-    ladder = read_sealed(folder / results.LADDER, "")
-    request = plan.Request(**ladder["request"])
+    record = read_sealed(folder / results.SEARCH, "")
+    request = plan.Request(**record["request"])
     health.facts = {
         "dense model": request.model,
         "to keep": request.keep_at_least,
-        "bits tested": ", ".join(f"{one['bits']:g}" for one in ladder["rungs"]) or "none",
-        "ended": ladder["ended"] or "not yet",
+        "bits tested": ", ".join(f"{one['bits']:g}" for one in record["candidates"]) or "none",
+        "ended": record["ended"] or "not yet",
     }
     patterns = ["calibration", "candidates/*/model", "candidates/*/model.gguf"]
     patterns += [f"candidates/**/*{one}" for one in (plan.SCORES, plan.BEHAVIOUR, plan.PROMPTS)]
@@ -321,7 +321,7 @@ CHECKS: dict[str, Check] = {
 # Kind and check of each folder, by the file that marks it.
 MARKS = {RESULTS[kind][0]: (kind, check) for kind, check in CHECKS.items()}
 MARKS |= {
-    results.LADDER: ("search for a size", _search),
+    results.SEARCH: ("search for a size", _search),
     RECORD: ("unfinished work", _work),
 }
 FILES: dict[str, Check] = {

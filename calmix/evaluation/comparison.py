@@ -188,8 +188,9 @@ def read_pairs(
 ) -> dict[str, list[Pair]]:
     """Read the scores of the dense and the smaller models in the files of each name.
 
-    A file's dense scores are those `against`, else its own, else those of the first file. Only suites
-    that all names have remain; `note` receives what is left out, and where dense scores differ.
+    A file's dense scores are those `against`, else its own, else those of the first file. Only
+    suites that all names have remain; `note` receives what is left out, and where dense scores
+    differ.
 
     Raises:
         InputError: a file lacks dense scores or is about another dense model, or no suite is

@@ -217,9 +217,9 @@ def lower_mean(
 ) -> Array:
     """Return a one-sided lower bound of the mean retention of tasks, shape (models,).
 
-    Each task has its `retained` and `whole`, of shape (models, items), and may have `counts` of equal
-    items, of shape (items,). The bound is a quantile over random weights of the items and of one
-    more, in the task where it does most harm; `lost` is what it loses there, of shape (models,) by
+    Each task has its `retained` and `whole`, of shape (models, items), and may have `counts` of
+    equal items, of shape (items,). The bound is a quantile over random weights of the items and of
+    one more, in the task where it does most harm; `lost` is what it loses there, of shape (models,) by
     task, of the mean of the items that either model has. It is Gaffke's bound of a mean (2005),
     which is that of Clopper and Pearson if nothing is gained.
     """

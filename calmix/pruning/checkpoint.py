@@ -138,7 +138,7 @@ def planned(
 class _Pruning:
     """A call of `prune_checkpoint`.
 
-    `asked` identifies the request: all that determines the output's bytes, except the text drawn.
+    `identity` is the request: all that determines the output's bytes, except the text drawn.
     """
 
     def __init__(self, name: str, output: Path, request: PruneRequest, run: How) -> None:
@@ -158,7 +158,7 @@ class _Pruning:
         check_run(self.engine())
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         file = getattr(self.method, "imatrix", "")
-        self.asked: dict[str, Any] = {
+        self.identity: dict[str, Any] = {
             "model": source.files.sha256,  # reads the whole model
             "tokenizer": self.tokenizer.identity,
             "dtype": dtype_name(source.dtype),
@@ -170,7 +170,7 @@ class _Pruning:
 
     def engine(self) -> Run:
         """Return the run of the engine; types that were chosen replace the pattern."""
-        types, request = self.work.kept.get("allocation") or {}, self.request
+        types, request = self.work.state.get("allocation") or {}, self.request
         by_layer = {name: as_pattern(kind) for name, kind in types.items()}
         run = Run(
             self.source.model,
@@ -199,7 +199,7 @@ class _Pruning:
         """Return the report of an output finished by an earlier run of the same request."""
         manifest, run = (read_if_there(self.output / name) for name in (MANIFEST, RUN))
         with suppress(KeyError, TypeError):
-            if is_of(manifest, self.asked, self.output):
+            if is_of(manifest, self.identity, self.output):
                 pruning = manifest["pruning"] | {"seconds": run["seconds"]}
                 report = PruneReport.from_json(pruning)
                 self.work.remove_leftover()
@@ -213,7 +213,7 @@ class _Pruning:
         outer = self.request.mixed or bool(run.outer)
         if method is None:
             how["sequential"] = run.propagation == "sequential"
-            how["rows_at_once"] = self.work.kept.get("report", {}).get("rows_at_once", 0)
+            how["rows_at_once"] = self.work.state.get("report", {}).get("rows_at_once", 0)
         how |= {"budget": self.run.max_memory, "embeddings": outer}
         return plan_for(self.source, shape, method or self.method, **how)
 
@@ -248,7 +248,7 @@ class _Pruning:
     def prune(self) -> PruneReport:
         """Prune, write the output, and return the report."""
         run, work, request = self.run, self.work, self.request
-        work.claim(self.asked, resume=run.resume, overwrite=run.overwrite)
+        work.claim(self.identity, resume=run.resume, overwrite=run.overwrite)
         share = request.drop_experts
         if share is None and not work.resumes:  # else the model will shrink, or the set is known
             shape = 0, 0
@@ -262,7 +262,7 @@ class _Pruning:
         self.check_room(ids.shape)
         run.started(self.drawn)
         costs = self._token_weights(ids)
-        if request.mixed and "allocation" not in work.kept:
+        if request.mixed and "allocation" not in work.state:
             self._allocate(ids, costs)
         report = self._pruned(ids, costs)
         report.dropped = dropped
@@ -304,7 +304,7 @@ class _Pruning:
         mixtures = [one for index in range(len(blocks)) for one in blocks.mixtures(index)]
         if not mixtures:
             raise InputError("--drop-experts has no effect: this model has no experts")
-        dropped = [Dropped(**one) for one in work.kept.get("dropped", ())]
+        dropped = [Dropped(**one) for one in work.state.get("dropped", ())]
         if not dropped:
             config, none = source.model.config, {one.name: [0.0] * one.count for one in mixtures}
             chosen_experts(config, none, share)  # errors come before the scoring pass
@@ -340,12 +340,12 @@ class _Pruning:
         work = self.work
         if not self.weighs:
             return {}
-        if COSTS in work.kept.get("files", {}):
+        if COSTS in work.state.get("files", {}):
             return work.load(COSTS)
         self.run.note("weighing tokens: the dense model runs forward and backward")
         self.weighed = len(self.source.blocks)
         costs = self._backward(ids, self.plan(ids.shape, Look()))
-        if not work.kept.get("done"):
+        if not work.state.get("done"):
             work.save(COSTS, costs)
         return costs
 
@@ -391,7 +391,7 @@ class _Pruning:
                 source.save_config(work.checkpoint)
             save_tokenizer(self.tokenizer.tokenizer, source.folder, work.checkpoint)
             files = _write_beside(
-                work.checkpoint, source, self.asked, report, self.drawn, self.request
+                work.checkpoint, source, self.identity, report, self.drawn, self.request
             )
             work.check(files)
             source.files.check()
@@ -415,7 +415,7 @@ def prune_streamed(
     files, count, run.types = source.layout, len(source.blocks), source.types
     shards = [f"{CHECKPOINT}/{file}" for file in files]
     if work.done:
-        run.report = PruneReport.from_json(work.kept["report"])
+        run.report = PruneReport.from_json(work.state["report"])
     began = time.perf_counter() - run.report.seconds.get("total", 0.0)
     progress(work.done)
     if work.done < count or run.outer:

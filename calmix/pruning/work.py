@@ -10,7 +10,7 @@ A run uses it in this order:
 
     work = WorkFolder(output)
     work.claim(asked, resume=resume, overwrite=overwrite)   # `asked` determines the output's bytes
-    work.resumes, work.done, work.kept["anything"]          # left by an earlier run
+    work.resumes, work.done, work.state["anything"]          # left by an earlier run
     work.save("checkpoint/model-00002-of-00031.safetensors", tensors)
     work.keep(done=3, anything=value)                       # from here on it counts
     work.complete()                                         # checkpoint/ becomes the output
@@ -61,7 +61,7 @@ class WorkFolder:
         unit: what `done` counts: blocks or steps.
 
     Attributes:
-        kept: recorded facts: `done`, `files` (SHA-256 by name), and all else passed to `keep`.
+        state: recorded facts: `done`, `files` (SHA-256 by name), and all else passed to `keep`.
         resumes: whether it held an earlier run's work when claimed.
     """
 
@@ -69,9 +69,9 @@ class WorkFolder:
         self.output, self.unit = real_place(output), unit
         self.path = self.output.with_name(self.output.name + SUFFIX)
         self.checkpoint = self.path / CHECKPOINT
-        self.kept: dict[str, Any] = {}
+        self.state: dict[str, Any] = {}
         self.resumes = self._overwrite = False
-        self._asked: dict[str, Any] = {}
+        self._identity: dict[str, Any] = {}
         self._new = not self.output.parent.exists()
         place = self.output.with_name(f".{self.output.name}.lock")
         self._lock = FileLock(place, thread_local=False)
@@ -84,7 +84,7 @@ class WorkFolder:
     @property
     def done(self) -> int:
         """Number of blocks or steps done."""
-        return int(self.kept.get("done", 0))
+        return int(self.state.get("done", 0))
 
     @property
     def bytes(self) -> int:
@@ -96,13 +96,13 @@ class WorkFolder:
     @property
     def begun(self) -> bool:
         """Whether there is something to resume."""
-        return bool(self.done or self.kept.get("dropped"))
+        return bool(self.done or self.state.get("dropped"))
 
     def claim(self, identity: Mapping[str, Any], *, resume: bool, overwrite: bool) -> None:
         """Take the folder, and the record of an earlier run, for a request."""
-        self._asked, self._overwrite = json.loads(json.dumps(identity)), overwrite
+        self._identity, self._overwrite = json.loads(json.dumps(identity)), overwrite
         try:
-            self.kept = self._take(resume, overwrite)
+            self.state = self._take(resume, overwrite)
         except BaseException:
             give_back(self._lock)
             raise
@@ -121,52 +121,52 @@ class WorkFolder:
             if not overwrite:
                 raise
             record = {"kept": {}}
-        self.kept = record.get("kept", {})
+        self.state = record.get("kept", {})
         if self.begun and self.checkpoint.is_dir() and (resume or not overwrite):
             if not resume:
                 raise InputError(
                     f"{self.path} holds an interrupted run with {self.done} {self.unit} done: "
                     "resume it with --resume, start over with --overwrite, or name another output"
                 )
-            if changed := next(differences(record["request"], self._asked), None):
+            if changed := next(differences(record["request"], self._identity), None):
                 raise InputError(
                     f"{self.path} is the work of another request ({changed}): request the same, "
                     "name another output, or delete it"
                 )
             shutil.rmtree(self.path / "scratch", ignore_errors=True)
-            return self.kept
+            return self.state
         empty = not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
         if not record and not empty:
             raise InputError(f"{self.path} is in the way and was not made by calmix: move it")
-        self.kept = {}
+        self.state = {}
         with atomic_folder(self.path) as folder:
             (folder / CHECKPOINT).mkdir()
             self._write(folder)
-        return self.kept
+        return self.state
 
     def _write(self, folder: Path) -> None:
-        write_json(folder / RECORD, sealed({"request": self._asked, "kept": self.kept}))
+        write_json(folder / RECORD, sealed({"request": self._identity, "kept": self.state}))
 
     def keep(self, **facts: Any) -> None:
         """Record the saved files and JSON-serialisable facts."""
-        self.kept |= facts
+        self.state |= facts
         self._write(self.path)
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors to a safetensors file of the folder, atomically."""
         (self.path / name).parent.mkdir(parents=True, exist_ok=True)
-        self.kept.setdefault("files", {})[name] = write_file(self.path / name, tensors)
+        self.state.setdefault("files", {})[name] = write_file(self.path / name, tensors)
 
     def load(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of a saved file; an InputError if it has changed."""
-        path, wanted = self.path / name, self.kept.get("files", {}).get(name)
+        path, wanted = self.path / name, self.state.get("files", {}).get(name)
         if not path.is_file() or wanted != sha256_file(path):
             raise _damaged(path)
         return read_file(path)
 
     def check(self, hashes: Mapping[str, str]) -> None:
         """Refuse files that changed since saving; `hashes` are those of the checkpoint."""
-        for name, wanted in self.kept.get("files", {}).items():
+        for name, wanted in self.state.get("files", {}).items():
             folder, _, file = name.partition("/")
             actual = hashes.get(file) if folder == CHECKPOINT else sha256_file(self.path / name)
             if actual != wanted:
@@ -280,7 +280,7 @@ def draw_set(
     """
     if work.resumes:
         saved = CalibrationSet.open(work.path / SET)
-        return CalibrationSet(saved.ids, saved.sources, work.kept["calibration"])
+        return CalibrationSet(saved.ids, saved.sources, work.state["calibration"])
     written = bool(parse_calibration(calibration, context=tokenizer.context, **draw).written)
     drawn = resolve(calibration, model() if written else tokenizer, **how, **draw)
     drawn.save(work.path / SET, overwrite=True)

@@ -120,7 +120,7 @@ def recover_blocks(job: RecoveryRun) -> tuple[float, float, Any]:
     units = [*grouped(job.training, together), job.held_out]
     parts = [grouped(rows, job.rows) for rows in units]
     numbers = [[rows[0] for rows in part] for part in parts]  # micro-batches of each unit
-    reports: list[dict[str, Any]] = list(work.kept.get("blocks", []))
+    reports: list[dict[str, Any]] = list(work.state.get("blocks", []))
     at_once = job.request.batch // together
     grouped_steps = steps_of(numbers[:-1], at_once, job.request.epochs, job.seed)
     steps = [list(itertools.chain(*step)) for step in grouped_steps]

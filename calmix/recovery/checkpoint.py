@@ -182,7 +182,7 @@ class RecoveryRun:
         self.seed = seed if isinstance(seed, int) else 0
         sources, batch = calibration.sources, self.request.batch
         self.training, self.held_out = split_rows(sources, batch, self.seed)
-        self.began = time.perf_counter() - self.work.kept.get("seconds", 0.0)  # of earlier runs
+        self.began = time.perf_counter() - self.work.state.get("seconds", 0.0)  # of earlier runs
         give_memory_back()
         resident, free, _ = device_memory(self.device)
         rows = rows_at_once(self.request.batch, calibration.length)
@@ -191,7 +191,7 @@ class RecoveryRun:
         else:
             resident = -(-resident // (GIB // 4)) * (GIB // 4)
             room = most - resident
-        if begun := self.work.kept.get("rows_at_once"):
+        if begun := self.work.state.get("rows_at_once"):
             rows = [begun]
         self.rows, self.sparing, needed = make_plan(
             self.pruned, self.request.method, calibration.length, rows, room

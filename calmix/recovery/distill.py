@@ -150,9 +150,9 @@ def distill_model(job: RecoveryRun) -> tuple[float, float, Any]:
 
     steps = steps_of(job.training, request.batch, request.epochs, job.seed)
     progress = TrainingState(len(steps))
-    state, best = counted = tuple(work.kept.get("counted", (0, 0)))
+    state, best = counted = tuple(work.state.get("counted", (0, 0)))
     if work.done:
-        progress = TrainingState(**work.kept["run"])
+        progress = TrainingState(**work.state["run"])
         masters.restore(work.load(f"state-{state}"), progress.done)
     saved, took = time.monotonic(), 0.0
     every = max(1, -(-len(steps) // (READINGS * request.epochs)))

@@ -141,7 +141,7 @@ def test_card_suites_and_foreign_models(calmix, compressed, tmp_path):
     ]
     left = [(one, replace(two, not_run=("programs",))) for one, two in card.pairs]
     for suite_, after in (("offline", "calmix evaluate"), ("mine.yaml", "hf upload")):
-        again = replace(card, pairs=left, asked=card.asked | {"suite": suite_})
+        again = replace(card, pairs=left, request=card.request | {"suite": suite_})
         assert again.next.startswith(after)  # a user's own programs need no abilities
     told = json.loads((out / "answers.json").read_text(encoding="utf-8"))
     swapped = {"model": told["against"], "against": told["model"]}

@@ -48,7 +48,7 @@ def test_damaged_file(cut, how):
     elif how == "missing":
         path.unlink()
     else:
-        work.kept["files"] = {}
+        work.state["files"] = {}
     with pytest.raises(InputError, match="safetensors " + DAMAGED):
         work.load(SHARD)
     work.leave(InputError("damaged"), print)

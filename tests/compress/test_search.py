@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 import calmix as api
-from calmix.compression import compress, ladder
-from calmix.compression.ladder import CANDIDATES, RUNGS
+from calmix.compression import compress, search
 from calmix.compression.plan import scored
 from calmix.compression.results import Results
+from calmix.compression.search import CANDIDATES, RATES
 from calmix.compression.stages import Draw, Export, Score, Stage
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.evaluate import choose, runnable
@@ -42,8 +42,8 @@ def other(want, **changed):
     return want.model_copy(update=changed)
 
 
-def walk(want, out, run, *more, say=lambda *_: None):
-    made = ladder.Walk(want, out)
+def searched(want, out, run, *more, say=lambda *_: None):
+    made = search.Search(want, out)
     made.run(run, say, *more)
     return made
 
@@ -106,15 +106,15 @@ def models(out):
 def test_search_keeps_the_smallest_passing_candidate(want, out):
     """Even if a smaller one, of those not built, would pass."""
     run, said = Fake({4.5: 95, 4: 92, 3.2: 84, 2.6: 100}), []
-    found = walk(want, out, run, say=lambda stage, there: said.append((stage.name, there)))
-    assert [*found.kept] == [4.5, 3.2, 4]
+    found = searched(want, out, run, say=lambda stage, there: said.append((stage.name, there)))
+    assert [*found.passed] == [4.5, 3.2, 4]
     assert (found.bits, found.ended, found.left) == (4, "failed", ())
     assert (out / "model/made").read_text().count("candidates/4/model")
     assert not [*(out / CANDIDATES).glob("*/model"), *(out / CANDIDATES).glob("*/pruned")]
     # Generated again in other batches, some answers could differ.
     assert json.loads((out / "abilities.json").read_text())["scores"]["fingerprint"] == "92"
     alone = out.with_name("alone")
-    walk(other(want, suite="abilities"), alone, Fake({6: 93}, 20))
+    searched(other(want, suite="abilities"), alone, Fake({6: 93}, 20))
     assert json.loads((alone / "scores.json").read_text())["scores"]["fingerprint"] == "93"
     assert not (alone / "abilities.json").exists()
     why = "3.2 bits fail: math keeps 84.0 % (16 of 100 right answers lost, 0 gained), proven 74."
@@ -131,7 +131,7 @@ def test_search_keeps_the_smallest_passing_candidate(want, out):
     assert "--right-only" not in scored.command
     assert "--repeat" not in scored.command
     assert "--repeat" in found.opening()[-1].command
-    again = walk(want, out, stop, say=lambda *_: pytest.fail("nothing is left to do"))
+    again = searched(want, out, stop, say=lambda *_: pytest.fail("nothing is left to do"))
     assert again.state == found.state
 
 
@@ -142,14 +142,14 @@ def test_floor_of_the_users_prompts_decides(asked, place, out):
     text = f"prompts:0.5,{place / 'text.txt'}:0.5"
     want = asked(prompts=str(mine), calibration=text, keep_at_least="mine=0.8")
     run = Fake({4.5: 95, 3.2: 84, 4: 92})
-    found = walk(want, out, run)
-    assert ([*found.kept], found.bits, found.files) == ([4.5, 3.2, 4], 4, ["prompts.json"])
+    found = searched(want, out, run)
+    assert ([*found.passed], found.bits, found.files) == ([4.5, 3.2, 4], 4, ["prompts.json"])
     assert run.run[:2] == ["calibrate", "evaluate"]
     assert f"--prompts {mine} --test-half" in found.opening()[-1].command
     assert f"--prompts {mine}" in found.opening()[0].command
     assert json.loads((out / "prompts.json").read_text())["scores"]["fingerprint"] == "92"
     both = asked(prompts=str(mine), calibration=text, keep_at_least="mine=0.8,math=0.8")
-    assert ladder.Walk(both, out.with_name("both")).files == ["abilities.json", "prompts.json"]
+    assert search.Search(both, out.with_name("both")).files == ["abilities.json", "prompts.json"]
     for calibration, floors, says in (
         (f"{mine}@prompt", "mine=0.8", "both name"),
         (text, "mine=0.99", "needs 4"),
@@ -175,16 +175,16 @@ def test_candidate_must_pass_for_all_seeds(want, out):
             sets.append((stage.request.draw["seed"], place.relative_to(out)))
         Fake(rest=97 if "draw-2/6" in str(place) or "draw-2" not in str(place) else 50)(stage)
 
-    found = walk(want, out, run)
+    found = searched(want, out, run)
     assert sets == [(0, Path("calibration")), (1, Path("candidates/draw-2/calibration"))]
     assert runs == ["calibrate", "calibrate", "evaluate", *["prune", "evaluate"] * 6]
-    assert ([*found.kept], found.bits, found.ended) == ([4.5, 6, 5], 6, "failed")
+    assert ([*found.passed], found.bits, found.ended) == ([4.5, 6, 5], 6, "failed")
     assert "math keeps 50.0 % (50 of 100 right answers lost, 0 gained)" in found.why()
     assert found.why().endswith("(the worst of 2 samples of text)")
     assert (out / "model/made").read_text().count("draw-2") == 0
     assert not models(out)
     assert "the models of all 2 samples" in json.loads((out / "check.json").read_text())["lines"][0]
-    assert walk(want, out, stop).state == found.state
+    assert searched(want, out, stop).state == found.state
 
 
 def test_search_over_gguf_files_leaves_the_chosen_file(asked, place, out):
@@ -192,14 +192,14 @@ def test_search_over_gguf_files_leaves_the_chosen_file(asked, place, out):
     model = str(tiny_gguf(out.with_name("tiny.gguf")))
     text = str(place / "text.txt")
     want = asked(model=model, product="gguf", calibration=text, keep_at_least="math=0.8")
-    found = walk(want, out, Fake({6: 95, 5: 20}))
-    assert (found.rates, [*found.kept], found.bits) == ((6, 5), [6, 5], 6)
+    found = searched(want, out, Fake({6: 95, 5: 20}))
+    assert (found.rates, [*found.passed], found.bits) == ((6, 5), [6, 5], 6)
     assert "candidates/6/quantised" in (out / "model.gguf").read_text()
     assert [path.name for path in out.rglob("*.gguf*")] == ["model.gguf", "model.gguf.json"]
     assert not list(out.rglob("quantised"))
 
 
-ALL = dict.fromkeys(RUNGS, 95)
+ALL = dict.fromkeys(RATES, 95)
 
 
 @pytest.mark.parametrize(
@@ -217,12 +217,12 @@ ALL = dict.fromkeys(RUNGS, 95)
     ],
 )
 def test_search_builds_at_most_three_candidates(want, out, kept, walked, bits):
-    found = walk(want, out, Fake(kept))
-    assert ([*found.kept], found.bits) == (walked, bits)
-    failed = [bits for bits, kept in found.kept.items() if not kept]
+    found = searched(want, out, Fake(kept))
+    assert ([*found.passed], found.bits) == (walked, bits)
+    failed = [bits for bits, kept in found.passed.items() if not kept]
     assert found.ended == ("failed" if failed else "bottom")
     assert found.why().startswith(f"{max(failed or [2.6]):g} bits {'fail' if failed else 'are'}")
-    assert walk(want, out, stop).state == found.state
+    assert searched(want, out, stop).state == found.state
     assert (out / "model").exists() == (bits is not None)
     assert not models(out)
 
@@ -231,13 +231,13 @@ def test_search_builds_at_most_three_candidates(want, out, kept, walked, bits):
 def ticks(monkeypatch):
     """A clock that advances ten seconds at every reading."""
     counted = itertools.count(0, 10)
-    monkeypatch.setattr(ladder, "time", SimpleNamespace(monotonic=lambda: next(counted)))
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: next(counted)))
 
 
 def test_timeout_before_a_pass(calmix, command, want, out, ticks, monkeypatch):
     """The next candidate is expected to take as long as the last one."""
     run = Fake({4.5: 80, 6: 99, 5: 99})
-    found = walk(want, out, run, 15)
+    found = searched(want, out, run, 15)
     assert (found.bits, found.ended, found.left) == (None, "time", (6, 5))
     monkeypatch.setattr(compress, "make", lambda *_, **how: (found, {}))
     ended = calmix(*command(out, "--keep-at-least", "math=0.8"))
@@ -246,21 +246,21 @@ def test_timeout_before_a_pass(calmix, command, want, out, ticks, monkeypatch):
     with pytest.raises(NotKeptError, match=r"keeps math=0\.8 yet: time ran out"):
         api.compress(want.model, out, keep_at_least="math=0.8")
     run.run.clear()
-    found = walk(want, out, run)
+    found = searched(want, out, run)
     assert (found.bits, found.ended, run.run) == (5, "failed", ["prune", "evaluate"] * 2)
 
 
 def test_timeout_after_a_pass_resumes(want, out, ticks):
     run = Fake(ALL)
-    found = walk(want, out, run, 15)
-    assert ([*found.kept], found.ended, found.bits) == ([4.5], "time", 4.5)
+    found = searched(want, out, run, 15)
+    assert ([*found.passed], found.ended, found.bits) == ([4.5], "time", 4.5)
     assert "time ran out" in found.why()
     for name in ("answers.json", "compress.json"):  # made from its model
         (out / name).write_text("of 4.5 bits")
-    assert [*walk(want, out, stop, 5).kept] == [4.5]
+    assert [*searched(want, out, stop, 5).passed] == [4.5]
     assert (out / "answers.json").exists()  # too little time for a candidate removes nothing
     run = Fake(ALL | {3.2: 20})
-    found = walk(want, out, run)
+    found = searched(want, out, run)
     assert run.run == ["prune", "recover", "evaluate", "prune", "evaluate"]
     assert (found.ended, found.bits) == ("failed", 4)
     assert (out / "model/made").read_text().count("candidates/4/model")
@@ -269,20 +269,20 @@ def test_timeout_after_a_pass_resumes(want, out, ticks):
         "calibration",
         "candidates",
         "check.json",
-        "ladder.json",
+        "search.json",
         "model",
     }
 
 
 def test_changed_search_is_refused(want, out):
-    walk(want, out, Fake(rest=20))
-    path = out / "ladder.json"
+    searched(want, out, Fake(rest=20))
+    path = out / "search.json"
     told = json.loads(path.read_text(encoding="utf-8"))
-    told["rungs"][0]["bits"] = 3.5
+    told["candidates"][0]["bits"] = 3.5
     for changed, said in ((told, "is damaged or changed"), (sealed(told), "over other candidates")):
         path.write_text(json.dumps(changed), encoding="utf-8")
         with pytest.raises(InputError, match=said):
-            walk(want, out, stop)
+            searched(want, out, stop)
 
 
 @pytest.mark.parametrize("after", range(9))
@@ -290,9 +290,9 @@ def test_interrupted_search_resumes(want, out, after):
     """Before the first candidate, and within and between the others."""
     run = Fake({4.5: 97, 3.2: 20}, 97)
     with pytest.raises(KeyboardInterrupt):
-        walk(want, out, stopping(run, after))
-    found = walk(want, out, run)
-    assert ([*found.kept], found.bits, found.ended) == ([4.5, 3.2, 4], 4, "failed")
+        searched(want, out, stopping(run, after))
+    found = searched(want, out, run)
+    assert ([*found.passed], found.bits, found.ended) == ([4.5, 3.2, 4], 4, "failed")
     both = ["prune", "evaluate"]
     assert run.run == ["calibrate", "evaluate", *both, "prune", "recover", "evaluate", *both]
     assert not models(out)
@@ -302,13 +302,13 @@ def test_unprovable_floors_are_refused_before_anything_is_built(want, out):
     much, lower = (other(want, keep_at_least=f"math={floor}") for floor in (0.99, 0.9))
     run = Fake()
     with pytest.raises(InputError, match="needs 408 right answers and has 100"):
-        walk(much, out, run)
+        searched(much, out, run)
     assert run.run == ["calibrate", "evaluate"]
     run = Fake({6: 100}, 80)
-    assert walk(lower, out, run).bits == 6  # as the error suggests
+    assert searched(lower, out, run).bits == 6  # as the error suggests
     assert run.run == ["prune", "evaluate"] * 3
     (out / CANDIDATES / "3.2/model").mkdir(parents=True)  # begun before the floors changed
-    walk(lower, out, run)
+    searched(lower, out, run)
     assert not models(out)
     assert (out / "model").exists()
 
@@ -319,14 +319,14 @@ def test_floors_changed_before_the_first_candidate(want, out):
     both, run = other(want, keep_at_least="math=0.8,chat=0.8"), Fake(rest=20)
     stopped = stopping(run, 5)
     with pytest.raises(InputError, match="names 'chat', which the scores lack"):
-        walk(both, out, stopped)
+        searched(both, out, stopped)
     with pytest.raises(KeyboardInterrupt):
-        walk(want, out, stopped)
+        searched(want, out, stopped)
     assert run.run == ["calibrate", "calibrate", "evaluate", "evaluate", "prune"]
     run.run.clear()
     with pytest.raises(InputError, match="names 'chat'"):
-        walk(both, out, run)
-    walk(want, out, run)
+        searched(both, out, run)
+    searched(want, out, run)
     assert run.run[:5] == ["evaluate", "evaluate", "evaluate", "prune", "evaluate"]
 
 
@@ -347,12 +347,12 @@ def test_floor_uses_all_items_of_its_ability(want, effort, floors, chosen):
 
 
 def test_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, mine):
-    """A walk and a compression to a given size cannot resume in each other's folder."""
+    """A search and a compression to a given size cannot resume in each other's folder."""
     with pytest.raises(KeyboardInterrupt):
-        walk(want, out, stop)
+        searched(want, out, stop)
     plain = other(want, keep_at_least=None, bits=3.0)
     with pytest.raises(InputError, match=r"of another request .keep_at_least: math=0\.8, now None"):
-        ladder.Walk(plain, out)
+        search.Search(plain, out)
     for words in (("report", out), ("check", out, "--keep-at-least", "0.9")):
         assert "out has no model yet: run its calmix compress again" in calmix(*words).line
     assert "out: search for a size" in calmix("doctor", "inspect", out).ok().out
@@ -360,13 +360,13 @@ def test_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, mine)
     for request in (plain, asked(**given)):
         record = sealed({"request": request.model_dump(mode="json"), "stages": []})
         (tmp_path / "compress.json").write_text(json.dumps(record), encoding="utf-8")
-        ladder.Walk(request, tmp_path)
-        ladder.Walk(request.model_copy(update={"max_memory": "4GiB"}), tmp_path)
+        search.Search(request, tmp_path)
+        search.Search(request.model_copy(update={"max_memory": "4GiB"}), tmp_path)
         with pytest.raises(InputError, match=r"is of another request .bits: 3\.0, now None"):
-            walk(want, tmp_path, stop)
+            searched(want, tmp_path, stop)
     (mine / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"] | {"answer": 0}))
     with pytest.raises(InputError, match=r"another request .suite_sha256"):
-        ladder.Walk(asked(**given), tmp_path)
+        search.Search(asked(**given), tmp_path)
     assert asked(**given | {"suite": "offline"}).suite_sha256 is None
 
 
@@ -380,7 +380,7 @@ def test_failed_first_stage_leaves_no_record(want, out):
             run(stage)
 
         with pytest.raises(InputError, match="no such text"):
-            walk(want, out, refuse)
+            searched(want, out, refuse)
         assert (out / "calibration/made").exists() == out.exists() == left
 
 
@@ -438,11 +438,11 @@ def test_search_command_ends_with_a_card(calmix, command, options, tmp_path, mon
     calmix("check", out).ok()  # with the folder's own floors
     assert json.loads((out / "check.json").read_text(encoding="utf-8"))["floors"] == {"code": 0.3}
     assert "to 5 bits per weight" in (out / "card.html").read_text(encoding="utf-8")
-    before = (out / "ladder.json").read_bytes()
+    before = (out / "search.json").read_bytes()
     ended = calmix(*words, *floors, "--within", "1s", "--json")
-    assert (ended.code, len(json.loads(ended.out)["ladder"]["rungs"])) == (0, 3)
-    assert (out / "ladder.json").read_bytes() == before
-    monkeypatch.setattr(ladder, "RUNGS", (3.5, 3.0))
+    assert (ended.code, len(json.loads(ended.out)["search"]["candidates"])) == (0, 3)
+    assert (out / "search.json").read_bytes() == before
+    monkeypatch.setattr(search, "RATES", (3.5, 3.0))
     other = command(tmp_path / "no", sparse=False)
     ended = calmix(*other, *floors)
     assert ended.code == 1

@@ -20,7 +20,7 @@ from calmix import files
 from calmix.compression import plan, running
 from calmix.compression.card import PAGE
 from calmix.compression.plan import CALIBRATION, SCORES, Request
-from calmix.compression.results import LADDER, MANIFEST, RUN, read_compressed
+from calmix.compression.results import MANIFEST, RUN, SEARCH, read_compressed
 from calmix.compression.running import scoring, stages
 from calmix.compression.stages import Draw, Export, Prune, Recover, Stage
 from calmix.errors import InputError
@@ -30,8 +30,8 @@ from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.manifest import read_sealed, record
 from calmix.models.opening import forget
 
-RUNGS = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
-WHOLE_RUNGS = (8.0, 6.0, 5.0, 4.0, 3.0, 2.0)  # the same for vLLM
+RATES = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
+WHOLE_RATES = (8.0, 6.0, 5.0, 4.0, 3.0, 2.0)  # the same for vLLM
 # Models of a candidate, each made from the one before, and the record of a file.
 MODELS = ("pruned", "blocks", "quantised", "model", "model.gguf.json", "model.gguf")
 CANDIDATES = "candidates"
@@ -41,23 +41,23 @@ HELPS = (
 )
 
 
-class Walk:
-    """A search in OUT, as far as it has come: the candidates tested (`rungs`), and how it `ended`
+class Search:
+    """A search in OUT, as far as it has come: the `candidates` tested, and how it `ended`
     (`failed`, `time` or `bottom`; empty while it goes on).
 
-    A rung holds `bits`, `seconds` and one verdict of `calmix.evaluation.floors` per sample of the
-    text (`verdicts`).
+    A candidate holds `bits`, `seconds` and one verdict of `calmix.evaluation.floors` per sample of
+    the text (`verdicts`).
     """
 
     def __init__(self, request: Request, out: Path) -> None:
         """Read the state in OUT; InputError if OUT is of another request."""
         self.request, self.out = request, out
         saved, but = dict[str, Any](), {"max_memory"}  # which decides nothing that is kept
-        if (out / LADDER).exists():
-            saved = read_sealed(out / LADDER, "")
+        if (out / SEARCH).exists():
+            saved = read_sealed(out / SEARCH, "")
             if request.keep_at_least is None:
-                but.add("bits")  # a walk has none
-            elif not saved["rungs"]:  # so far only scores depend on the floors (`_forget`)
+                but.add("bits")  # a search has none
+            elif not saved["candidates"]:  # so far only scores depend on the floors (`_forget`)
                 but |= {"keep_at_least", "confidence"}
         elif (out / MANIFEST).exists():
             saved = read_compressed(out)
@@ -68,14 +68,14 @@ class Walk:
                 f"{out} is of another request ({differs[0]}: {before.get(differs[0])}, now "
                 f"{now[differs[0]]}): repeat that request or name another folder"
             )
-        self.rungs: list[dict[str, Any]] = saved.get("rungs", [])
+        self.candidates: list[dict[str, Any]] = saved.get("candidates", [])
         self.ended: str = saved.get("ended", "")
-        self.rates: tuple[float, ...] = WHOLE_RUNGS if request.product == "vllm" else RUNGS
+        self.rates: tuple[float, ...] = WHOLE_RATES if request.product == "vllm" else RATES
         if request.keep_at_least is not None:
             self.rates = tuple(bits for bits in self.rates if plan.reachable(request, bits))
         if not self.rates:
-            raise InputError(f"no types of {request.model} give {RUNGS[-1]:g} to {RUNGS[0]:g} bits")
-        if not self.kept.keys() <= {*self.rates}:
+            raise InputError(f"no types of {request.model} give {RATES[-1]:g} to {RATES[0]:g} bits")
+        if not self.passed.keys() <= {*self.rates}:
             raise InputError(f"{out} holds a search over other candidates: choose another -o")
         self.files = plan.decisive(request)
         self.floors = floors.parse_floors(request.keep_at_least) if request.keep_at_least else {}
@@ -86,31 +86,40 @@ class Walk:
         self.samples = {"": "", **{f"{CANDIDATES}/draw-{n}": f", sample {n}" for n in more}}
 
     @property
-    def kept(self) -> dict[float, bool]:
+    def passed(self) -> dict[float, bool]:
         """Whether each tested candidate meets all floors, by its bits."""
-        return {rung["bits"]: all(one["passed"] for one in rung["verdicts"]) for rung in self.rungs}
+        return {
+            candidate["bits"]: all(one["passed"] for one in candidate["verdicts"])
+            for candidate in self.candidates
+        }
 
     @property
     def bits(self) -> float | None:
         """Bits of the smallest candidate that passes; None if none does."""
-        return min((bits for bits, passed in self.kept.items() if passed), default=None)
+        return min((bits for bits, passed in self.passed.items() if passed), default=None)
 
     @property
     def left(self) -> tuple[float, ...]:
         """Bits of the candidates that may still be built."""
-        fewest = min((bits for bits, passed in self.kept.items() if passed), default=math.inf)
-        failed = max((bits for bits, passed in self.kept.items() if not passed), default=-math.inf)
+        fewest = min((bits for bits, passed in self.passed.items() if passed), default=math.inf)
+        failed = max(
+            (bits for bits, passed in self.passed.items() if not passed), default=-math.inf
+        )
         return tuple(bits for bits in self.rates if failed < bits < fewest)
 
     @property
     def state(self) -> dict[str, Any]:
         """What is saved in OUT and printed."""
-        return {"ended": self.ended, "rungs": self.rungs}
+        return {"ended": self.ended, "candidates": self.candidates}
 
     @property
     def promise(self) -> list[str]:
         """The verdict on the smallest candidate that passes, in lines."""
-        passed = (rung["verdicts"][0] for rung in self.rungs if rung["bits"] == self.bits)
+        passed = (
+            candidate["verdicts"][0]
+            for candidate in self.candidates
+            if candidate["bits"] == self.bits
+        )
         return next((verdict["lines"] for verdict in passed), [])
 
     def rows(self) -> list[dict[str, Any]]:
@@ -119,20 +128,20 @@ class Walk:
             {"bits": f"{bits:g}", "kept": "yes" if passed else "no"}
             | {
                 one["ability"]: f"{100 * one['kept']:.1f} ({floors.proven(one['bound'])})"
-                for one in _weakest(rung)
+                for one in _weakest(candidate)
             }
-            for rung, (bits, passed) in zip(self.rungs, self.kept.items(), strict=True)
+            for candidate, (bits, passed) in zip(self.candidates, self.passed.items(), strict=True)
         ]
 
     def why(self) -> str:
-        """Return a sentence that says why the walk ended."""
+        """Return a sentence that says why the search ended."""
         if self.ended == "time":
             return "time ran out before the next candidate: run the same command again to resume"
         if self.ended == "bottom":
             return f"{self.rates[-1]:g} bits are the fewest that are tried"
         last = max(
-            (rung for rung in self.rungs if not self.kept[rung["bits"]]),
-            key=lambda rung: rung["bits"],
+            (candidate for candidate in self.candidates if not self.passed[candidate["bits"]]),
+            key=lambda candidate: candidate["bits"],
         )
         failures = "; ".join(one["text"] for one in _weakest(last) if not one["passed"])
         drawn = len(last["verdicts"])
@@ -219,7 +228,7 @@ class Walk:
                 floors.judge(self.floors, [(one, one) for one in dense], self.level)
             while left := self.left:
                 bits, at = left[_middle(left)], time.monotonic()
-                if self.rungs and at - began + self.rungs[-1]["seconds"] > within:
+                if self.candidates and at - began + self.candidates[-1]["seconds"] > within:
                     self._save("time")
                     break
                 if self.ended:
@@ -227,7 +236,7 @@ class Walk:
                 list(running.do(self.building(bits), self.out, run, say))
                 verdicts = self._verdicts(bits, dense)
                 taken = round(time.monotonic() - at, 1)
-                self.rungs.append({"bits": bits, "seconds": taken, "verdicts": verdicts})
+                self.candidates.append({"bits": bits, "seconds": taken, "verdicts": verdicts})
                 over = "bottom" if self.bits == self.rates[-1] else "failed"
                 self._save("" if self.left else over)
             self._place()
@@ -257,7 +266,7 @@ class Walk:
         value = record(
             "search for a size", request=self.request.model_dump(mode="json"), **self.state
         )
-        files.write_json(self.out / LADDER, value)
+        files.write_json(self.out / SEARCH, value)
         for bits in {*self.rates}.difference(self.left):
             for sample in self.samples:
                 folder = self.folder(bits, sample)
@@ -269,7 +278,7 @@ class Walk:
     def _forget(self) -> None:
         """Remove scores of other items, left from earlier floors, except those of tested
         candidates."""
-        tested = [self.folder(bits, sample) for bits in self.kept for sample in self.samples]
+        tested = [self.folder(bits, sample) for bits in self.passed for sample in self.samples]
         for file, suite in plan.scored(self.request).items():
             for path in (self.out / CANDIDATES).rglob(f"*{file}"):
                 if path.parent not in tested and load_scores(path).suite["hash"] != suite.hash:
@@ -300,9 +309,9 @@ class Walk:
             _move(chosen, self.out)
 
 
-def _weakest(rung: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _weakest(candidate: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the test of each ability, from the sample that proves least."""
-    drawn = zip(*(one["tested"] for one in rung["verdicts"]), strict=True)
+    drawn = zip(*(one["tested"] for one in candidate["verdicts"]), strict=True)
     return [min(same, key=lambda one: one["bound"] - one["floor"]) for same in drawn]
 
 
