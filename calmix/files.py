@@ -32,7 +32,7 @@ RESULTS = {
     "calibration set": ("manifest.json", "calibration.safetensors"),
     "study report": ("report.html", "summary.txt"),
 }
-KEPT = ("study store", "compressed model")  # never replaced by --overwrite
+NEVER_REPLACED = ("study store", "compressed model")  # never replaced by --overwrite
 
 
 def cache_dir() -> Path:
@@ -338,7 +338,7 @@ def check_result_file(path: Path, inputs: Iterable[object] = ()) -> None:
 
 def holds_result(folder: Path) -> bool:
     """Whether a folder is a result of calmix that --overwrite may replace."""
-    kinds = (names for kind, names in RESULTS.items() if kind not in KEPT)
+    kinds = (names for kind, names in RESULTS.items() if kind not in NEVER_REPLACED)
     return any(all((folder / name).is_file() for name in names) for names in kinds)
 
 

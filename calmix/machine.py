@@ -19,7 +19,7 @@ MICRO_TOKENS = 2048  # tokens whose activations fit in a CPU's cache
 WIDE_TOKENS = 8192  # tokens that keep an accelerator busy
 CACHED_VALUES = 2**18  # float32 values that fit in one core's cache: 1 MiB
 CGROUPS = Path("/sys/fs/cgroup")
-OWN = Path("/proc/self/cgroup")
+OWN_GROUP = Path("/proc/self/cgroup")
 
 
 def host_memory() -> tuple[int, int]:
@@ -120,7 +120,7 @@ def values_at_once(device: torch.device) -> int:
 def _groups() -> Iterator[Path]:
     """Yield the folders of this process's control groups (version 2), innermost first."""
     # A container sees its own group at the root, whatever the path on the host.
-    for line in _text(OWN).splitlines():
+    for line in _text(OWN_GROUP).splitlines():
         if line.startswith("0::"):
             leaf = CGROUPS / line[3:].strip("/")
             yield from (path for path in (leaf, *leaf.parents) if path.is_relative_to(CGROUPS))

@@ -19,7 +19,7 @@ from rich.console import Console
 
 EVERY = 30.0  # seconds between lines without a terminal
 OFTEN = 0.2  # seconds between updates in a notebook
-WIDE = 32  # characters of the text inside a stage
+INSIDE_CHARACTERS = 32  # characters of the text inside a stage
 # Functions that draw a text, a share (None: unknown) and the time left, and that end the display.
 View = tuple[Callable[[str, float | None, str], None], Callable[[], None]]
 
@@ -140,7 +140,9 @@ class Progress:
     def part(self, inside: str, share: float | None, key: str) -> None:
         """Show what runs inside the current stage."""
         text = f"{self._begun}/{self._stages} {self._stage}"
-        text += f": {textwrap.shorten(inside, WIDE, placeholder='...')}" if inside else ""
+        text += (
+            f": {textwrap.shorten(inside, INSIDE_CHARACTERS, placeholder='...')}" if inside else ""
+        )
         self.show(text, share, f"{self._begun} {key}")
 
 

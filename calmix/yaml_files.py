@@ -14,7 +14,7 @@ from yaml.constructor import ConstructorError
 
 from calmix.errors import InputError, nearest, plain_problem
 
-LARGEST = 500_000  # characters in a file; PyYAML takes seconds for this many
+YAML_CHARACTERS = 500_000  # characters in a file; PyYAML takes seconds for this many
 Parsed = TypeVar("Parsed", bound=BaseModel)
 
 
@@ -63,8 +63,10 @@ _Strict.add_constructor("tag:yaml.org,2002:int", _integer)
 
 def parse_yaml(text: str, where: str) -> tuple[dict[str, Any], yaml.Node]:
     """Parse YAML text that holds a mapping, and return its nodes too; errors call it `where`."""
-    if len(text) > LARGEST:
-        raise InputError(f"{where} has more than {LARGEST:,} characters, the limit for YAML")
+    if len(text) > YAML_CHARACTERS:
+        raise InputError(
+            f"{where} has more than {YAML_CHARACTERS:,} characters, the limit for YAML"
+        )
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         value = None if node is None else _Strict("").construct_document(node)

@@ -10,7 +10,7 @@ import pytest
 
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.files import (
-    KEPT,
+    NEVER_REPLACED,
     RESULTS,
     atomic_folder,
     check_apart,
@@ -179,7 +179,7 @@ def test_overwrite_replaces_only_results(tmp_path):
         folder.mkdir()
         for name in result:
             (folder / name).touch()
-        if kind in KEPT:
+        if kind in NEVER_REPLACED:
             with pytest.raises(InputError, match="--overwrite replaces only"):
                 check_output_folder(folder, overwrite=True)
         else:

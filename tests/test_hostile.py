@@ -170,7 +170,7 @@ def test_hostile_gguf(calmix, tmp_path, model):
 )
 def test_chat_template_limits(calmix, tmp_path, monkeypatch, model, template):
     monkeypatch.setattr(chat_template, "SECONDS", 0.3)
-    monkeypatch.setattr(chat_template, "MEMORY", 2**26)
+    monkeypatch.setattr(chat_template, "TEMPLATE_MEMORY", 2**26)
     (model / "chat_template.jinja").write_text(template)
     chats = [{"messages": [{"role": "user", "content": "Hi"}]}] * 9
     path = tmp_path / "chats.jsonl"

@@ -17,7 +17,7 @@ MIB = 2**20
 def groups(tmp_path, monkeypatch):
     """Fake the files of control groups."""
     monkeypatch.setattr(machine, "CGROUPS", tmp_path / "cgroup")
-    monkeypatch.setattr(machine, "OWN", tmp_path / "own")
+    monkeypatch.setattr(machine, "OWN_GROUP", tmp_path / "own")
 
     def make(own, **files):
         (tmp_path / "own").write_text(own, encoding="utf-8")

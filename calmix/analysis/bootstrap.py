@@ -39,7 +39,7 @@ from calmix.study.results import StudyResults, Trial
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
 ALPHA = 0.05
-ENOUGH = 4  # degrees of freedom from which a condition's own spread over seeds is used
+OWN_FREEDOM = 4  # degrees of freedom from which a condition's own spread over seeds is used
 ROUNDING = 1e-12  # rank correlations or totals closer than this are equal
 
 
@@ -239,7 +239,7 @@ def joint(
     values, seeds = rolled[..., 0], Seeds.of(cells)
     squares = (mean_of > 0) @ (seeds.residuals @ cells.weights.T) ** 2
     several = np.where(counts > 1, counts - 1, np.nan)[:, None]
-    pooled = pool is not None and seeds.freedom < min(ENOUGH, pool.freedom)
+    pooled = pool is not None and seeds.freedom < min(OWN_FREEDOM, pool.freedom)
     if pool is not None and pooled:
         seeds = pool
     freedom, spread = seeds.freedom, seeds.residuals @ cells.weights.T

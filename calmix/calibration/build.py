@@ -23,7 +23,7 @@ from calmix.sources import Document, Source, get_source
 from calmix.sources.local import LocalFile
 from calmix.sources.registry import documents_hash
 
-BATCH = 64  # documents tokenised at a time
+TOKENISED_AT_ONCE = 64  # documents tokenised at a time
 CHARACTERS = 4  # of a token, roughly
 # Source names with positive weights that sum to 1, in the order they were written.
 Mix = dict[str, float]
@@ -254,8 +254,8 @@ def hashed(ids: Tensor, names: Sequence[str], manifest: dict[str, Any]) -> Calib
 def tokenized(documents: list[Document], tokenizer: Any, name: str) -> Iterator[Tokenized]:
     """Yield a source's documents with their token ids; chats in the model's chat template."""
     tokenize = tokenizer_function(tokenizer)
-    for start in range(0, len(documents), BATCH):
-        batch = documents[start : start + BATCH]
+    for start in range(0, len(documents), TOKENISED_AT_ONCE):
+        batch = documents[start : start + TOKENISED_AT_ONCE]
         texts = [formatted(one, tokenizer, name) for one in batch]
         yield from zip(batch, tokenize(texts), strict=True)
 

@@ -36,7 +36,7 @@ from calmix.manifest import SEAL, sealed
 from calmix.shown import Shown
 
 TENSORS, SET_MANIFEST = "calibration.safetensors", "manifest.json"
-SET_KIND, FORMAT = "calibration set", 1
+SET_KIND, SET_FORMAT = "calibration set", 1
 
 
 @dataclass(frozen=True, repr=False)
@@ -95,7 +95,7 @@ class CalibrationSet(Shown):
         check_output_folder(folder, overwrite=overwrite)
         names = list(self.counts)
         source = torch.tensor([names.index(name) for name in self.sources], dtype=torch.int32)
-        named = {"kind": SET_KIND, "format": FORMAT, "calmix": metadata.version("calmix")}
+        named = {"kind": SET_KIND, "format": SET_FORMAT, "calmix": metadata.version("calmix")}
         manifest = {**self.manifest, **named, "names": names, **self._kept()}
         with atomic_folder(folder) as beside:
             tensors = {"ids": self.ids.to(torch.int64).contiguous(), "source": source}
@@ -125,10 +125,10 @@ class CalibrationSet(Shown):
 
         check_links(folder := Path(folder))
         manifest = read_object(folder / SET_MANIFEST, f"there is no calibration set at {folder}")
-        if (manifest.get("kind"), manifest.get("format")) != (SET_KIND, FORMAT):
+        if (manifest.get("kind"), manifest.get("format")) != (SET_KIND, SET_FORMAT):
             raise InputError(
-                f"{folder} is not a calibration set of format {FORMAT}, which this calmix reads: "
-                f"its {SET_MANIFEST} has kind {manifest.get('kind')} and format "
+                f"{folder} is not a calibration set of format {SET_FORMAT}, which this calmix "
+                f"reads: its {SET_MANIFEST} has kind {manifest.get('kind')} and format "
                 f"{manifest.get('format')}"
             )
         if sealed(manifest) != manifest:

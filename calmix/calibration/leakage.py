@@ -34,7 +34,7 @@ from calmix.sources import Document
 WORDS = 13  # the run length of GPT-3's contamination study (arXiv 2005.14165)
 SHORTEST_ITEM = 5  # words of the shortest item that can be found
 LIMIT = 0.05  # the share of leaking documents above which a source is refused
-ENOUGH = 4_000  # documents that suffice to estimate the share that leaks
+SAMPLED_DOCUMENTS = 4_000  # documents that suffice to estimate the share that leaks
 ESCAPED = 3  # times that text may have been escaped for HTML
 DISTINCT = 0.75  # the share of a run's words that must be distinct for it to count
 BYTES = 1.25  # the mean length of a run's words, in UTF-8, for it to count
@@ -186,14 +186,14 @@ class Guard:
         """Raise SourceError for a source if more than 5 % of its documents leak.
 
         The sample can be small: if more of it leaks, the `rest` of the documents is checked too, up
-        to `ENOUGH` in total.
+        to `SAMPLED_DOCUMENTS` in total.
         """
         dropped = self.dropped.get(source, [])
         checked, leaks = self.checked[source], len(dropped)
         if leaks <= LIMIT * checked:
             return
         for _ in rest:
-            if self.checked[source] >= ENOUGH:
+            if self.checked[source] >= SAMPLED_DOCUMENTS:
                 break
         if len(dropped) > LIMIT * self.checked[source]:
             task, hits = Counter(entry["task"] for entry in dropped).most_common(1)[0]

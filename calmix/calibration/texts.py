@@ -22,8 +22,8 @@ from calmix.sources.offline import AssetText
 from calmix.sources.registry import local_file
 from calmix.yaml_files import packaged
 
-TEXT_ROWS, TEXT_LENGTH, SEED = 8, 256, 0
-LONGEST = 16  # characters per token, more than any useful text has on average
+TEXT_ROWS, TEXT_LENGTH, TEXT_SEED = 8, 256, 0
+TOKEN_CHARACTERS = 16  # characters per token, more than any useful text has on average
 
 
 @functools.cache
@@ -87,8 +87,8 @@ def texts(
         tokens = 0
         for number, reader in enumerate(of_name):
             share = rows // len(of_name) + (number < rows % len(of_name))
-            most, documents = LONGEST * share * length, list(reader.read())
-            order = np.random.default_rng(SEED).permutation(len(documents))
+            most, documents = TOKEN_CHARACTERS * share * length, list(reader.read())
+            order = np.random.default_rng(TEXT_SEED).permutation(len(documents))
             stream = (
                 (documents[i], tokenize([formatted(documents[i], tokenizer, name)[:most]])[0])
                 for i in order

@@ -17,7 +17,7 @@ from calmix.errors import MEANT, CalmixError
 SPINS = "2000"
 # Kernels that PyTorch and oneDNN cache. Each is for one shape and may take a megabyte, and experts
 # see a new shape for every token count. Both read the limit at their first matrix product.
-CACHES, KERNELS = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"
+CACHES, KERNEL_COUNT = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"), "64"
 
 
 def _version(wanted: bool) -> None:
@@ -70,7 +70,7 @@ def main() -> None:
     if "OMP_WAIT_POLICY" not in os.environ:  # read when torch is imported, which is later
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     for cache in CACHES:
-        os.environ.setdefault(cache, KERNELS)
+        os.environ.setdefault(cache, KERNEL_COUNT)
     try:
         try:
             code = _parser(app)(prog_name="calmix", standalone_mode=False)

@@ -23,10 +23,10 @@ from calmix.options import (
 from calmix.progress import Progress
 from calmix.sources import builtin_sources, get_source, own_sources
 from calmix.sources.licences import allowed, short
+from calmix.sources.registry import GENERATOR_NAMES as GENERATORS
 from calmix.sources.registry import MIXES
-from calmix.sources.registry import WRITTEN as GENERATORS
 
-WRITTEN = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of self-written text
+WRITING_FACTS = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of self-written text
 calibrate = group("calibrate", default="draw")
 
 
@@ -77,7 +77,7 @@ def draw(
             "length": drawn_set.length,
             "counts": drawn_set.counts,
             "chat_turns": manifest.get("chat_turns"),
-            **{key: manifest[key] for key in WRITTEN if key in manifest},
+            **{key: manifest[key] for key in WRITING_FACTS if key in manifest},
             "sha256": drawn_set.sha256,
             "leakage": leakage if leakage == "off" else {"dropped": dropped},
         }

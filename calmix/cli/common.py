@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from calmix.compression.estimate import StageCost
     from calmix.pruning.report import LayerReport
 
-LONGEST = 2000  # characters of an error line
-ENDLESS, GAP = 10_000, 2  # columns without a terminal; padding of a cell
-NUMBER = re.compile(r"[-\N{MINUS SIGN}>]?\d")
+ERROR_CHARACTERS = 2000  # characters of an error line
+ENDLESS, CELL_GAP = 10_000, 2  # columns without a terminal; padding of a cell
+NUMBER_CELL = re.compile(r"[-\N{MINUS SIGN}>]?\d")
 
 
 def printable(text: str) -> str:
@@ -74,8 +74,8 @@ def print_json(value: Any) -> None:
 def fail(message: str) -> NoReturn:
     """Print one line to stderr and exit with code 2."""
     text = printable(" ".join(message.split()))
-    if len(text) > LONGEST:  # it quotes long input
-        text = f"{text[: LONGEST // 2]} ... {text[-LONGEST // 2 :]}"
+    if len(text) > ERROR_CHARACTERS:  # it quotes long input
+        text = f"{text[: ERROR_CHARACTERS // 2]} ... {text[-ERROR_CHARACTERS // 2 :]}"
     sys.stderr.write(f"error: {text}\n")
     sys.exit(2)
 
@@ -116,7 +116,7 @@ def print_table(
         for head in heads
     }
     for head in heads[:0:-1] if least is None else least:
-        if sum(narrow[one] + GAP for one in heads) <= limit:
+        if sum(narrow[one] + CELL_GAP for one in heads) <= limit:
             break
         if head in heads:
             heads.remove(head)
@@ -127,10 +127,10 @@ def print_table(
         width = terminal_width()
         out.print(Text(title, style="bold"), soft_wrap=width is None, width=width)
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
-    tight = sum(max(cell_len(head), narrow[head]) + GAP for head in heads) > limit
+    tight = sum(max(cell_len(head), narrow[head]) + CELL_GAP for head in heads) > limit
     for head in heads:
         filled = [cell for cell in cells[head] if cell not in ("", "-", "\N{EN DASH}")]
-        numbers = sum(bool(NUMBER.match(cell)) for cell in filled) > len(filled) / 2
+        numbers = sum(bool(NUMBER_CELL.match(cell)) for cell in filled) > len(filled) / 2
         table.add_column(
             head.replace(" ", "\n") if tight else head,
             justify="right" if numbers and head != heads[0] else "left",
@@ -146,7 +146,7 @@ def print_table(
         if by and row[by] != above:
             table.add_row(Text(above := row[by], style="bold"))
         table.add_row(*next(lines))
-    width = max(limit, sum(narrow[head] + GAP for head in heads))
+    width = max(limit, sum(narrow[head] + CELL_GAP for head in heads))
     Terminal(width=width, quiet=out.quiet).print(table)
     if left_out:
         named = ", ".join(left_out)

@@ -51,7 +51,7 @@ def compress(
       IQ2_XXS  0.58 GB
       --for vllm --bits 3 --group 32: 58 and 80
     """
-    from calmix.compression.card import PAGE, read_card
+    from calmix.compression.card import CARD_PAGE, read_card
     from calmix.compression.compress import begin, dry, make
     from calmix.compression.plan import check_options
     from calmix.compression.recipe import with_recipe
@@ -91,7 +91,7 @@ def compress(
             print_json(result)
             line(words.wrapped(text))
             raise typer.Exit(1)
-    page, card = output / PAGE, read_card(output)
+    page, card = output / CARD_PAGE, read_card(output)
     result |= {
         "model": str(card.model),
         "card": str(page),
@@ -130,7 +130,7 @@ def report(
     output: Path | None = path_option(None, "Page to write.", shown="OUT/card.html"),
 ) -> None:
     """Write the report card of a compressed model."""
-    from calmix.compression.card import PAGE, write_card
+    from calmix.compression.card import CARD_PAGE, write_card
 
     if output is not None:  # it may stand beside the default page
         inside = folder.iterdir() if folder.is_dir() else ()
@@ -139,7 +139,7 @@ def report(
         if output.suffix.lower() not in (".html", ".htm"):
             raise InputError(f"cannot write a page to {output}: name an .html file")
     with Progress() as bar:
-        write_card(folder, bar, page := output or folder / PAGE)
+        write_card(folder, bar, page := output or folder / CARD_PAGE)
     line(f"report: {page}")
 
 
@@ -167,7 +167,7 @@ def check(
     """
     from calmix.compression.plan import BEHAVIOUR, PROMPTS, SCORES
     from calmix.compression.results import (
-        MANIFEST,
+        COMPRESSED,
         Results,
         read_compressed,
         recorded,
@@ -192,7 +192,7 @@ def check(
     floors, carded = parse_floors(wanted), output is None and bool(folders)
     path = folders[0] / FILE if carded else output
     if path is not None:
-        inputs = [*files, *(folder / MANIFEST for folder in folders)]
+        inputs = [*files, *(folder / COMPRESSED for folder in folders)]
         check_output_file(path, inputs=inputs, overwrite=overwrite or carded)
     pairs = load_pairs(files)
     proof = Results(partial(cached_sha256, again=True))  # a gate reads the model's every byte

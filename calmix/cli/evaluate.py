@@ -49,12 +49,12 @@ from calmix.sources.registry import local_file
 if TYPE_CHECKING:
     from calmix.evaluation.comparison import Comparison
 
-BESIDE = 3  # models whose intervals fit side by side in 80 columns
+SIDE_BY_SIDE = 3  # models whose intervals fit side by side in 80 columns
 BRACKETS = (
     "KL(dense || pruned): nats per token; flips: items right under one model only.\n"
     f"Brackets: 95 % intervals over items, {RESAMPLES} resamples, seed 0."
 )
-UNITS = "bits and smoothed: bits per byte, lower is better; others: higher is better."
+UNITS_OF_BITS = "bits and smoothed: bits per byte, lower is better; others: higher is better."
 RETENTION = "Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept."
 MEANINGS = {  # of tables of answers: title and explanation
     "right": (
@@ -67,10 +67,10 @@ MEANINGS = {  # of tables of answers: title and explanation
     ),
 }
 DENSE = "Dense model, or a .json file of its scores."
-PROMPTS = option(None, "Your own prompts instead of a suite: mine.jsonl.", metavar="FILE")
-THINKING = option(False, "Let models think first, if their template has the switch.")
+PROMPTS_OPTION = option(None, "Your own prompts instead of a suite: mine.jsonl.", metavar="FILE")
+THINKING_OPTION = option(False, "Let models think first, if their template has the switch.")
 TEST_HALF = advanced(False, "Only the half of --prompts that is kept from calibration.")
-PAGE = option(None, "HTML page to write: answers side by side.", metavar="PATH")
+PAGE_OPTION = option(None, "HTML page to write: answers side by side.", metavar="PATH")
 evaluate = group("evaluate", default="run")
 
 
@@ -80,12 +80,12 @@ def run(
     serving: ServerOptions,
     model: str = option(..., SERVED, argument=True),
     suite: str | None = option(None, "Suite by name, or a YAML file.", shown="offline"),
-    prompts: str | None = PROMPTS,
+    prompts: str | None = PROMPTS_OPTION,
     test_half: bool = TEST_HALF,
-    thinking: bool = THINKING,
+    thinking: bool = THINKING_OPTION,
     against: str | None = option(None, DENSE, metavar="DENSE"),
     output: Path | None = path_option(None, "JSON file to write, with every item."),
-    page: Path | None = PAGE,
+    page: Path | None = PAGE_OPTION,
     quick: bool = option(False, "Only the suite's quick slice."),
     whole: tuple[str, ...] = advanced((), "With --quick: all items of this dimension (repeat)."),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
@@ -286,16 +286,16 @@ def compare(
     ),
     against: Path | None = option(None, "Dense model's scores.", shown="those in SCORES"),
     measure: Measure | None = MEASURE,
-    prompts: str | None = PROMPTS,
+    prompts: str | None = PROMPTS_OPTION,
     test_half: bool = TEST_HALF,
-    thinking: bool = THINKING,
+    thinking: bool = THINKING_OPTION,
     suite: str | None = option(None, "Suite to score models on, e.g. abilities."),
     quick: bool = option(False, "Only the suite's quick slice."),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
     margin: Share = advanced(MARGIN, "Share of good answers a model may be worse by."),
     allow_code_execution: bool = RUN_CODE,
     output: Path | None = path_option(None, "JSON file to write, with --prompts or --suite."),
-    page: Path | None = PAGE,
+    page: Path | None = PAGE_OPTION,
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Compare several smaller models of one dense model; with --prompts or --suite, score them."""
@@ -432,7 +432,7 @@ def _result(path: Path) -> tuple[str, list[Path]]:
     """Return the name of a result and its files of scores; one of calmix compress is named after
     its folder."""
     from calmix.compression.plan import BEHAVIOUR, SCORES
-    from calmix.compression.results import MANIFEST, verified
+    from calmix.compression.results import COMPRESSED, verified
 
     names = SCORES, BEHAVIOUR
     if not path.is_dir():
@@ -443,7 +443,7 @@ def _result(path: Path) -> tuple[str, list[Path]]:
             f"{path} has neither {SCORES} nor {BEHAVIOUR}: name a folder that calmix "
             "compress has finished"
         )
-    if (path / MANIFEST).is_file():
+    if (path / COMPRESSED).is_file():
         verified(path)
     return path.resolve().name, files
 
@@ -471,7 +471,7 @@ def _print_comparisons(
         if any(one.get(label) is not None for one in records)
     ]
     table: list[dict[str, Any] | None] = []
-    if len(comparisons) <= BESIDE:
+    if len(comparisons) <= SIDE_BY_SIDE:
         for label in labels:
             if label in ("total", "lost", "accuracy %", "KL to dense"):
                 table.append(None)
@@ -494,7 +494,7 @@ def _print_comparisons(
     if table:
         print_table(
             table,
-            least=least if len(comparisons) > BESIDE else [],
+            least=least if len(comparisons) > SIDE_BY_SIDE else [],
             title=f"{what}; suite {suite['name']} version {suite['version']}",
         )
     line(meaning)
@@ -551,7 +551,7 @@ def _print(
             title=f"{scores.model}: {title}, {scores.seconds:.0f} s",
             least=["scored by", "baseline", "accuracy", "n"],
         )
-        line(UNITS)
+        line(UNITS_OF_BITS)
         return
     if (changed := compare_answers((dense, scores))) is not None:
         _print_answers(changed, scores)
@@ -597,7 +597,7 @@ def _print(
     if any(row["retention %"] == "no signal" for row in tasks):
         line("no signal: left out, because the dense score is within noise of the baseline")
     if any(row["scored by"] in BITS for row in tasks):
-        line(UNITS)
+        line(UNITS_OF_BITS)
     _print_comparisons([one], measure, alone=True)
 
 

@@ -31,14 +31,17 @@ class ExportOptions(Options):
     trust_remote_code: bool = TRUST
 
 
-PLACE, SET = {"output", "overwrite"}, {"output", "overwrite", "model", "trust_remote_code"}
-FORMS = {  # the options of each format
-    "pack": PLACE,
-    "model": PLACE,
-    "gguf": PLACE | {"weights", "like"},
-    "vllm": PLACE,
-    "imatrix": SET,
-    "jsonl": SET,
+PLACE_OPTIONS, SET_OPTIONS = (
+    {"output", "overwrite"},
+    {"output", "overwrite", "model", "trust_remote_code"},
+)
+OPTIONS_OF = {  # the options of each format
+    "pack": PLACE_OPTIONS,
+    "model": PLACE_OPTIONS,
+    "gguf": PLACE_OPTIONS | {"weights", "like"},
+    "vllm": PLACE_OPTIONS,
+    "imatrix": SET_OPTIONS,
+    "jsonl": SET_OPTIONS,
 }
 
 
@@ -52,7 +55,7 @@ def export(options: ExportOptions) -> None:
     if of_set != (form in SETS):
         kind = "a" if of_set else "not a saved"
         raise InputError(f"{options.what} is {kind} calibration set: it has no export to {form}")
-    if idle := options.model_fields_set - FORMS[form] - {"what", "to", "as_json"}:
+    if idle := options.model_fields_set - OPTIONS_OF[form] - {"what", "to", "as_json"}:
         flag = min(idle).replace("_", "-")
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
     if of_set and options.model is None:

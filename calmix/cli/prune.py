@@ -108,7 +108,7 @@ def prune(
 
 def _print_pruned(path: Path, report: PruneReport) -> None:
     """Print the result: a line, and a table of the layers."""
-    from calmix.compression.plan import LEAST, MOST
+    from calmix.compression.plan import FEWEST_BITS, MOST_BITS
     from calmix.pruning.experts import starved
     from calmix.pruning.held_out import rows_needed
 
@@ -149,7 +149,7 @@ def _print_pruned(path: Path, report: PruneReport) -> None:
             weights = sum(layer.rows * layer.columns for layer in typed)
             taken = sum(layer.rows * layer.columns * (layer.bits or 0) for layer in typed)
             bits = taken / weights
-        if LEAST <= bits <= MOST or report.method != BITS_METHOD:
+        if FEWEST_BITS <= bits <= MOST_BITS or report.method != BITS_METHOD:
             exported = (
                 f": {size_text(weights * bits / 8)} of {size_text(2 * weights)} in 16 bits, once "
                 f"exported (calmix export --to {'gguf' if types else 'pack'})"

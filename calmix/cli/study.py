@@ -26,7 +26,7 @@ from calmix.options import (
 )
 from calmix.progress import Progress
 
-FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
+STUDY_FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
 studies = group("study")
 
 
@@ -52,7 +52,7 @@ def init(
 
 @verb("plan", of=studies)
 def plan(
-    study: Path = FILE,
+    study: Path = STUDY_FILE,
     device: str = option("auto", "Torch device to plan for, e.g. cuda:1."),
     trust_remote_code: bool = TRUST,
 ) -> None:
@@ -99,7 +99,7 @@ def plan(
 @verb("run", of=studies)
 def run(
     trials: TrialOptions,
-    study: Path = FILE,
+    study: Path = STUDY_FILE,
     store: Path = option(..., "Folder for the results.", flag="--store -o", metavar="STORE"),
     only: list[str] = option(
         [], "Only trials whose set, model or label matches, e.g. 'mix*'.", metavar="PATTERN"

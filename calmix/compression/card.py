@@ -15,7 +15,7 @@ from calmix.calibration import CalibrationSet, saved_set
 from calmix.compression.plan import (
     BEHAVIOUR,
     EFFORTS,
-    PACK,
+    PACK_FOLDER,
     PROMPTS,
     Request,
     score_files,
@@ -48,7 +48,7 @@ from calmix.sources import builtin_sources
 from calmix.sources.licences import use_of
 
 WEIGHTS = ".safetensors"
-PAGE, ANSWERS, README, MODELFILE, SPEED = (
+CARD_PAGE, ANSWERS_PAGE, README, MODELFILE, SPEED = (
     "card.html",
     "prompts.html",
     "README.md",
@@ -434,7 +434,7 @@ def read_card(out: Path) -> Card:
         _bytes(folder, written),
         sum(
             p.stat().st_size
-            for p in (out / PACK).rglob("*")
+            for p in (out / PACK_FOLDER).rglob("*")
             if p.suffix == WEIGHTS or p.parent.name == SCALES
         ),
         written if exported else {},
@@ -483,8 +483,8 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
                 card = replace(card, speeds=speeds)
     write_text(out / RECIPE, card.recipe)
     if card.prompted is not None:
-        write_text(out / ANSWERS, answers_page({card.name: card.prompted}))
-    write_text(page or out / PAGE, card_page(card))
+        write_text(out / ANSWERS_PAGE, answers_page({card.name: card.prompted}))
+    write_text(page or out / CARD_PAGE, card_page(card))
     write_text((out if card.gguf else card.model) / README, model_card(card))
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration import saved_set
-from calmix.compression.card import PAGE, Card, read_card
+from calmix.compression.card import CARD_PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.plan import check_request
 from calmix.compression.recipe import with_recipe
-from calmix.compression.results import MANIFEST, SEARCH
+from calmix.compression.results import COMPRESSED, SEARCH
 from calmix.compression.running import Run, Say, stages
 from calmix.compression.running import compress as run_stages
 from calmix.compression.search import Search
@@ -43,7 +43,7 @@ class Compressed(Shown):
     @property
     def card(self) -> Path:
         """The report card, an HTML page."""
-        return self.folder / PAGE
+        return self.folder / CARD_PAGE
 
     @property
     def retention(self) -> Retention:
@@ -130,7 +130,7 @@ def begin(options: Compression, out: Path) -> Search:
     ]
     check_apart(out, inputs)
     check_unlocked(out)
-    if not (out / MANIFEST).exists() and not (out / SEARCH).exists():
+    if not (out / COMPRESSED).exists() and not (out / SEARCH).exists():
         if out.is_dir() and any(out.iterdir()):
             raise InputError(
                 f"{out} is not empty and was not made by calmix compress: name another folder"

@@ -18,13 +18,13 @@ from calmix.compression.running import stages
 from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.files import check_free
 from calmix.models import check_models, resolve_model
-from calmix.models.shards import MOST, weight_bytes
+from calmix.models.shards import MOST_FILE_BYTES, weight_bytes
 from calmix.options import BITS_METHOD, Recovering
 from calmix.pruning.allocation import planned_bytes
 from calmix.pruning.checkpoint import planned
 from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import NONE, PruneRequest
-from calmix.study.estimate import PROGRAM, SCORED, EmptyModel, suite_size
+from calmix.study.estimate import PROGRAM, SCORED_BYTES, EmptyModel, suite_size
 
 SMALLER = 0.45  # packed size of a pruned model over its size
 
@@ -76,14 +76,14 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
                     disk = sizes(request.bits) if sizes else disk
             case Export(to="vllm"):
                 disk = plan.checkpoint_bytes(request, request.bits or 0)
-                memory = PROGRAM + min(disk, MOST)
+                memory = PROGRAM + min(disk, MOST_FILE_BYTES)
             case Export():
                 memory = PROGRAM + 7 * model.weights  # the file is read back in float32
                 disk = plan.file_bytes(request)
             case Score() as score:
                 size = suite_size(score.chosen[0])
                 work = f"{'' if size.exact else 'about '}{size.items} items"
-                disk = SCORED * size.items
+                disk = SCORED_BYTES * size.items
         costs.append(StageCost(stage.name, work, memory, disk, stage.command))
     return costs
 

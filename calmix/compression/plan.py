@@ -54,16 +54,16 @@ from calmix.sources.registry import MIXES, local_file
 from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 
-BITS = 4.5  # the default
+DEFAULT_BITS = 4.5  # the default
 SCORES, BEHAVIOUR, PROMPTS = "scores.json", "abilities.json", "prompts.json"
-CALIBRATION, PACK, QUANTISED = "calibration", "pack", "quantised"
-TYPE = "Q4_K_M"  # default of GGUF files
+CALIBRATION, PACK_FOLDER, QUANTISED = "calibration", "pack", "quantised"
+DEFAULT_TYPE = "Q4_K_M"  # default of GGUF files
 # Options without effect where an importance matrix takes the place of calibration text.
 IMPORTED = ("bits", "size", "keep_at_least", "calibration", "keep", "no_corpus", "licence", "seed")
 WHOLE = 4.0  # default bits of levels in a checkpoint for vLLM
 # Bits per weight that --size may result in. Above, levels do not fit a byte; below, a Huffman code
 # takes more than their entropy.
-LEAST, MOST = 1.5, 7.0
+FEWEST_BITS, MOST_BITS = 1.5, 7.0
 SURVIVED = 2.0  # fewest bits at which a measured model keeps much of its answers
 SPARSEST = 0.7  # largest share of zeros at which answers of a model were measured
 BUILDS = 3  # candidates that a search for --keep-at-least builds at most
@@ -334,11 +334,12 @@ def bits_for(request: Target) -> float:
             f"--size: {request.model} has fused or transposed matrices, or experts, whose levels a "
             "pack does not hold: use --bits"
         )
-    rates = [number / 100 for number in range(round(100 * LEAST), round(100 * MOST) + 1)]
-    if not size(LEAST) <= wanted <= size(MOST):
+    rates = [number / 100 for number in range(round(100 * FEWEST_BITS), round(100 * MOST_BITS) + 1)]
+    if not size(FEWEST_BITS) <= wanted <= size(MOST_BITS):
         raise InputError(
             f"--size {request.size} is out of reach: a pack of {request.model} has from "
-            f"{size_text(size(LEAST))} to {size_text(size(MOST))} (dense: {size_text(dense)})"
+            f"{size_text(size(FEWEST_BITS))} to {size_text(size(MOST_BITS))} "
+            f"(dense: {size_text(dense)})"
         )
     return max(bits for bits in rates if size(bits) <= wanted)
 
@@ -411,8 +412,8 @@ def check_options(options: Compression) -> Checked:
         _check_floors(options)
     else:
         if (options.bits, options.type) == (None, None) and not is_sparse(options):
-            usual = WHOLE if product == "vllm" else BITS
-            target |= {"type": TYPE} if product == "gguf" else {"bits": usual}
+            usual = WHOLE if product == "vllm" else DEFAULT_BITS
+            target |= {"type": DEFAULT_TYPE} if product == "gguf" else {"bits": usual}
         aimed = aim(options.model_copy(update=target))
         request = prune_request(**aimed, calibration=text or None, prompts=draw.get("prompts"))
         if target["type"]:
@@ -515,7 +516,7 @@ def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> 
         if options.imatrix is not None:
             importance(options.imatrix, empty.model, empty.blocks)
         if kind is None:
-            method.check(Mixed(BITS), 0)
+            method.check(Mixed(DEFAULT_BITS), 0)
             check_whole(empty.blocks, "bits per weight")
         else:
             types = Recipe(kind).types(empty.model, empty.blocks)

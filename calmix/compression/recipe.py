@@ -13,22 +13,22 @@ from calmix.options import Compression, DeviceOptions, Target, checked, flags
 from calmix.yaml_files import parse_yaml, read_text
 
 RECIPE = "recipe.yaml"
-KEYS = {  # as on the command line: the flag without dashes
+RECIPE_KEYS = {  # as on the command line: the flag without dashes
     flags(Compression, name)[0].removeprefix("--").replace("-", "_"): name
     for name in Compression.model_fields
     if name != "model"
 }
-SEARCH = {"keep_at_least", "confidence", "seeds"}  # which has found the bits
+SEARCH_OPTIONS = {"keep_at_least", "confidence", "seeds"}  # which has found the bits
 MACHINE = {*DeviceOptions.model_fields, "model", "max_memory"}  # decide no result
 
 
 def recipe_text(request: Mapping[str, Any]) -> str:
     """Return the recipe of a finished run's request: all that decided the result but the model."""
     values = {}
-    for key, name in KEYS.items():
+    for key, name in RECIPE_KEYS.items():
         if name not in Target.model_fields or name in MACHINE:
             continue
-        if request["bits"] is not None and name in SEARCH:
+        if request["bits"] is not None and name in SEARCH_OPTIONS:
             continue
         value = request.get(name)
         if value is not None and value != Compression.model_fields[name].default:
@@ -45,10 +45,10 @@ def with_recipe(options: Compression, file: Path) -> Compression:
     """
     values, _ = parse_yaml(read_text(file), str(file))
     for key in values:
-        if key not in KEYS:
-            raise InputError(f"{file}: unknown key '{key}': {nearest(str(key), KEYS)}")
+        if key not in RECIPE_KEYS:
+            raise InputError(f"{file}: unknown key '{key}': {nearest(str(key), RECIPE_KEYS)}")
     own = {name: getattr(options, name) for name in options.model_fields_set}
-    merged = {KEYS[key]: value for key, value in values.items()} | own
+    merged = {RECIPE_KEYS[key]: value for key, value in values.items()} | own
     try:
         return checked(
             Compression, {n: v for n, v in merged.items() if n in Compression.model_fields}

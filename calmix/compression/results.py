@@ -25,7 +25,7 @@ from calmix.manifest import MANIFEST as CHECKPOINT
 from calmix.models.folder import combined, model_files
 from calmix.models.opening import resolve_model
 
-MANIFEST, RUN = "compress.json", "compress-run.json"
+COMPRESSED, COMPRESSED_RUN = "compress.json", "compress-run.json"
 SEARCH = "search.json"  # state of a search for --keep-at-least
 
 
@@ -150,10 +150,10 @@ def read_compressed(out: Path) -> dict[str, Any]:
     """Return the record in OUT: the `request`, the `commands` of all stages by name, the `stages`
     (`recorded`), `dense_bytes` of the dense weights; InputError if there is none or it is damaged.
     """
-    missing = f"{out} was not made by calmix compress: it has no {MANIFEST}"
+    missing = f"{out} was not made by calmix compress: it has no {COMPRESSED}"
     if (out / SEARCH).exists():
         missing = f"{out} has no model yet: run its calmix compress again to resume or see why"
-    record = read_sealed(out / MANIFEST, missing)
+    record = read_sealed(out / COMPRESSED, missing)
     if "stages" not in record:
         raise InputError(
             f"{out} was made by an older calmix, which did not record what its "

@@ -13,7 +13,7 @@ from calmix.compression.card import Report
 from calmix.compression.plan import (
     CALIBRATION,
     EFFORTS,
-    PACK,
+    PACK_FOLDER,
     PROMPTS,
     QUANTISED,
     SCORES,
@@ -23,7 +23,7 @@ from calmix.compression.plan import (
     slices,
     splits,
 )
-from calmix.compression.results import MANIFEST, RUN, SEARCH, Results, ready
+from calmix.compression.results import COMPRESSED, COMPRESSED_RUN, SEARCH, Results, ready
 from calmix.compression.stages import Answer, Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.evaluate import choose
@@ -78,7 +78,7 @@ def stages(request: Request, out: Path, existing: str | None = None) -> list[Sta
         what = "GGUF file" if request.product == "gguf" else "checkpoint"
         listed.append(Stage(f"write the {what}", file, product))
     elif request.product == "storage":
-        listed.append(Stage("pack", Pack(reads=model), out / PACK))
+        listed.append(Stage("pack", Pack(reads=model), out / PACK_FOLDER))
     return [
         *listed,
         *(scoring(request, file, product, out / file) for file in slices(request)),
@@ -119,8 +119,12 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
     """Run the missing stages of OUT and return their seconds."""
     with alone(out, wait=False):
         listed, seconds = stages(request, out), dict[str, float]()
-        before = read_object(out / RUN, "")["seconds"] if (out / RUN).exists() else {}
-        if not (out / MANIFEST).exists():
+        before = (
+            read_object(out / COMPRESSED_RUN, "")["seconds"]
+            if (out / COMPRESSED_RUN).exists()
+            else {}
+        )
+        if not (out / COMPRESSED).exists():
             manifest = record(
                 "compressed model",
                 request=request.model_dump(mode="json"),
@@ -128,12 +132,12 @@ def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float
                 stages=[stage.result.entry(out) for stage in listed if stage.leaves],
                 dense_bytes=weight_bytes(resolve_model(request.model)),
             )
-            write_json(out / MANIFEST, manifest)
+            write_json(out / COMPRESSED, manifest)
         for stage, taken in do(listed, out, run, say):
             if isinstance(stage.request, (Export, Pack)):
                 _check_size(request, stage.leaves or out)
             seconds[stage.name] = taken
-            write_json(out / RUN, run_record(before | seconds))
+            write_json(out / COMPRESSED_RUN, run_record(before | seconds))
         if request.product in ("gguf", "vllm"):
             forget(out / request.file)
     return seconds
@@ -172,7 +176,7 @@ def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple
             try:
                 run(stage)
             except CalmixError:  # a record without any result is useless
-                if {path.name for path in out.iterdir()} in ({MANIFEST}, {SEARCH}):
+                if {path.name for path in out.iterdir()} in ({COMPRESSED}, {SEARCH}):
                     shutil.rmtree(out, ignore_errors=True)
                 raise
             yield stage, time.perf_counter() - began

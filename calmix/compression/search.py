@@ -18,9 +18,9 @@ from typing import Any
 
 from calmix import files
 from calmix.compression import plan, running
-from calmix.compression.card import PAGE
+from calmix.compression.card import CARD_PAGE
 from calmix.compression.plan import CALIBRATION, SCORES, Request
-from calmix.compression.results import MANIFEST, RUN, SEARCH, read_compressed
+from calmix.compression.results import COMPRESSED, COMPRESSED_RUN, SEARCH, read_compressed
 from calmix.compression.running import scoring, stages
 from calmix.compression.stages import Draw, Export, Prune, Recover, Stage
 from calmix.errors import InputError
@@ -59,7 +59,7 @@ class Search:
                 but.add("bits")  # a search has none
             elif not saved["candidates"]:  # so far only scores depend on the floors (`_forget`)
                 but |= {"keep_at_least", "confidence"}
-        elif (out / MANIFEST).exists():
+        elif (out / COMPRESSED).exists():
             saved = read_compressed(out)
         now = request.model_dump(mode="json")
         before = saved.get("request", now)
@@ -291,7 +291,7 @@ class Search:
         leaves = [
             stage.leaves for stage in stages(self.at(self.rates[0]), self.out) if stage.leaves
         ]
-        others = [self.out / name for name in (MANIFEST, RUN, floors.FILE, PAGE)]
+        others = [self.out / name for name in (COMPRESSED, COMPRESSED_RUN, floors.FILE, CARD_PAGE)]
         for path in (*leaves, *others):
             if path.name != CALIBRATION:
                 files.remove(path)

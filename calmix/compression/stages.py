@@ -12,7 +12,7 @@ from typing import Any
 from calmix.calibration import open_tokenizer, parse_calibration, resolve
 from calmix.calibration.resolving import recorded
 from calmix.calibration.texts import texts_for
-from calmix.compression.plan import PACK
+from calmix.compression.plan import PACK_FOLDER
 from calmix.compression.results import Result, ready
 from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack
@@ -179,7 +179,7 @@ class Pack(StageRequest):
 
     @property
     def words(self) -> tuple[str, ...]:
-        return "export", self.named("model"), "--to", PACK
+        return "export", self.named("model"), "--to", PACK_FOLDER
 
     def run(self, output: Path, bar: Progress) -> None:
         pack(self.named("model"), output, progress=bar.of("packing"))

@@ -13,7 +13,7 @@ from calmix.models import OpenModel, open_model
 from calmix.models.loading import load_config
 from calmix.precision import dtype_name
 
-ROWS, LENGTH = 2, 16
+TEST_ROWS, TEST_LENGTH = 2, 16
 
 
 def open_as_stored(name: str, folder: Path) -> OpenModel:
@@ -27,7 +27,7 @@ def reference(model: Any) -> tuple[Tensor, Tensor]:
     """Return random token ids and a model's logits in float32, to which its weights are cast."""
     vocabulary = model.config.get_text_config().vocab_size
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocabulary, (ROWS, LENGTH), generator=generator)
+    ids = torch.randint(vocabulary, (TEST_ROWS, TEST_LENGTH), generator=generator)
     with torch.no_grad():
         return ids, model.float()(ids).logits
 

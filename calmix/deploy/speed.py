@@ -18,7 +18,7 @@ from calmix.machine import cores
 
 BINDINGS = ("llama_cpp", "llama_cpp_py_sync")
 INSTALL = "pip install llama-cpp-py-sync"
-PROMPT, WRITTEN = 256, 64  # tokens
+PROMPT_TOKENS, WRITTEN_TOKENS = 256, 64  # tokens
 CHILD = """
 import json, sys, time
 import psutil
@@ -78,7 +78,7 @@ def measure(file: Path, dense: str, trust_remote_code: bool = False) -> dict[str
 
 
 def _measured(kind: str | None, place: str, *how: bool) -> dict[str, float]:
-    words = json.dumps([kind, place, cores(), PROMPT, WRITTEN, *how])
+    words = json.dumps([kind, place, cores(), PROMPT_TOKENS, WRITTEN_TOKENS, *how])
     ran = subprocess.run(
         [sys.executable, "-c", CHILD, words], capture_output=True, text=True, check=False
     )

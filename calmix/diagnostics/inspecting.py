@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 
 from calmix.calibration import CalibrationSet
 from calmix.compression import plan, results
-from calmix.compression.card import PAGE
+from calmix.compression.card import CARD_PAGE
 from calmix.compression.stages import FILE_KIND
 from calmix.deploy.pack import CONFIG, config_of
 from calmix.errors import CalmixError, InputError, first_line
@@ -44,8 +44,8 @@ from calmix.specs import NONE
 from calmix.study.store import open_store
 
 # Run records and pages, which no hash covers; they and manifests are in no manifest's list.
-UNSEALED = (RUN, results.RUN, PAGE, "README.md")
-BESIDE = {MANIFEST, PACK, *UNSEALED}
+UNSEALED = (RUN, results.COMPRESSED_RUN, CARD_PAGE, "README.md")
+UNLISTED = {MANIFEST, PACK, *UNSEALED}
 Say = Callable[[str], None]
 
 
@@ -74,17 +74,17 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
         if not unfinished.is_dir():
             raise InputError(f"{path} does not exist")
         path = unfinished
-    place = path.parent if path.is_file() and path.name in MARKS else path
+    place = path.parent if path.is_file() and path.name in MARKED else path
     health = Health(str(place), "folder of results")
     if place.is_dir():
-        name = next((mark for mark in MARKS if (place / mark).exists()), "")
+        name = next((mark for mark in MARKED if (place / mark).exists()), "")
         if name:
-            health.kind, check = MARKS[name]
-        elif inside := {one.parent.name for mark in MARKS for one in place.glob(f"[!.]*/{mark}")}:
+            health.kind, check = MARKED[name]
+        elif inside := {one.parent.name for mark in MARKED for one in place.glob(f"[!.]*/{mark}")}:
             _parts(place, sorted(inside), health, tick)
             return health
         else:
-            raise InputError(f"{path} holds no result of calmix: none of {', '.join(MARKS)}")
+            raise InputError(f"{path} holds no result of calmix: none of {', '.join(MARKED)}")
         if health.kind != "study store":
             files = (file for one in UNSEALED for file in place.rglob(one))
             health.unsealed = sorted(file.relative_to(place).as_posix() for file in files)
@@ -111,7 +111,7 @@ def inspect(path: Path, tick: Say = lambda name: None) -> Health:
 def _compare(folder: Path, recorded: Mapping[str, str], health: Health, say: Say) -> None:
     """Compare a folder's files with their hashes, and warn of those that are not listed."""
     hashed = partial(cached_sha256, again=True)
-    hashes = file_hashes(folder, without=BESIDE - recorded.keys(), tick=say, hashed=hashed)
+    hashes = file_hashes(folder, without=UNLISTED - recorded.keys(), tick=say, hashed=hashed)
     health.problems += changed(folder, recorded, hashes)
     more = sorted(hashes.keys() - recorded)
     health.warnings += [f"{folder / name} is not in the manifest" for name in more]
@@ -235,7 +235,11 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
     names = [one.path.name for one in stages]
     begun = [one for one in names if any((folder / (one + end)).exists() for end in ("", SUFFIX))]
     parts = _parts(folder, begun, health, say)
-    ran = read_object(file, "")["seconds"] if (file := folder / results.RUN).exists() else {}
+    ran = (
+        read_object(file, "")["seconds"]
+        if (file := folder / results.COMPRESSED_RUN).exists()
+        else {}
+    )
     health.problems += [
         f"{path} is missing"
         for stage, path in left.items()
@@ -311,7 +315,7 @@ def _scores(path: Path, health: Health, say: Say) -> None:
     }
 
 
-CHECKS: dict[str, Check] = {
+FOLDERS: dict[str, Check] = {
     "study store": _store,
     "compressed model": _compressed,
     "pack": _pack,
@@ -319,8 +323,8 @@ CHECKS: dict[str, Check] = {
     "calibration set": _set,
 }
 # Kind and check of each folder, by the file that marks it.
-MARKS = {RESULTS[kind][0]: (kind, check) for kind, check in CHECKS.items()}
-MARKS |= {
+MARKED = {RESULTS[kind][0]: (kind, check) for kind, check in FOLDERS.items()}
+MARKED |= {
     results.SEARCH: ("search for a size", _search),
     RECORD: ("unfinished work", _work),
 }

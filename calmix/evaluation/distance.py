@@ -31,7 +31,7 @@ from calmix.files import write_bytes
 from calmix.models import OpenModel
 from calmix.precision import dtype_name
 
-VERSION = 2  # raised when references change, so that cached ones are not reused
+REFERENCE_VERSION = 2  # raised when references change, so that cached ones are not reused
 ANSWER = 128  # tokens of an answer on which the distance is measured
 POSITIONS = 128  # positions whose logits of both models are in memory at a time
 REPORTED = ("kl_median", "kl_p99", "top1")
@@ -70,7 +70,9 @@ def reference(
     and written to the cache: leave it off for a model changed in memory.
     """
     hidden = None
-    cached = opened.cached("reference", texts_hash(texts), VERSION).with_suffix(".safetensors")
+    cached = opened.cached("reference", texts_hash(texts), REFERENCE_VERSION).with_suffix(
+        ".safetensors"
+    )
     if cache:
         with contextlib.suppress(OSError, SafetensorError):  # missing or damaged
             hidden = load(cached.read_bytes())

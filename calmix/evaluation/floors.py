@@ -219,8 +219,8 @@ def lower_mean(
 
     Each task has its `retained` and `whole`, of shape (models, items), and may have `counts` of
     equal items, of shape (items,). The bound is a quantile over random weights of the items and of
-    one more, in the task where it does most harm; `lost` is what it loses there, of shape (models,) by
-    task, of the mean of the items that either model has. It is Gaffke's bound of a mean (2005),
+    one more, in the task where it does most harm; `lost` is what it loses there, of shape (models,)
+    by task, of the mean of the items that either model has. It is Gaffke's bound of a mean (2005),
     which is that of Clopper and Pearson if nothing is gained.
     """
     counts = counts or [np.ones(whole.shape[1]) for _, whole in tasks]

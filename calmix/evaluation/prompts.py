@@ -31,7 +31,7 @@ from calmix.sources.documents import TEXT, fill
 from calmix.sources.local import CHATS, FORMATS, chat_messages
 from calmix.sources.registry import local_file
 
-TOKENS = 256  # most tokens of an answer by default
+ANSWER_TOKENS = 256  # most tokens of an answer by default
 MOST_TOKENS = 32_768
 FIELDS = ("prompt", "question", "instruction", "input", "text")  # the first one present is read
 CHECKS = {  # how an answer is compared: the check of `tasks.Ask`
@@ -90,7 +90,7 @@ class OwnPrompt:
     check: str = ""
     right: Any = None
     tools: tuple[dict[str, Any], ...] = ()
-    max_tokens: int = TOKENS
+    max_tokens: int = ANSWER_TOKENS
     thinking: bool = False
 
     @property
@@ -197,7 +197,7 @@ def _prompt(row: dict[str, Any]) -> OwnPrompt:
         json.dumps(messages, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("invalid Unicode: unpaired surrogate") from None
-    tokens = row.get("max_tokens", TOKENS)
+    tokens = row.get("max_tokens", ANSWER_TOKENS)
     tokens = int(tokens) if str(tokens).isdigit() else 0
     if not 1 <= tokens <= MOST_TOKENS:
         raise ValueError(f"'max_tokens' must be a whole number from 1 to {MOST_TOKENS}")

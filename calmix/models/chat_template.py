@@ -18,9 +18,12 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from calmix.errors import ModelError
 
-SECONDS, MEMORY = 20.0, 2**30  # that rendering a chat may take, and bytes above those in use
+SECONDS, TEMPLATE_MEMORY = (
+    20.0,
+    2**30,
+)  # that rendering a chat may take, and bytes above those in use
 STUCK = 3  # times SECONDS, after which the process ends: a comparison of lists takes no signals
-LARGE = 2**64  # factors from which a product is refused
+LARGEST_FACTOR = 2**64  # factors from which a product is refused
 
 
 class _OneDay(datetime):
@@ -35,7 +38,9 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset({"*", "**"})
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        if operator == "**" or any(isinstance(n, int) and abs(n) >= LARGE for n in (left, right)):
+        if operator == "**" or any(
+            isinstance(n, int) and abs(n) >= LARGEST_FACTOR for n in (left, right)
+        ):
             raise SecurityError("it computes with very large numbers")
         return super().call_binop(context, operator, left, right)
 
@@ -71,7 +76,7 @@ def _bounded() -> Iterator[None]:
         raise ModelError(f"the model's chat template takes more than {SECONDS:g} s for one chat")
 
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    most = psutil.Process().memory_info().vms + MEMORY
+    most = psutil.Process().memory_info().vms + TEMPLATE_MEMORY
     handler = signal.signal(signal.SIGALRM, stop)
     timer = signal.setitimer(signal.ITIMER_REAL, SECONDS)
     faulthandler.dump_traceback_later(STUCK * SECONDS, exit=True, file=2)

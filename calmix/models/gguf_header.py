@@ -18,7 +18,7 @@ SCALARS = "BbHhIif?__Qqd"  # struct codes by number of the type; 8 is a string, 
 STRING, ARRAY = 8, 9
 DIMENSIONS, DEEPEST = 4, 4  # most dimensions of a tensor, and arrays within arrays
 ENTRIES = 2**22  # most array entries of a file: a vocabulary of a million has four million
-NAMES = 2**18  # most tensors and most values
+MOST_NAMES = 2**18  # most tensors and most values
 SHOWN = 4096  # entries of an array whose values are kept, such as one for each layer
 
 
@@ -58,7 +58,7 @@ class _Parser:
             raise ValueError("its numbers are big-endian: convert it with gguf_convert_endian.py")
         if version not in (2, 3):
             raise ValueError(f"it has version {version} of the format, not 2 or 3")
-        tensors, pairs = self._count(NAMES), self._count(NAMES)
+        tensors, pairs = self._count(MOST_NAMES), self._count(MOST_NAMES)
         header = Header()
         for _ in range(pairs):
             name = self._text()

@@ -25,7 +25,9 @@ from calmix.models.loading import check_causal
 from calmix.yaml_files import packaged
 
 HUB_FILES = ["*.safetensors", "*.json", *BESIDE_WEIGHTS]
-REPEATED = ["*consolidated*.safetensors"]  # a second copy of the weights, in Mistral's format
+REPEATED_WEIGHTS = [
+    "*consolidated*.safetensors"
+]  # a second copy of the weights, in Mistral's format
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,9 @@ def local_model(name: str) -> Path | BuiltinModel:
     from huggingface_hub import constants, snapshot_download
 
     with hub_errors(name), disk_errors(Path(constants.HF_HUB_CACHE)):
-        fetched = snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED)
+        fetched = snapshot_download(
+            name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED_WEIGHTS
+        )
     check_folder(Path(fetched))
     return Path(fetched)
 

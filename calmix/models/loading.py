@@ -16,7 +16,7 @@ from calmix.errors import (
     ModelError,
     first_line,
 )
-from calmix.models.packed import METHOD, is_packed, quantization
+from calmix.models.packed import PACKED_METHOD, is_packed, quantization
 from calmix.models.shards import (
     stored_tensors,
 )
@@ -58,7 +58,7 @@ CAUSAL_CLASS = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|Mod
 def check_quantised(name: str, settings: Mapping[str, Any]) -> None:
     """Raise ModelError for a quantised checkpoint that cannot be dequantised here."""
     method, rotated = settings.get("quant_method"), settings.get("transform_config")
-    if method == METHOD:
+    if method == PACKED_METHOD:
         if isinstance(rotated, dict) and rotated.get("config_groups"):
             raise ModelError(
                 f"{name} has rotated weights (transform_config), which calmix does not read: serve "

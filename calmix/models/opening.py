@@ -53,7 +53,7 @@ from calmix.models.folder import (
 from calmix.models.gguf import gguf_dtype, read_gguf, reading_gguf
 from calmix.models.hub import (
     HUB_FILES,
-    REPEATED,
+    REPEATED_WEIGHTS,
     BuiltinModel,
     gguf_file,
     hub_errors,
@@ -69,7 +69,7 @@ from calmix.models.loading import (
     loading,
     quiet_transformers,
 )
-from calmix.models.packed import CONFIG, is_packed, quantization, unpacked
+from calmix.models.packed import QUANTIZATION_CONFIG, is_packed, quantization, unpacked
 from calmix.models.shards import (
     stored_tensors,
     weight_bytes,
@@ -216,7 +216,7 @@ def to_fetch(name: str) -> str:
     from huggingface_hub.utils import filter_repo_objects
 
     model = known_model(name)
-    which: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": REPEATED}
+    which: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": REPEATED_WEIGHTS}
     if model is None:
         with contextlib.suppress(Exception):  # of many kinds, if it is not in the hub's cache
             check_folder(Path(snapshot_download(name, local_files_only=True, **which)))
@@ -334,7 +334,9 @@ def _unpack(source: Path, folder: Path) -> None:
         write_model(beside, unpacked(source), PART)
         copy_files(source, beside, matching(source, BESIDE_WEIGHTS))
         config = read_object(source / "config.json", "")
-        write_json(beside / "config.json", {k: v for k, v in config.items() if k != CONFIG})
+        write_json(
+            beside / "config.json", {k: v for k, v in config.items() if k != QUANTIZATION_CONFIG}
+        )
 
 
 def _dequantise(source: Path, folder: Path) -> None:

@@ -21,9 +21,13 @@ from calmix.errors import InputError, ModelError, first_line
 from calmix.files import read_object
 from calmix.models.shards import Place, read_tensor, stored_tensors
 
-CONFIG, METHOD, FORMAT = "quantization_config", "compressed-tensors", "pack-quantized"
+QUANTIZATION_CONFIG, PACKED_METHOD, PACKED_FORMAT = (
+    "quantization_config",
+    "compressed-tensors",
+    "pack-quantized",
+)
 PACKED, SCALE, SHAPE, ZERO = (f"weight_{end}" for end in ("packed", "scale", "shape", "zero_point"))
-ORDER = "weight_g_idx"  # the group of each input, if they are not in order
+GROUP_INDEX = "weight_g_idx"  # the group of each input, if they are not in order
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -46,7 +50,7 @@ def quantization(folder: Path) -> dict[str, Any]:
     """Return how a model folder's weights are quantised (`quantization_config`); {} if not."""
     settings: Any = None
     with suppress(InputError):  # raised again when the configuration is read
-        settings = read_object(folder / "config.json", "").get(CONFIG)
+        settings = read_object(folder / "config.json", "").get(QUANTIZATION_CONFIG)
     return settings if isinstance(settings, dict) else {}
 
 
@@ -55,7 +59,7 @@ def is_packed(settings: Mapping[str, Any]) -> bool:
     groups = settings.get("config_groups")
     parts = list(groups.values()) if isinstance(groups, dict) else []
     return (
-        (settings.get("quant_method"), settings.get("format")) == (METHOD, FORMAT)
+        (settings.get("quant_method"), settings.get("format")) == (PACKED_METHOD, PACKED_FORMAT)
         and all(isinstance(one, dict) and not one.get("input_activations") for one in parts)
         and not settings.get("kv_cache_scheme")
     )
@@ -66,7 +70,9 @@ def unpacked(folder: Path) -> Iterator[tuple[str, Tensor]]:
     scales; ModelError if they are damaged."""
     stored = stored_tensors(folder)
     layers = [name.removesuffix(PACKED) for name in stored if name.endswith(f".{PACKED}")]
-    beside = {f"{layer}{end}" for layer in layers for end in (PACKED, SCALE, SHAPE, ZERO, ORDER)}
+    beside = {
+        f"{layer}{end}" for layer in layers for end in (PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX)
+    }
     yield from ((name, read_tensor(stored[name])) for name in stored if name not in beside)
     for layer in layers:
         try:
@@ -93,7 +99,10 @@ def _weight(layer: str, stored: Mapping[str, Place]) -> Tensor:
             zero = unpack(zero.T, bits, rows).T
         else:  # as older versions store them, about the middle
             zero = zero.view(scale.shape).to(torch.int16) + 2 ** (bits - 1)
-    if layer + ORDER in stored and (order := read_tensor(stored[layer + ORDER])).min() >= 0:
+    if (
+        layer + GROUP_INDEX in stored
+        and (order := read_tensor(stored[layer + GROUP_INDEX])).min() >= 0
+    ):
         scale = scale[:, order.long()]
         zero = zero[:, order.long()] if zero.ndim else zero
     levels = levels.view(rows, scale.shape[1], -1)

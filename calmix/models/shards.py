@@ -23,7 +23,7 @@ from torch import Tensor
 from calmix.errors import ModelError
 from calmix.files import check_readable, parse_json, replacing, write_json
 
-DTYPES = {
+STORED_DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -35,9 +35,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 INDEX = "model.safetensors.index.json"
-MOST = 5e9  # bytes of a weight file at most
+MOST_FILE_BYTES = 5e9  # bytes of a weight file at most
 PACK = "calmix-pack.json"  # marks a folder as a pack (calmix/deploy/pack.py)
 
 
@@ -117,7 +117,7 @@ def parse_header(header: bytes, path: Path) -> dict[str, Place]:
     return {
         name: Place(
             path,
-            DTYPES[entry["dtype"]],
+            STORED_DTYPES[entry["dtype"]],
             tuple(entry["shape"]),
             len(header) + entry["data_offsets"][0],
         )
@@ -163,7 +163,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> str:
     ordered, at = sorted(tensors.items(), key=lambda t: (-t[1].dtype.itemsize, t[0])), 0
     for name, tensor in ordered:
         entries[name] = {
-            "dtype": NAMES[tensor.dtype],
+            "dtype": DTYPE_NAMES[tensor.dtype],
             "shape": list(tensor.shape),
             "data_offsets": [at, at := at + tensor.nbytes],
         }
@@ -194,7 +194,9 @@ def write_index(folder: Path) -> None:
         write_json(folder / INDEX, index)
 
 
-def write_model(folder: Path, tensors: Iterable[tuple[str, Tensor]], most: float = MOST) -> None:
+def write_model(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], most: float = MOST_FILE_BYTES
+) -> None:
     """Write the tensors of a model, one by one, to `model.safetensors`, or to several files of at
     most that many bytes and an index."""
     parts, waiting, size = list[Path](), dict[str, Tensor](), 0

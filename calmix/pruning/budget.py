@@ -24,18 +24,18 @@ from calmix.machine import device_memory, tokens_at_once
 from calmix.models.blocks import outer_weights
 from calmix.models.streaming import StreamedModel
 from calmix.options import BITS_METHOD
-from calmix.pruning.engine import ROUNDED
+from calmix.pruning.engine import ROUNDED_AT_ONCE
 from calmix.pruning.experts import EXPERT_BYTES
-from calmix.pruning.gram import ENTRIES
+from calmix.pruning.gram import LAYER_ENTRIES
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.trace import token_bytes
 
 GIB = 2**30
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+MEMORY_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 AT_ONCE = 64  # bytes per entry of the rows an accelerator's solver processes at a time
 SLACK = 0.05  # fraction of the budget, for the allocator's rounding
 FREE_SHARE = 0.9  # of the free memory, used without a budget
-ROUNDING = 40  # bytes per weight of an embedding rounded at a time
+ROUNDING_BYTES = 40  # bytes per weight of an embedding rounded at a time
 WORKSPACE = GIB // 2  # of libraries on an accelerator: buffers and loaded kernels
 KERNELS = GIB // 16  # of oneDNN on a CPU; the command line bounds their number
 
@@ -60,7 +60,7 @@ class Plan:
 def parse_memory(text: str, option: str = "--max-memory") -> int:
     """Return bytes from `6GiB`, `512MB` or `8000000000`; an InputError names the option."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", text.lower())
-    value = float(match[1]) * UNITS[match[2] or ""] if match else 0
+    value = float(match[1]) * MEMORY_UNITS[match[2] or ""] if match else 0
     if value < 1:
         raise InputError(f"{option} '{text}' is not a size: write 6GiB, 512MB or bytes")
     return int(value)
@@ -79,7 +79,7 @@ def solver_bytes(
     most = 0
     for width in {columns for _, columns in layers}:
         rows = [rows for rows, columns in layers if columns == width]
-        wide = AT_ONCE * min(ENTRIES, width * max(rows)) if accelerator else 0
+        wide = AT_ONCE * min(LAYER_ENTRIES, width * max(rows)) if accelerator else 0
         most = max(most, method.memory(width, sum(rows)) + wide)
     return most
 
@@ -134,7 +134,7 @@ def plan_for(
             solver += block
     if embeddings:
         largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
-        last = source.outside_bytes(head=True) + largest.nbytes + ROUNDING * ROUNDED
+        last = source.outside_bytes(head=True) + largest.nbytes + ROUNDING_BYTES * ROUNDED_AT_ONCE
         last += max(one.memory(largest.shape[1], 0) for one in (get_method(BITS_METHOD), method))
     begin = max(block + (source.outside_bytes() if rows else 0), last)
 

@@ -49,8 +49,8 @@ from calmix.pruning.gram import (
     raised_diagonal,
     relative_error,
 )
-from calmix.pruning.held_out import DOUBT, SHARE, HeldOut, checked, held_out_rows
-from calmix.pruning.held_out import TOKENS as JUDGING
+from calmix.pruning.held_out import DOUBTFUL, SHARE, HeldOut, checked, held_out_rows
+from calmix.pruning.held_out import STORED_TOKENS as JUDGING
 from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
@@ -60,12 +60,12 @@ from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.token_weights import POWER, Weighting, token_weights, weighting
-from calmix.pruning.trace import TOKENS, Batch, Calls, SharedInput, observe_block
+from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls, SharedInput, observe_block
 from calmix.pruning.work import States
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one per layer name
 BACKWARD = 4  # times fewer rows run backward than forward at a time
-ROUNDED = 2**23  # weights of an embedding rounded at a time
+ROUNDED_AT_ONCE = 2**23  # weights of an embedding rounded at a time
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch and its arguments
 
 
@@ -271,7 +271,7 @@ def solve_rows(
     a Gram matrix."""
     assert isinstance(method, Typed)
     values = torch.empty_like(weight)
-    parts = weight.tensor_split(-(-weight.numel() // ROUNDED))
+    parts = weight.tensor_split(-(-weight.numel() // ROUNDED_AT_ONCE))
     blocks, at = list[Encoded](), 0
     for one in method.solve_outer(parts, gram, pattern):
         values[at : at + len(one.data)] = one.values()
@@ -288,7 +288,7 @@ def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]
         weight: (rows, columns).
         gram: (columns, columns), of the inputs.
     """
-    method, parts = get_method(BITS_METHOD), -(-weight.numel() // ROUNDED)
+    method, parts = get_method(BITS_METHOD), -(-weight.numel() // ROUNDED_AT_ONCE)
     assert isinstance(method, Quantiser)
     factor = inverse_factor(gram, method.damping)
     values, scales, taken = torch.empty_like(weight), [], 0.0
@@ -406,7 +406,7 @@ class Run:
         with _at_work(device):
             # Blocks are observed outside inference mode: tensors have version counters there.
             with torch.inference_mode(False), torch.no_grad():
-                few = ids[:1, :TOKENS].clone().to(device)
+                few = ids[:1, :TRACED_TOKENS].clone().to(device)
                 self._calls = calls = Calls(self.model, self.blocks, few)
                 self._few = calls.record(few)
             for number, part in enumerate(ids.split(at_once)):
@@ -749,7 +749,7 @@ class Run:
             if statistic is not None and held_out is not None and held_out.judges:
                 judged = [held_out.error(*pair) for pair in zip(weights, stored, strict=True)]
                 doubtful = [
-                    at for at, one in enumerate(judged) if (one or 0) > DOUBT * (errors[at] or 0)
+                    at for at, one in enumerate(judged) if (one or 0) > DOUBTFUL * (errors[at] or 0)
                 ]
                 squares = statistic.diagonal()
                 solved, replaced = checked(

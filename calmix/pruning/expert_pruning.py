@@ -32,7 +32,7 @@ from calmix.pruning.methods import Look
 from calmix.pruning.report import Dropped
 from calmix.pruning.trace import SharedInput
 
-COUNTS = (
+EXPERT_COUNTS = (
     "num_experts",
     "num_local_experts",
     "n_routed_experts",
@@ -115,7 +115,7 @@ def _score(
 def experts_of(config: Any) -> int:
     """Return the number of experts per mixture in a configuration; 0 without experts."""
     text = config.get_text_config(decoder=True)
-    return next((int(n) for key in COUNTS if (n := getattr(text, key, None))), 0)
+    return next((int(n) for key in EXPERT_COUNTS if (n := getattr(text, key, None))), 0)
 
 
 def chosen_experts(config: Any, scores: dict[str, list[float]], share: float) -> list[Dropped]:
@@ -193,7 +193,7 @@ def write_dropped(source: StreamedModel, dropped: Sequence[Dropped], folder: Pat
         if stored:
             write_file(folder / file, stored)
     config, count = source.config.get_text_config(decoder=True), len(dropped[0].scores)
-    for key in COUNTS:
+    for key in EXPERT_COUNTS:
         if getattr(config, key, None) == count:
             setattr(config, key, len(dropped[0].kept))
     if layers and getattr(config, NEXT, None):

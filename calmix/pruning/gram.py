@@ -21,15 +21,15 @@ from torch import Tensor
 from calmix.errors import SolverError
 from calmix.precision import bfloat16_products, large_products, widest
 
-CHUNK = 2048  # tokens converted to float32 at a time: they fit in the L2 cache
-ROWS = 256  # the same for sums of squares, which read each value once
-LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `WIDE`
-PANEL = 256  # columns of a triangle computed in one product, on a CPU
-WIDE = 2048  # elsewhere: each product launches a kernel, and large ones are fast
+CONVERTED_TOKENS = 2048  # tokens converted to float32 at a time: they fit in the L2 cache
+SQUARED_ROWS = 256  # the same for sums of squares, which read each value once
+LEAF = 144  # columns of a block that LAPACK factorises on a CPU; elsewhere `ACCELERATOR_PANEL`
+TRIANGLE_PANEL = 256  # columns of a triangle computed in one product, on a CPU
+ACCELERATOR_PANEL = 2048  # elsewhere: each product launches a kernel, and large ones are fast
 PROBES = 8  # random vectors that estimate the norm of a row's Gram matrix
 MOST_SHRINKAGE = 1.0  # of the mean diagonal, added to the diagonal
 OUTPUTS = 512  # rows of a layer processed at a time: a fast product, little extra memory
-ENTRIES = 2**25  # of a layer processed at a time on an accelerator, to launch few kernels
+LAYER_ENTRIES = 2**25  # of a layer processed at a time on an accelerator, to launch few kernels
 # Precision and multiple of the requested damping, tried in turn until the factor exists.
 ATTEMPTS = (
     (torch.float32, 1),
@@ -105,7 +105,7 @@ class Gram(Statistic):
         if not inputs.numel():  # of an expert without tokens
             return
         rows = inputs.reshape(-1, *inputs.shape[-2:])
-        for some in rows.split(max(1, CHUNK // rows.shape[1])):
+        for some in rows.split(max(1, CONVERTED_TOKENS // rows.shape[1])):
             x = some.float()
             projected = x.mT @ (x @ self._probes)
             self.squares += projected.square_().sum() / PROBES
@@ -120,8 +120,8 @@ class Gram(Statistic):
         # bfloat16 inputs lose nothing, nor does float16 in TF32.
         exact = (torch.bfloat16,) if cpu else (torch.bfloat16, torch.float16)
         with bfloat16_products(flat.dtype in exact):
-            for start in range(0, len(flat), CHUNK):
-                x = flat[start : start + CHUNK].float()
+            for start in range(0, len(flat), CONVERTED_TOKENS):
+                x = flat[start : start + CONVERTED_TOKENS].float()
                 for at, to in steps:
                     self.sum[at:to, at:].addmm_(x[:, at:to].T, x[:, at:])
 
@@ -190,8 +190,8 @@ class Squares(Statistic):
 
     def add(self, inputs: Tensor) -> None:
         flat = inputs.reshape(-1, inputs.shape[-1])
-        for start in range(0, len(flat), ROWS):
-            rows = flat[start : start + ROWS].to(torch.float32, copy=True)
+        for start in range(0, len(flat), SQUARED_ROWS):
+            rows = flat[start : start + SQUARED_ROWS].to(torch.float32, copy=True)
             self.sum += rows.square_().sum(0)
 
 
@@ -202,13 +202,15 @@ def _panels(width: int, panel: int) -> list[tuple[int, int]]:
 
 def _steps(columns: int, *, cpu: bool) -> list[tuple[int, int]]:
     """Return the row ranges of the upper triangle that one product computes."""
-    half = PANEL if columns > PANEL else max(1, -(-columns // 2))
-    return _panels(columns, half if cpu else WIDE)
+    half = TRIANGLE_PANEL if columns > TRIANGLE_PANEL else max(1, -(-columns // 2))
+    return _panels(columns, half if cpu else ACCELERATOR_PANEL)
 
 
 def mirrored(matrix: Tensor) -> Tensor:
     """Copy the upper triangle of a square matrix to its lower one, in place."""
-    for at, to in _panels(len(matrix), PANEL if matrix.device.type == "cpu" else WIDE):
+    for at, to in _panels(
+        len(matrix), TRIANGLE_PANEL if matrix.device.type == "cpu" else ACCELERATOR_PANEL
+    ):
         square = matrix[at:to, at:to]
         square.triu_().add_(square.triu(1).T)
         matrix[to:, at:to] = matrix[at:to, to:].T
@@ -226,7 +228,7 @@ def squared(upper: Tensor) -> Tensor:
 def chunks(matrix: Tensor) -> list[slice]:
     """Return slices of the rows of a matrix, to process one at a time."""
     rows, columns = matrix.shape
-    size = OUTPUTS if matrix.device.type == "cpu" else max(OUTPUTS, ENTRIES // columns)
+    size = OUTPUTS if matrix.device.type == "cpu" else max(OUTPUTS, LAYER_ENTRIES // columns)
     return [slice(*ends) for ends in _panels(rows, size)]
 
 
@@ -257,7 +259,9 @@ def relative_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:
         gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
     lost = Gram(len(gram), gram.device)
-    for dense, sparse in zip(weight.split(CHUNK), changed.split(CHUNK), strict=True):
+    for dense, sparse in zip(
+        weight.split(CONVERTED_TOKENS), changed.split(CONVERTED_TOKENS), strict=True
+    ):
         lost.add_product(dense.float() - sparse.to(weight.dtype))
     error = lost.times(gram)
     del lost
@@ -327,7 +331,9 @@ def _invert_factor(h: Tensor) -> Iterator[Tensor]:
     read, and products skip most entries below the diagonal: little more than 2/3 d^3 remain.
     """
     size = len(h)
-    leaf, panel = (LEAF, PANEL) if h.device.type == "cpu" else (WIDE, WIDE)
+    leaf, panel = (
+        (LEAF, TRIANGLE_PANEL) if h.device.type == "cpu" else (ACCELERATOR_PANEL, ACCELERATOR_PANEL)
+    )
     if size <= leaf:
         # LAPACK's factor is lower triangular: reversing rows and columns makes it upper.
         lower, failed = torch.linalg.cholesky_ex(h.flip(0, 1))

@@ -23,10 +23,11 @@ from calmix.pruning.methods.wanda import Wanda
 from calmix.pruning.patterns import Pattern
 
 SHARE = 16  # one in so many rows is held out, of experts one in so many tokens
-TOKENS = 1024  # stored of them per input
-LEAST = 64  # that can judge a layer
-SAMPLED = 256  # outputs of a layer solved without correction, to compare
-DOUBT = 1.25  # error on these tokens over that on the fitted ones, from which layers are compared
+STORED_TOKENS = 1024  # stored of them per input
+JUDGING_TOKENS = 64  # that can judge a layer
+SAMPLED_OUTPUTS = 256  # outputs of a layer solved without correction, to compare
+# Error on these tokens over that on the fitted ones, from which layers are compared.
+DOUBTFUL = 1.25
 PER_INPUT = 4  # tokens for each input of a layer: twice as many lose another 5 to 12 % less (ours)
 
 
@@ -60,7 +61,7 @@ class HeldOut:
     @property
     def judges(self) -> bool:
         """Whether there are enough tokens to judge a layer."""
-        return sum(map(len, self._parts)) >= LEAST
+        return sum(map(len, self._parts)) >= JUDGING_TOKENS
 
     def error(self, weight: Tensor, changed: Tensor) -> float:
         """Return the share of the output energy on these tokens that is lost.
@@ -125,7 +126,7 @@ def checked(
     """
     if not doubtful:
         return solution, []
-    steps = [-(-len(weights[at]) // SAMPLED) for at in doubtful]
+    steps = [-(-len(weights[at]) // SAMPLED_OUTPUTS) for at in doubtful]
     some = [weights[at][::step] for at, step in zip(doubtful, steps, strict=True)]
     plain = uncorrected(method, some, squares, [patterns[at] for at in doubtful])
     replaced = list[int]()

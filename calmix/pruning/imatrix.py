@@ -15,7 +15,7 @@ from calmix.files import check_readable
 from calmix.models.blocks import DecoderBlocks
 from calmix.models.gguf import gguf_names
 
-SUMS = ".in_sum2"
+SUMS_SUFFIX = ".in_sum2"
 
 
 def read_imatrix(file: Path) -> dict[str, Tensor]:
@@ -56,8 +56,10 @@ def _read_gguf(file: Path) -> dict[str, Tensor]:
     from gguf import GGUFReader
 
     tensors = {one.name: np.array(one.data, np.float32) for one in GGUFReader(file).tensors}
-    sums = {name: part for name, part in tensors.items() if name.endswith(SUMS)}
-    return _checked({name.removesuffix(SUMS): part.reshape(-1) for name, part in sums.items()})
+    sums = {name: part for name, part in tensors.items() if name.endswith(SUMS_SUFFIX)}
+    return _checked(
+        {name.removesuffix(SUMS_SUFFIX): part.reshape(-1) for name, part in sums.items()}
+    )
 
 
 def _read_legacy(content: bytes) -> dict[str, Tensor]:

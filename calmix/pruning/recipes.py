@@ -15,9 +15,9 @@ from typing import Any
 from calmix.errors import InputError, nearest
 from calmix.models.blocks import DecoderBlocks, outer_layers
 
-SMALL = 32  # weights in the smallest block
-LARGE = 80  # blocks of a model of 70 billion weights
-ROLES = {  # of the tensors of the gguf package
+SMALLEST_BLOCK = 32  # weights in the smallest block
+LARGE_BLOCKS = 80  # blocks of a model of 70 billion weights
+TENSOR_ROLES = {  # of the tensors of the gguf package
     "ATTN_V": "v",
     "ATTN_QKV": "v",
     "ATTN_KV_B": "v",
@@ -95,9 +95,9 @@ def _roles() -> dict[str, str]:
 
     pairs = TensorNameMap.block_mappings_cfg.items()
     return {
-        name.partition("{bid}.")[2]: ROLES[tensor.name]
+        name.partition("{bid}.")[2]: TENSOR_ROLES[tensor.name]
         for tensor, names in pairs
-        if tensor.name in ROLES
+        if tensor.name in TENSOR_ROLES
         for name in names
     }
 
@@ -142,7 +142,7 @@ def recipe_types(name: str, model: Any, blocks: DecoderBlocks) -> dict[str, str]
             kind, _, condition = word.partition(":")
             if _holds(condition, seen[role], count, share >= 4):
                 break
-        if role == "v" and len(blocks) == LARGE and share > 1 and kind in ("Q3_K", "Q4_K"):
+        if role == "v" and len(blocks) == LARGE_BLOCKS and share > 1 and kind in ("Q3_K", "Q4_K"):
             kind = "Q5_K"
         seen[role] += 1
         types[layer.name] = kind
@@ -151,6 +151,6 @@ def recipe_types(name: str, model: Any, blocks: DecoderBlocks) -> dict[str, str]
         kind, columns = rules.get("embedding", base), weight.shape[1]
         if at == 0:  # the head, or the matrix shared with it
             kind = "Q8_0" if columns % 256 else rules["head"]
-        if columns % SMALL == 0:
+        if columns % SMALLEST_BLOCK == 0:
             types[outer] = kind
     return types

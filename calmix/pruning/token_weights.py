@@ -31,9 +31,9 @@ from calmix.errors import ModelError
 from calmix.evaluation.likelihood import in_cache
 from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, outer_layers
 from calmix.precision import reproducible
-from calmix.pruning.trace import TOKENS, Batch, Calls, token_bytes
+from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls, token_bytes
 
-POSITIONS = 64  # whose logits are in memory at a time
+LOGIT_POSITIONS = 64  # whose logits are in memory at a time
 POWER = 0.5  # of a cost in a token's weight
 STORED = 4 * 2**30  # bytes of hidden states stored at a time, of all blocks
 # From layers that share an input (their outputs by name), calibration rows and their inputs: the
@@ -78,7 +78,7 @@ def token_weights(
         for one in (*gradients, evaluating(model)):
             stack.enter_context(one)
         with loaded(None), loaded(0):
-            calls = Calls(model, blocks, ids[:1, :TOKENS].clone().to(device))
+            calls = Calls(model, blocks, ids[:1, :TRACED_TOKENS].clone().to(device))
             each = ids.shape[1] * token_bytes(model, blocks) * (len(blocks) + 1)
         at_once = max(rows_at_once, STORED // each // rows_at_once * rows_at_once)
         seeds, outer = range(seed, seed + len(ids)), list(outer_layers(model))
@@ -155,8 +155,8 @@ def _of_head(calls: Calls, hidden: Tensor, seeds: Sequence[int]) -> tuple[Tensor
     slopes, costs = torch.empty_like(hidden), torch.empty(hidden.shape[:2], device=hidden.device)
     for row, seed in enumerate(seeds):
         rng = torch.Generator().manual_seed(seed)
-        for start in range(0, hidden.shape[1], POSITIONS):
-            at = (slice(row, row + 1), slice(start, start + POSITIONS))
+        for start in range(0, hidden.shape[1], LOGIT_POSITIONS):
+            at = (slice(row, row + 1), slice(start, start + LOGIT_POSITIONS))
             part = hidden[at].clone().requires_grad_(True)
             with torch.enable_grad():
                 logits = calls.logits(part)

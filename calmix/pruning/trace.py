@@ -24,7 +24,7 @@ from calmix.errors import ModelError, first_line
 from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of
 from calmix.pruning.experts import Routed
 
-TOKENS = 8  # tokens a block is traced on
+TRACED_TOKENS = 8  # tokens a block is traced on
 UNSEEN = "the inputs of its experts cannot be traced"
 KNOWN = 8  # values kept per argument: of two kinds, for the few tokens, full and last micro-batches
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import widest
-from calmix.pruning.trace import TOKENS, Batch, Calls
+from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls
 from calmix.pruning.work import CHECKPOINT, States
 from calmix.recovery.training import Masters, TrainingState, grouped, rows_at_once, steps_of, train
 
@@ -37,7 +37,7 @@ class Stream:
         self, model: StreamedModel, states: States, ids: Tensor, groups: Sequence[list[int]]
     ) -> None:
         self.states, self.batches, self.length = states, dict[int, Batch](), ids.shape[1]
-        calls = Calls(model.model, model.blocks, ids[:1, :TOKENS].to(model.device))
+        calls = Calls(model.model, model.blocks, ids[:1, :TRACED_TOKENS].to(model.device))
         for group in groups:
             states[group[0]], self.batches[group[0]] = calls.record(ids[group].to(model.device))
 

@@ -57,7 +57,7 @@ from calmix.specs import How
 
 ROOM = 0.8  # of the free memory, used without a budget
 DENSE_ZEROS = 0.01  # share of zeros below which a model counts as dense
-APART = 0.9  # relative distance of embeddings beyond which models are unrelated
+UNRELATED = 0.9  # relative distance of embeddings beyond which models are unrelated
 COMPARED_ROWS = 4096  # rows of the embeddings that are compared
 
 
@@ -146,7 +146,7 @@ class RecoveryRun:
         embedded = pruned.model.get_input_embeddings().weight
         named = next(n for n, p in pruned.model.named_parameters() if p is embedded)
         ours, theirs = (one.stored(named)[:COMPARED_ROWS].float() for one in (pruned, dense))
-        if not close(ours, theirs, APART):
+        if not close(ours, theirs, UNRELATED):
             raise InputError(f"{line}: their embeddings are of different models")
         layers, models = pruned.blocks.layers, lineage(read_if_there(pruned.folder / MANIFEST))
         done: Mapping[str, Any] = next((one["pruning"] for one in models if "pruning" in one), {})

@@ -21,14 +21,14 @@ from calmix.evaluation.likelihood import Head, behind, decoder_and_head, diverge
 from calmix.models import find_blocks, open_model
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.solvers.grids import stored
-from calmix.recovery.memory import CHUNK, CHUNK_TOKENS
+from calmix.recovery.memory import CHUNK_TOKENS, LOGITS_AT_ONCE
 from calmix.recovery.training import TrainingState, grouped, steps_of, train, trained_parameters
 
 if TYPE_CHECKING:
     from calmix.recovery.checkpoint import RecoveryRun
 
 READINGS = 2  # evaluations of the held-out rows per epoch
-WIDE = 0.2  # nats per token: a smaller initial loss reduces the learning rate (ours)
+WIDE_LOSS = 0.2  # nats per token: a smaller initial loss reduces the learning rate (ours)
 SAVING = 20  # states are saved so that saving takes less than 1/20 of the time
 
 
@@ -60,7 +60,7 @@ def divergence(
     """
     learns = torch.is_grad_enabled() and hidden.requires_grad
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    chunk = max(CHUNK_TOKENS, CHUNK // vocabulary)
+    chunk = max(CHUNK_TOKENS, LOGITS_AT_ONCE // vocabulary)
     gradients: list[Tensor] = []
     for states, dense_states in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
         states.requires_grad_(learns)
@@ -157,7 +157,7 @@ def distill_model(job: RecoveryRun) -> tuple[float, float, Any]:
     saved, took = time.monotonic(), 0.0
     every = max(1, -(-len(steps) // (READINGS * request.epochs)))
     held_out, lr = job.held_out, request.lr
-    for _ in train(progress, masters, steps, held_out, mean, lr, every=every, wide=WIDE):
+    for _ in train(progress, masters, steps, held_out, mean, lr, every=every, wide=WIDE_LOSS):
         at, loss = progress.held_out[-1]
         job.run.progress(progress.done, progress.steps, f"KL {loss:.4f}")
         if at != progress.done:

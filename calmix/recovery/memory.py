@@ -21,7 +21,7 @@ from calmix.pruning.trace import token_bytes
 from calmix.recovery.training import trained_parameters
 
 PASSING = 2  # temporary activations while a block runs, in blocks
-CHUNK = 2**23  # logits of one model held at a time
+LOGITS_AT_ONCE = 2**23  # logits of one model held at a time
 CHUNK_TOKENS = 128  # minimum tokens per chunk: with fewer, reading the head dominates
 BEHIND = 3 * GIB // 8  # extra memory of a process that has pruned: kernels and their buffers
 
@@ -68,7 +68,7 @@ def make_plan(
             return max(first, weights_held + optimiser + (1 + 2 * PASSING) * activations)
         between = len(blocks) * tokens * hidden * size
         passes = PASSING + (1 if sparing else len(blocks))
-        logits = 5 * 4 * min(max(CHUNK, CHUNK_TOKENS * vocabulary), tokens * vocabulary)
+        logits = 5 * 4 * min(max(LOGITS_AT_ONCE, CHUNK_TOKENS * vocabulary), tokens * vocabulary)
         return weights + optimiser + between + passes * activations + logits
 
     plans = [

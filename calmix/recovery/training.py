@@ -33,7 +33,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam
 LEVELS = 2**15  # largest level that a grid of up to 8 bits can have, with outliers
 STEP = 4.0  # size of a quantised tensor, in steps between its levels (ours)
 FACTOR = 1.0  # size of a factor of blocks' steps (ours)
-NEAR = 0.4999  # maximum initial distance of its masters from their level, in steps
+NEAR_LEVEL = 0.4999  # maximum initial distance of its masters from their level, in steps
 PATIENCE = 3  # evaluations without improvement before training stops
 
 
@@ -190,7 +190,7 @@ def train(
 
 def near_dense(grid: Grid, stored: Tensor, dense: Tensor) -> Tensor:
     """Return masters that round to the stored weights on a grid but lie towards the dense ones."""
-    most = NEAR * grid.steps().abs().clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
+    most = NEAR_LEVEL * grid.steps().abs().clamp(min=torch.finfo(torch.float32).tiny)[:, :, None]
     start, goal = (one.float().view(len(one), most.shape[1], -1) for one in (stored, dense))
     return torch.tanh((goal - start) / most).mul_(most).add_(start).view(stored.shape)
 

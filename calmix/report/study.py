@@ -17,7 +17,7 @@ from calmix.report.findings import main_condition, summarise
 from calmix.report.pages import Bar, Figure, render
 from calmix.study.results import StudyResults
 
-ROWS = 8  # of a ranking in the summary
+RANKED_ROWS = 8  # of a ranking in the summary
 
 
 def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> None:
@@ -137,11 +137,11 @@ def summary_text(analysis: Analysis) -> str:
                 words.sure(one.best),
                 f"{words.percent(one.lowest.value)} {words.short(one.worst or '', 16)}".strip(),
             )
-            for one in each.ranking[:ROWS]
+            for one in each.ranking[:RANKED_ROWS]
         ]
         label = each.condition.label
         text += f"\n\n{label}: retention in % (acc.: of accuracy)\n{words.columns(rows)}"
-        if more := each.ranking[ROWS:]:
+        if more := each.ranking[RANKED_ROWS:]:
             text += f"\n  and {len(more)} more"
         text += _block(f"{label}: findings", sentences)
     text += _block("Method by method", summary["methods"])

@@ -21,7 +21,7 @@ STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour o
     "self-written": "self-written",
     "none": "no calibration",
 }
-FORMS = {
+PLURALS = {
     "chat template": " in its chat template, short answers with worked examples",
     "worked examples": " with worked examples",
 }
@@ -141,7 +141,7 @@ def kept_answers(behaviour: Behaviour) -> str:
     )
     if (worst := behaviour.worst) is not None:
         summary += f", least in {worst.name}, {worst.kept} of {worst.dense}"
-    how = FORMS.get(behaviour.form, "")
+    how = PLURALS.get(behaviour.form, "")
     scope = f"asked: {counts.asked:,}{how}"
     if counts.gained is None:
         scope = f"only these were asked{how and f',{how}'}: gains were not measured"

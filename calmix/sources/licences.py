@@ -15,7 +15,7 @@ from typing import Literal
 from calmix.errors import InputError
 
 Use = Literal["permissive", "share-alike", "non-commercial", "unstated", "own"]
-OWN = "the user's own"
+OWN_LICENCE = "the user's own"
 
 _RESTRICTED = re.compile(
     r"\bNC(?![a-z])|non[- ]?commercial|research use|research only|academic|MSR-LA", re.IGNORECASE
@@ -31,7 +31,7 @@ _FREE = re.compile(
 
 def use_of(licence: str) -> Use:
     """Return what the licences of a source, model or task permit: the strictest counts."""
-    if licence == OWN:
+    if licence == OWN_LICENCE:
         return "own"
     if _RESTRICTED.search(licence):
         return "non-commercial"

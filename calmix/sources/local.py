@@ -31,7 +31,7 @@ from calmix.sources.documents import (
 LINE = 64 << 20  # most bytes in a line of .jsonl
 PARQUET_ROWS = 1024  # rows of a .parquet file in memory at a time
 CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat
-ROLES = {
+CHAT_ROLES = {
     "human": "user",
     "observation": "tool",
     "function": "tool",
@@ -39,7 +39,7 @@ ROLES = {
     **dict.fromkeys(("gpt", "chatgpt", "bot", "model", "function_call"), "assistant"),
 }
 CALLS = ("tool_calls", "tool_call_id", "name")  # keys of a message that templates use too
-CODE = {
+CODE_ENDINGS = {
     ".py",
     ".pyi",
     ".js",
@@ -128,8 +128,8 @@ class LocalFile(Reader):
                 others += ["linked folders"] * (file.is_dir() and linked)
             elif linked and leads_out(file, self.path):
                 others.append("links out of the folder")
-            elif ending in {*FORMATS, *CODE}:
-                (code if ending in CODE else rest).append(file)
+            elif ending in {*FORMATS, *CODE_ENDINGS}:
+                (code if ending in CODE_ENDINGS else rest).append(file)
             else:
                 others.append("files of other kinds")
         if not rest or sum(file.suffix.lower() not in PAGES for file in code) > len(rest):
@@ -145,14 +145,14 @@ class LocalFile(Reader):
             files = self.files()[0]
             if not files:
                 raise SourceError(f"folder {path} has no {', '.join(FORMATS)} file and no code")
-            if files[0].suffix.lower() in CODE:
+            if files[0].suffix.lower() in CODE_ENDINGS:
                 yield from source_files(path, files)
                 return
         elif not path.is_file():
             raise SourceError(f"there is no file {path}")
         for file in files:
             ending = file.suffix.lower()
-            if ending not in {*FORMATS, *CODE}:
+            if ending not in {*FORMATS, *CODE_ENDINGS}:
                 supported = f"{', '.join(FORMATS)} and those of source code"
                 raise SourceError(f"cannot read {file}: supported endings are {supported}")
             prefix = f"{file.relative_to(path).as_posix()}/" if path.is_dir() else ""
@@ -324,6 +324,6 @@ def chat_messages(value: Any, name: str, expected: bool) -> tuple[dict[str, Any]
         if one.get("function_call"):  # as it was before `tool_calls`
             call = {"type": "function", "function": one["function_call"]}
             more.setdefault("tool_calls", [call])
-        role = ROLES.get(role.lower(), role.lower())
+        role = CHAT_ROLES.get(role.lower(), role.lower())
         messages.append({"role": role, "content": lines(content or ""), **more})
     return tuple(messages)

@@ -18,13 +18,13 @@ from calmix.files import user_path
 from calmix.options import Options
 from calmix.sources.documents import FIELD, TEXT, Document
 from calmix.sources.hub import HubText
-from calmix.sources.licences import OWN, Use, use_of
-from calmix.sources.local import CODE, FORMATS, LocalFile
+from calmix.sources.licences import OWN_LICENCE, Use, use_of
+from calmix.sources.local import CODE_ENDINGS, FORMATS, LocalFile
 from calmix.sources.offline import AssetText, PackageFiles, PythonText, ReasoningGym
 from calmix.yaml_files import first_problem, packaged, read_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
-DATA = "CALMIX_DATA"  # names a folder of texts to read instead of the hub
+DATA_VARIABLE = "CALMIX_DATA"  # names a folder of texts to read instead of the hub
 # Named mixes, with relative weights. `mix-default` is what `compress` takes, with chats added, and
 # `mix-permissive` what it takes under a licence filter: two sources per dimension (mathematics has
 # one) that need neither network nor extra. `mix-clean` shares no benchmark with a suite, not even
@@ -74,7 +74,7 @@ MIXES: dict[str, dict[str, float]] = {
     "web-mix-70": {"c4": 7.0, "github-code": 1.0, "gutenberg": 1.0, "stackexchange": 1.0},
 }
 ON_HUB = "see its card on the hub"
-WRITTEN = (
+GENERATOR_NAMES = (
     "self-written",
     "chat",
     "prompts",
@@ -96,7 +96,7 @@ class Source(Options):
     name: str
     dimension: str = "-"
     kind: str = "the user's own"
-    licence: str = OWN
+    licence: str = OWN_LICENCE
     size: str = "-"
     description: str = ""
     local: str | None = None
@@ -130,22 +130,22 @@ class Source(Options):
             yield
         except SourceError as error:
             hub = self.local is not None and isinstance(self.reader, HubText)
-            hint = f"; or set {DATA} to a folder with {self.local}" if hub else ""
+            hint = f"; or set {DATA_VARIABLE} to a folder with {self.local}" if hub else ""
             if self.name in str(error) and not hint:
                 raise
             raise SourceError(f"source {self.name}: {error}{hint}") from error
 
     def placed(self) -> Source:
         """Return the source, read from the folder CALMIX_DATA if that is set."""
-        if self.local is None or not (root := os.environ.get(DATA)):
+        if self.local is None or not (root := os.environ.get(DATA_VARIABLE)):
             return self
         reader = LocalFile(type="file", path=Path(root).expanduser() / self.local)
         return self.model_copy(
             update={
                 "reader": reader,
-                "licence": f"unstated (read from {DATA})",
+                "licence": f"unstated (read from {DATA_VARIABLE})",
                 "size": "-",
-                "description": f"{self.local} in the folder {DATA}",
+                "description": f"{self.local} in the folder {DATA_VARIABLE}",
             }
         )
 
@@ -193,7 +193,7 @@ def own_sources(
         if isinstance(reader := source.reader, LocalFile):
             reader = reader.model_copy(update={"path": path.parent / reader.path.expanduser()})
             source = source.model_copy(update={"reader": reader})
-        elif isinstance(reader, HubText) and source.licence == OWN:
+        elif isinstance(reader, HubText) and source.licence == OWN_LICENCE:
             source = source.model_copy(update={"licence": ON_HUB})
         sources[name] = source
     return sources
@@ -215,7 +215,7 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
         if path.exists():
             kind = "local file" if path.is_file() else "local folder"
             return Source(name=name, kind=kind, description=str(path), reader=reader)
-    endings, whole = {*FORMATS, *CODE}, user_path(re.sub(r"@[^/@]*$", "", name))
+    endings, whole = {*FORMATS, *CODE_ENDINGS}, user_path(re.sub(r"@[^/@]*$", "", name))
     named = path if path.suffix.lower() in endings else whole  # of FILE@FIELD
     is_file = named.suffix.lower() in endings
     if HUB_ID.fullmatch(name) and not name.startswith(".") and not is_file:
@@ -229,7 +229,9 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
         )
     if is_file or "/" in name:
         raise SourceError(f"there is no file {named}")
-    raise SourceError(f"unknown source '{name}': {nearest(name, [*known, *MIXES, *WRITTEN])}")
+    raise SourceError(
+        f"unknown source '{name}': {nearest(name, [*known, *MIXES, *GENERATOR_NAMES])}"
+    )
 
 
 def local_file(name: str) -> LocalFile:

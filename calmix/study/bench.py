@@ -35,8 +35,11 @@ from calmix.study.trials import Key, Planned
 
 PRUNING, RECOVERY = "pruning.json", "recovery.json"
 CHECKPOINT = "checkpoint"
-SHARED = ("id", "model", "calibration", "strategy", "pattern", "rows", "length", "seed")
-NAMES = {"name": "task", "kept": "retention"}  # fields renamed in a trial's record of its tasks
+TRIAL_FIELDS = ("id", "model", "calibration", "strategy", "pattern", "rows", "length", "seed")
+TASK_FIELDS = {
+    "name": "task",
+    "kept": "retention",
+}  # fields renamed in a trial's record of its tasks
 
 Stage = Callable[[str, int, int], None]  # name of the step, amount done, total amount
 
@@ -152,7 +155,7 @@ class Bench:
             retention = scores.retention(self._dense, "primary")
             seconds["total"] = round(time.perf_counter() - began, 3)
             outcome = Trial(
-                **{name: getattr(trial, name) for name in SHARED},
+                **{name: getattr(trial, name) for name in TRIAL_FIELDS},
                 method=trial.recipe,
                 mix=(trial.definition["calibration"] or {}).get("mix", {}),
                 sparsity=report.sparsity,
@@ -164,7 +167,7 @@ class Bench:
                 dimensions={one.name: one.kept for one in retention.dimensions},
                 tasks=tuple(
                     {
-                        NAMES.get(key, key): value
+                        TASK_FIELDS.get(key, key): value
                         for key, value in asdict(one).items()
                         if key != "noise"
                     }

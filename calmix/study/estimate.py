@@ -35,7 +35,7 @@ from calmix.study.trials import Condition, Planned, plan
 
 PROGRAM = 0.6e9  # bytes of Python, torch and transformers without any weights
 ITEMS = 1000  # assumed items of a task whose data is not here
-SCORED = 160.0  # bytes of a scored item on disk, of the dense and the smaller model
+SCORED_BYTES = 160.0  # bytes of a scored item on disk, of the dense and the smaller model
 
 
 class EmptyModel:
@@ -168,7 +168,7 @@ def estimate(
                 "length": first.length,
                 "trials": len(members),
                 "memory": memory,
-                "disk": SCORED / 2 * size.items + checkpoints + 50_000,
+                "disk": SCORED_BYTES / 2 * size.items + checkpoints + 50_000,
             }
         )
         available = device_memory(model.device)[2] or host_memory()[1]

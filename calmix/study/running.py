@@ -38,9 +38,9 @@ from calmix.study.spec import Study
 from calmix.study.store import (
     BEAT,
     ERROR,
-    INDEX,
     RESULT,
     SILENCE,
+    STORE_INDEX,
     Entry,
     Index,
     Store,
@@ -48,7 +48,7 @@ from calmix.study.store import (
 )
 from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
 
-PASSED = 2**27  # bytes of Ray's object store; large data is passed in files
+OBJECT_STORE = 2**27  # bytes of Ray's object store; large data is passed in files
 
 Note = Callable[[str], None]
 Stage = Callable[[Planned, str, int, int], None]  # trial, name of the step, amount done, total
@@ -123,7 +123,7 @@ def run_study(
         trial for trial in resolved if trial.key in chosen and store.state(trial.id) not in done
     ]
     check_free(path, checkpoint_bytes(study, todo), "checkpoints take")
-    write_json(path / INDEX, store.index.model_dump())
+    write_json(path / STORE_INDEX, store.index.model_dump())
     if len(todo) < len(resolved):
         note(f"{len(todo)} of {len(resolved)} trials to run")
     ends = dict[str, Ended]()
@@ -225,7 +225,11 @@ def on_ray(
     start: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if address is None:
         cores = max(machine.cores(), round((workers or 0) * cpus))
-        start |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": PASSED}
+        start |= {
+            "num_cpus": cores,
+            "include_dashboard": False,
+            "object_store_memory": OBJECT_STORE,
+        }
     elif address != "auto":  # fail at once: Ray itself retries for a minute
         host, _, port = address.removeprefix("ray://").rpartition(":")
         try:

@@ -40,10 +40,10 @@ from calmix.study.results import FailedTrial, StudyResults, Trial
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
 
-STORE_KIND, FORMAT = "study store", 2
-INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
+STORE_KIND, STORE_FORMAT = "study store", 2
+STORE_INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
 SCORES = "scores.json"
-PARTS = ("trials", "calibration", "dense", "locks")
+STORE_PARTS = ("trials", "calibration", "dense", "locks")
 BEAT, SILENCE = 10.0, 120.0  # seconds between renewals of a lock, and until it expires
 
 State = Literal["finished", "failed", "running", "pending"]
@@ -65,7 +65,7 @@ class Index(BaseModel, frozen=True):
     version, hash and dimensions of its suite, and what was declared, the last entry being valid."""
 
     kind: str = STORE_KIND
-    format: int = FORMAT
+    format: int = STORE_FORMAT
     name: str
     text: str
     suite: dict[str, Any]
@@ -182,16 +182,16 @@ def open_store(path: Path) -> Store:
     """Open an existing store."""
     if not path.exists():
         raise InputError(f"there is no study store at {path}: calmix study run makes one")
-    index = read_object(path / INDEX, f"{path} is not a study store: it has no {INDEX}")
+    index = read_object(path / STORE_INDEX, f"{path} is not a study store: it has no {STORE_INDEX}")
     if index.get("kind") != STORE_KIND:
-        raise InputError(f"{path} is not a study store: its {INDEX} is of another kind")
-    if index.get("format") != FORMAT:
+        raise InputError(f"{path} is not a study store: its {STORE_INDEX} is of another kind")
+    if index.get("format") != STORE_FORMAT:
         raise InputError(
             f"store {path} has format {index.get('format')}, but this calmix reads format "
-            f"{FORMAT}: use another folder, or the version of calmix that made it"
+            f"{STORE_FORMAT}: use another folder, or the version of calmix that made it"
         )
     check_links(path)
-    return Store(path, _read(path / INDEX, Index, "run the study in another folder"))
+    return Store(path, _read(path / STORE_INDEX, Index, "run the study in another folder"))
 
 
 def check_folder(path: Path, inputs: Iterable[object]) -> Index | None:
@@ -199,12 +199,12 @@ def check_folder(path: Path, inputs: Iterable[object]) -> Index | None:
     cannot become a store."""
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file: name a folder for the store")
-    if (path / INDEX).is_file():
+    if (path / STORE_INDEX).is_file():
         return open_store(path).index
     check_apart(path, inputs)
-    check_writable(path / INDEX)
-    left = {f.name for f in path.iterdir()} - set(PARTS) if path.is_dir() else set()
-    if any(not name.startswith(f".{INDEX}.") for name in left):
+    check_writable(path / STORE_INDEX)
+    left = {f.name for f in path.iterdir()} - set(STORE_PARTS) if path.is_dir() else set()
+    if any(not name.startswith(f".{STORE_INDEX}.") for name in left):
         raise InputError(f"{path} is not empty and is not a study store: name another folder")
     return None
 

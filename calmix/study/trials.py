@@ -18,7 +18,7 @@ from calmix.calibration import parse_calibration, saved_set
 from calmix.calibration.leakage import WORDS, guarded_suites
 from calmix.calibration.resolving import CalibrationRequest
 from calmix.calibration.selfgen.generators import Generator
-from calmix.calibration.selfgen.writing import VERSION
+from calmix.calibration.selfgen.writing import WRITER_VERSION
 from calmix.evaluation.evaluate import SCORER
 from calmix.files import content_sha256, sha256_json
 from calmix.models import resolve_model
@@ -32,7 +32,7 @@ from calmix.sources.local import LocalFile
 from calmix.specs import SEED, PruneRequest, printed, prune_request, recovery_of
 from calmix.study.spec import NONE, Grid, Study
 
-FORMAT = 1  # of the request; raised when the same request would give another outcome
+REQUEST_FORMAT = 1  # of the request; raised when the same request would give another outcome
 # Added later: left out of the request if empty, so that older ids stay valid.
 LATER = ("options", "embeddings", "recovery", "statistics")
 RECORDED = {"method", *RECOVERY_OPTIONS}
@@ -183,7 +183,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
         if trial.parsed is not None:
             calibration = _calibration(trial.parsed, pruning.drawn(), content)
         request = {
-            "format": FORMAT,
+            "format": REQUEST_FORMAT,
             "model": model,
             "calibration": calibration,
             "method": method.name,
@@ -198,7 +198,7 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
             "statistics": _statistics(pruning),
         }
         request = {k: v for k, v in request.items() if v or k not in LATER}
-        shared = None if calibration is None else sha256_json([FORMAT, model, calibration])
+        shared = None if calibration is None else sha256_json([REQUEST_FORMAT, model, calibration])
         resolved.append(
             replace(trial, id=sha256_json(request), definition=request, calibration_id=shared)
         )
@@ -250,11 +250,11 @@ def _calibration(
         chosen = settings(parsed.generator)
         return {
             "generated": parsed.generator.name,
-            "version": VERSION,
+            "version": WRITER_VERSION,
             "settings": chosen,
         } | options
     options |= {"packing": parsed.draw.packing, "select": "random"}  # older versions had a choice
     if parsed.written:
         options["written"] = {name: settings(one) for name, one in parsed.written.items()}
-        options["writing"] = VERSION
+        options["writing"] = WRITER_VERSION
     return {"mix": parsed.mix, "sources": described(parsed.sources), **options}

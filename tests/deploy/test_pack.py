@@ -114,7 +114,7 @@ def test_all_types_and_values_survive(data, tmp_path_factory, monkeypatch):
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text("{}", encoding="utf-8")
     save_file(tensors, folder / "model" / "model.safetensors")
-    monkeypatch.setattr(packed, "CHUNK", 16)  # several chunks per tensor
+    monkeypatch.setattr(packed, "PACKED_VALUES", 16)  # several chunks per tensor
     comes_back(folder / "model", folder)
 
 
@@ -178,7 +178,7 @@ def test_pack_bomb_is_refused(tmp_path):
 
 @pytest.mark.parametrize("name", ["ecq", "eight", "joint"])
 def test_levels_round_trip(quantised, name, tmp_path, monkeypatch):
-    monkeypatch.setattr(packed, "CHUNK", 500)  # several chunks per tensor
+    monkeypatch.setattr(packed, "PACKED_VALUES", 500)  # several chunks per tensor
     model = quantised / name
     comes_back(model, tmp_path)
     entries = json.loads((tmp_path / "pack" / PACK).read_text())["weights"]

@@ -44,7 +44,7 @@ def test_costs_are_squared_gradients_of_the_whole_model(kind, monkeypatch):
         logits = model(inputs_embeds=embedded, use_cache=False).logits
         loss = sum(
             (part * slopes(part.detach(), None)[0]).sum()
-            for part in logits[0].split(module.POSITIONS)
+            for part in logits[0].split(module.LOGIT_POSITIONS)
         )
         gradients = torch.autograd.grad(loss, list(outputs.values()))
         for name, gradient in zip(outputs, gradients, strict=True):

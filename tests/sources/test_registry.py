@@ -12,7 +12,7 @@ from calmix.sources import builtin_sources, get_source, offline_sources, own_sou
 from calmix.sources.hub import HubText
 from calmix.sources.local import LocalFile
 from calmix.sources.offline import AssetText, word_runs
-from calmix.sources.registry import WRITTEN
+from calmix.sources.registry import GENERATOR_NAMES
 from tests.tiny import quick
 
 DIMENSIONS = {"general", "commonsense", "code", "math"}
@@ -144,7 +144,7 @@ def test_data_folder_replaces_the_hub(tmp_path, monkeypatch):
 
 
 def test_source_names_resolve(tmp_path):
-    assert set(WRITTEN) == set(GENERATORS)
+    assert set(GENERATOR_NAMES) == set(GENERATORS)
     file = tmp_path / "a.txt"
     file.write_text("x", encoding="utf-8")
     assert isinstance(get_source(str(file)).reader, LocalFile)

@@ -45,10 +45,10 @@ from calmix.sources.registry import MIXES
 
 ROUNDS = 8  # of writing; the later ones replace unusable text
 ANOTHER = 1_000_003  # between the seeds of two rounds
-TURNS = 64  # most openers of a piece
+MOST_OPENERS = 64  # most openers of a piece
 PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and number of seed texts
-ORDER = 4  # of the n-grams whose repetition counts
-SWEEPS = 20  # of swaps in a selection; a few are enough in practice
+NGRAM_ORDER = 4  # of the n-grams whose repetition counts
+SWAP_SWEEPS = 20  # of swaps in a selection; a few are enough in practice
 EPSILON = 1e-12  # smallest decrease of J for a swap, so that rounding cannot cause a cycle
 CHAT = 0.25  # share of chats in text by a model with a chat template, and in default mixes
 
@@ -102,7 +102,7 @@ class Generator(Options):
         """
         usable = [one for one in openers if len(one) <= size // 2] or [min(openers, key=len)]
         order = np.random.default_rng([seed, number // len(usable)]).permutation(len(usable))
-        turns = range(number, number + min(len(usable), TURNS))
+        turns = range(number, number + min(len(usable), MOST_OPENERS))
         return [usable[order[turn % len(usable)]] for turn in turns]
 
     def choose(self, pieces: Pieces, quota: Mapping[str, int]) -> list[int]:
@@ -172,7 +172,7 @@ class Chat(Generator):
         return {self.name: turns}
 
     def in_turn(self, openers: Openers, number: int, size: int, seed: int) -> Openers:
-        return [openers[0], *openers[1:] * (TURNS // len(openers))]
+        return [openers[0], *openers[1:] * (MOST_OPENERS // len(openers))]
 
 
 class Prompted(Generator):
@@ -345,7 +345,7 @@ def generate(
         "length": length,
         "seed": seed,
         **checks(opened, guard),
-        "aggregation_4": aggregation(ids, ORDER),
+        "aggregation_4": aggregation(ids, NGRAM_ORDER),
         "temperature": temps,
         "perplexity": {
             name: math.exp(nll[groups == name].sum() / tokens[groups == name].sum())
@@ -384,7 +384,7 @@ def _enough(
             taken &= [guard.passes(generator.name, str(i), text) for i, text in enumerate(texts)]
         parts.append(part)
         groups = np.append(groups, [d for d, _ in pairs])
-        repeated = np.where(taken, row_aggregation(part.ids.numpy(), ORDER), np.inf)
+        repeated = np.where(taken, row_aggregation(part.ids.numpy(), NGRAM_ORDER), np.inf)
         shares = np.append(shares, repeated)
         usable = shares <= generator.repeats
         missing = Counter(quota) - Counter(groups[usable].tolist())
@@ -424,7 +424,7 @@ def objective(ids: Ids, groups: NDArray[Any], nll: Values, tokens: NDArray[np.in
     """
     parts = [groups == name for name in np.unique(groups)]
     logs = [nll[part].sum() / tokens[part].sum() for part in parts]
-    return aggregation(ids, ORDER) + float(np.var(logs))
+    return aggregation(ids, NGRAM_ORDER) + float(np.var(logs))
 
 
 def select_rows(
@@ -440,7 +440,7 @@ def select_rows(
     which has at least 1 - 1/e of the distinct 4-grams of the best set with one group, 1/2 with
     several. Then rows are swapped within a group while J falls. Pure and deterministic.
     """
-    (keys,) = ngram_keys([ids], ORDER)
+    (keys,) = ngram_keys([ids], NGRAM_ORDER)
     gram, per_row = np.unique(keys, return_inverse=True)[1].ravel(), len(keys) // len(ids)
     starts = np.arange(len(ids) + 1) * per_row
     holds = sparse.csr_matrix((np.ones(len(gram), np.int32), gram, starts))
@@ -473,7 +473,7 @@ def select_rows(
         chosen.append(row)
         left[groups[row]] -= 1
     grams_of = {name: holds[rows] for name, rows in rows_of.items()}
-    for _ in range(SWEEPS):
+    for _ in range(SWAP_SWEEPS):
         swapped = False
         for at, out in enumerate(chosen):
             rows, place = rows_of[groups[out]], number[groups[out]]

@@ -34,7 +34,7 @@ MEMORY_SHARE = 0.7  # of the free memory, for a batch
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
 STRETCH = 256  # entries of a distribution that are summed before the running sum is taken
 Tick = Callable[[int, int], None]  # takes numbers of rows, and of tokens that each has
-VERSION = 5  # raised when the same request writes other tokens, to invalidate the cache
+WRITER_VERSION = 5  # raised when the same request writes other tokens, to invalidate the cache
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def write(
         raise InputError(f"rows of {request.length} token leave the model nothing to write")
     say = note or (lambda line: None)
     ends, total = end_tokens(opened), len(request.openers)
-    folder, room = opened.cached("written", VERSION, ends, asdict(request)), 0
+    folder, room = opened.cached("written", WRITER_VERSION, ends, asdict(request)), 0
     size = 1 if mixes_rows(opened.model) else batch or BATCH
     parts: list[Written] = []
     at = 0

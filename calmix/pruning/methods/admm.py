@@ -37,8 +37,8 @@ from calmix.pruning.patterns import Pattern, clear
 from calmix.pruning.solvers.refit import Scaled, chunks, refit_layer, scale
 
 RIDGE = 0.6  # added to unit square sums when an input is regressed on the others
-LEAST = 1e-3  # minimum share of an input's square sum that counts as its own
-POWER = 4  # of the schedule: the pruned share rises as 1 - (1 - t)^4
+OWN_SHARE = 1e-3  # minimum share of an input's square sum that counts as its own
+SCHEDULE_POWER = 4  # of the schedule: the pruned share rises as 1 - (1 - t)^4
 SAMPLE = 2**14  # weights sampled for a threshold
 
 
@@ -101,7 +101,7 @@ class Admm(Sparse):
         for number in range(1, self.iterations + 1):
             if not semi:
                 time = number / (self.iterations + 1)
-                bound = _bound(state, pattern.sparsity * (1 - (1 - time) ** POWER))
+                bound = _bound(state, pattern.sparsity * (1 - (1 - time) ** SCHEDULE_POWER))
             for rows in chunks(state):
                 part = state[rows]
                 if semi:
@@ -135,7 +135,7 @@ def by_own_part(scaled: Scaled) -> Scaled:
     mean = float(gram.diagonal().mean())
     factor = inverse_factor(gram, RIDGE / mean)
     ridge = RIDGE * factor.raised
-    own = factor.upper.square_().sum(0).reciprocal_().sub_(ridge).clamp_(LEAST, 1).sqrt_()
+    own = factor.upper.square_().sum(0).reciprocal_().sub_(ridge).clamp_(OWN_SHARE, 1).sqrt_()
     del factor
     gram.div_(own[:, None]).div_(own)
     return Scaled(gram, scaled.norm * own, scaled.inverse / own, scaled.dead)

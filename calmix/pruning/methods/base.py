@@ -42,7 +42,9 @@ Refit = Annotated[
         description="Conjugate gradient steps on the kept weights, after masking.",
     ),
 ]
-CACHED = 2**18  # weights processed at a time on a CPU: larger buffers are reallocated each time
+MASKED_AT_ONCE = (
+    2**18
+)  # weights processed at a time on a CPU: larger buffers are reallocated each time
 
 
 @dataclass(frozen=True)
@@ -409,7 +411,7 @@ class Saliency(Sparse):
         masked = [torch.empty_like(weight) for weight in weights]
         for weight, out, pattern in zip(weights, masked, patterns, strict=True):
             cached = self.by_row and weight.device.type == "cpu"
-            rows = max(1, CACHED // weight.shape[1]) if cached else len(weight)
+            rows = max(1, MASKED_AT_ONCE // weight.shape[1]) if cached else len(weight)
             for part, pruned in zip(weight.split(rows), out.split(rows), strict=True):
                 mask = pattern.mask(self.score(part, statistic), by_row=self.by_row)
                 clear(pruned.copy_(part), mask)

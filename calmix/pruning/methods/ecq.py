@@ -26,11 +26,11 @@ from calmix.pruning.methods.base import Quantiser, sampled
 from calmix.pruning.solvers.grids import DEAD_ZONE, DeadZone, Grid, entropy, entropy_of, factors
 from calmix.pruning.solvers.surgeon import solve_columns
 
-POWER = 0.5  # of U_jj in a column's step
-TRIED, TRIES = 48, 2  # rows corrected to estimate the rate of a step, and iterations
-STEPS = -8.0, 4.0  # log2 of the finest and coarsest step, in root mean squares of the weights
-FINE = 2.0**-8  # tolerance of a step, in log2
-SAMPLE = 2**16  # weights of a layer sampled for its entropy
+STEP_POWER = 0.5  # of U_jj in a column's step
+TRIED, STEP_TRIES = 48, 2  # rows corrected to estimate the rate of a step, and iterations
+STEP_RANGE = -8.0, 4.0  # log2 of the finest and coarsest step, in root mean squares of the weights
+STEP_TOLERANCE = 2.0**-8  # tolerance of a step, in log2
+ENTROPY_SAMPLE = 2**16  # weights of a layer sampled for its entropy
 
 
 class Ecq(Quantiser):
@@ -47,7 +47,7 @@ class Ecq(Quantiser):
         self, weights: Sequence[Tensor], factor: Factor, bits: float
     ) -> tuple[list[Tensor], list[Grid]]:
         own = factor.upper.diagonal()
-        wanted = 4 * POWER * (own.log2() - own.log2().mean())
+        wanted = 4 * STEP_POWER * (own.log2() - own.log2().mean())
         octaves = wanted.round_().clamp_(-127, 127).to(torch.int8)
         column = factors(octaves)
         scaled = [weight.float() / column for weight in weights]
@@ -68,10 +68,10 @@ def _step(weight: Tensor, factor: Factor, bits: float) -> float:
     grid = DeadZone([weight], [1.0])
     size = float(torch.linalg.vector_norm(weight)) / math.sqrt(weight.numel()) or 1.0
     goal = max(bits - grid.beside(weight), 0.0)
-    ordered = np.sort(sampled(weight, SAMPLE).cpu().numpy())
-    step = _step_of(ordered, goal, *(size * 2**end for end in STEPS))
+    ordered = np.sort(sampled(weight, ENTROPY_SAMPLE).cpu().numpy())
+    step = _step_of(ordered, goal, *(size * 2**end for end in STEP_RANGE))
     now = some = weight[:: max(1, len(weight) // TRIED)]
-    for _ in range(TRIES):
+    for _ in range(STEP_TRIES):
         wrong = now - grid.nearest(now / step).mul_(step)
         with large_products():
             now = some + wrong - (wrong / factor.upper.diagonal()) @ factor.upper
@@ -82,7 +82,7 @@ def _step(weight: Tensor, factor: Factor, bits: float) -> float:
 
 def _step_of(ordered: NDArray[np.float32], bits: float, low: float, high: float) -> float:
     """Return the step from `low` to `high` at which sorted weights, rounded, take `bits`."""
-    while math.log2(high / low) > FINE:
+    while math.log2(high / low) > STEP_TOLERANCE:
         middle = math.sqrt(low * high)
         most = math.ceil(np.abs(ordered[[0, -1]]).max() / middle)
         ends = (np.arange(1, most + 2, dtype=np.float32) - DEAD_ZONE) * middle

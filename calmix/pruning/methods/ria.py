@@ -13,7 +13,7 @@ from torch import Tensor
 from calmix.pruning.gram import Squares
 from calmix.pruning.methods.base import Saliency
 
-LEAST = 1e-38  # avoids division by zero for an all-zero row or column
+SMALLEST = 1e-38  # avoids division by zero for an all-zero row or column
 
 
 class Ria(Saliency):
@@ -29,6 +29,6 @@ class Ria(Saliency):
 
     def score(self, weight: Tensor, statistic: Tensor) -> Tensor:
         size = weight.float().abs()
-        share = size / size.sum(0).clamp(min=LEAST)
-        share += size.div_(size.sum(1, keepdim=True).clamp(min=LEAST))
+        share = size / size.sum(0).clamp(min=SMALLEST)
+        share += size.div_(size.sum(1, keepdim=True).clamp(min=SMALLEST))
         return share.mul_(statistic.pow(self.power / 2))

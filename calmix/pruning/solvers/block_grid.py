@@ -23,12 +23,15 @@ from calmix.pruning.solvers.ggml import TYPES, BlockType, Encoded, Levels
 from calmix.pruning.solvers.grids import Rounding, inverse
 from calmix.pruning.solvers.libggml import quantise
 
-CACHED = 2**16  # weights whose scales are searched at a time on a CPU: they fit in its cache
-TRIES = 9  # candidates on each side of the scale that maps the largest weight to the last level
+SEARCHED_AT_ONCE = (
+    2**16
+)  # weights whose scales are searched at a time on a CPU: they fit in its cache
+# Candidates on each side of the scale that maps the largest weight to the last level.
+SCALE_TRIES = 9
 APART = 0.1  # levels between two candidates; ten times as much in a codebook of -127 to 113
 NEAR = (-1, 0, 1)  # neighbours of a group's integer scale and minimum that are tried
-PANEL = 64  # columns of a sweep whose errors one product gathers
-ROWS = 4096  # rounded plainly at a time
+SWEEP_PANEL = 64  # columns of a sweep whose errors one product gathers
+ROUNDED_ROWS = 4096  # rounded plainly at a time
 # Types for rows that are not a multiple of 256. They are llama.cpp's, but for IQ4_NL in place of
 # Q4_0, of the same size.
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -114,8 +117,8 @@ class BlockGrid(Rounding[Encoded]):
             gram: damped (columns, columns).
         """
         wrong, level = target - values, torch.empty_like(values[0])
-        for start in range(0, len(gram), PANEL):
-            here = slice(start, start + PANEL)
+        for start in range(0, len(gram), SWEEP_PANEL):
+            here = slice(start, start + SWEEP_PANEL)
             inner, moves = gram[here, here], torch.zeros_like(values[here])
             with large_products():
                 pulls = gram[here] @ wrong
@@ -154,7 +157,7 @@ class BlockGrid(Rounding[Encoded]):
         size, whole, per = self.kind.size, self.scales, self.kind.size // self.kind.group
         columns, groups = (slice(block * each, (block + 1) * each) for each in (size, per))
         values, importance = self._stacked[columns], self._importance[columns]
-        some = max(1, CACHED // size) if values.device.type == "cpu" else values.shape[1]
+        some = max(1, SEARCHED_AT_ONCE // size) if values.device.type == "cpu" else values.shape[1]
         for at in range(0, values.shape[1], some):
             here = slice(at, at + some)
             one = search(self.kind, values[:, here], importance)
@@ -174,7 +177,7 @@ def fitting(name: str, columns: int) -> BlockType:
 def rounded_rows(weight: Tensor, kind: BlockType) -> Encoded:
     """Return a matrix (rows, columns) in blocks, rounded plainly: all errors count alike."""
     parts = []
-    for rows in weight.split(ROWS):
+    for rows in weight.split(ROUNDED_ROWS):
         columns = rows.T.float().contiguous()
         if not kind.group:
             parts.append(quantise(rows, torch.ones_like(columns[:, 0]), name=kind.name).data)
@@ -284,7 +287,7 @@ def _affine(kind: BlockType, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tens
     total, first, span = w.sum(1), xw.sum(1), above.amax(1)
     scale, minimum = span / high, -low
     best, weight = torch.full_like(scale, -torch.inf), torch.zeros_like(scale)
-    for at in range(-TRIES, TRIES + 1):
+    for at in range(-SCALE_TRIES, SCALE_TRIES + 1):
         units = (high + APART * at) * inverse(span)
         level = torch.mul(above, units[:, None]).round_().clamp_(0, high)
         one, cross = (wt @ level)[:, 0], (xw * level).sum(1)
@@ -306,7 +309,7 @@ def _signed(
     largest = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
     scale, xw, wt = largest / end, x * w, w.transpose(1, 2)
     best, weight = torch.zeros_like(scale), torch.zeros_like(scale)
-    for at in range(-TRIES, TRIES + 1):
+    for at in range(-SCALE_TRIES, SCALE_TRIES + 1):
         units = (end + apart * at) * inverse(largest)
         level = nearest.values(nearest.levels(x * units[:, None]))
         cross, two = (xw * level).sum(1), (wt @ level.square())[:, 0]
@@ -331,7 +334,7 @@ def _numbers(values: Tensor, weight: Tensor, low: int, high: int) -> tuple[Tenso
     end = low or high
     largest = values.gather(0, values.abs().argmax(0, keepdim=True))
     step, best = largest / end, torch.full_like(largest, -torch.inf)
-    for at in range(-TRIES, TRIES + 1):
+    for at in range(-SCALE_TRIES, SCALE_TRIES + 1):
         number = (values * ((end + APART * at) * inverse(largest))).round_().clamp_(low, high)
         cross, two = ((weight * number * part).sum(0, keepdim=True) for part in (values, number))
         _keep(cross * cross / two > best, (best, cross * cross / two), (step, cross / two))

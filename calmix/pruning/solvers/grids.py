@@ -28,7 +28,7 @@ G = TypeVar("G", "Grid", Encoded)
 SCALES = "calmix-scales"  # folder beside a model's weights, with one file per block
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # multiples of the largest scale that are tried
 FINE = 6  # bits from which the largest weight sets the scale
-CACHED = 2**17  # weights whose scales are chosen at a time on a CPU: they fit in its cache
+SCALED_AT_ONCE = 2**17  # weights whose scales are chosen at a time on a CPU: they fit in its cache
 DEAD_ZONE = 0.42  # added before a magnitude is truncated to a level: 0.5 would be rounding
 
 
@@ -299,7 +299,11 @@ class Symmetric(Rounding[Grid]):
         if self._masked:
             values, known = values.clone(), self._mask[at : at + self.group]
             clear(values[: len(known)], known)
-        size = max(CACHED // self.group, 64) if values.device.type == "cpu" else values.shape[1]
+        size = (
+            max(SCALED_AT_ONCE // self.group, 64)
+            if values.device.type == "cpu"
+            else values.shape[1]
+        )
         scales = [self._fit(part, squares) for part in values.split(size, 1)]
         here = self.scales[group].copy_(torch.cat(scales).bfloat16())
         return here, inverse(here), *self._ends(values)

@@ -22,7 +22,7 @@ from calmix.precision import add_rounded_product, large_product, rounded, rounde
 from calmix.pruning.gram import chunks, inverse_factor
 
 STEPS = 10
-DAMPING = 0.001  # fraction of each input's square sum added to it
+REFIT_DAMPING = 0.001  # fraction of each input's square sum added to it
 CHECK = 4  # steps between exact evaluations of the error
 
 
@@ -75,7 +75,7 @@ def refit(
         steps: steps of conjugate gradients.
     """
     scaled = scale(gram)
-    damping = DAMPING * inverse_factor(scaled.gram, DAMPING).raised
+    damping = REFIT_DAMPING * inverse_factor(scaled.gram, REFIT_DAMPING).raised
     return [
         refit_layer(weight, start, scaled, steps=steps, damping=damping)
         for weight, start in zip(weights, pruned, strict=True)
