@@ -85,6 +85,7 @@ def test_distance_texts_overlap_no_source():
 
 
 @pytest.mark.real
+@pytest.mark.long
 def test_builtin_texts_have_eight_rows_per_dimension():
     rows = texts(open_tokenizer("builtin:smollm2-135m"))
     assert list(rows) == ["general", "commonsense", "code", "math"]

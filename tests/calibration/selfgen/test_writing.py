@@ -109,7 +109,7 @@ def test_next_opener_follows_the_end_token(opened):
     assert restarts > 8
 
 
-@pytest.mark.parametrize("kind", quick(["gemma3_text", "gpt_bigcode", "rwkv"], ARCHITECTURES))
+@pytest.mark.parametrize("kind", quick(["gemma3_text"], (*ARCHITECTURES, "rwkv")))
 def test_rows_are_independent_of_batch_size(opened, kind):
     other = dataclasses.replace(opened, model=tiny_model(kind))
     requests, parts = request(rows=7, length=12, temperature=0.9, repetition_penalty=1.1), []
