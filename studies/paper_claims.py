@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 from text_metrics import FEWEST_SETS, Correlation, correlate, information_of, rho
 
-from calmix.analysis import Analysis, ConditionAnalysis, Settings, analyse
-from calmix.analysis.bootstrap import ALPHA, ROUNDING, Contrast, Estimate, Joint, corrected
-from calmix.analysis.cells import TOTAL
-from calmix.analysis.differences import BEST, SINGLES, Tested, between, every
 from calmix.evaluation.measures import Array
-from calmix.options import RECOVERIES
+from calmix.options import RECOVERIES, Settings
 from calmix.report import words
 from calmix.study import read_results
+from calmix.study.analyse import Analysis, ConditionAnalysis, analyse
+from calmix.study.bootstrap import ALPHA, ROUNDING, Contrast, Estimate, Joint, corrected
+from calmix.study.cells import TOTAL
+from calmix.study.differences import BEST, SINGLES, Tested, between, every
 from calmix.study.store import open_store
 
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"

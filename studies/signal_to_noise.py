@@ -33,14 +33,14 @@ import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import nct, spearmanr, t
 
-from calmix.analysis.bootstrap import Joint, joint, joints
-from calmix.analysis.cells import TOTAL, shared, tables
 from calmix.errors import InputError
 from calmix.evaluation.measures import Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Measure, Settings
 from calmix.specs import printed, target_of
 from calmix.study import StudyResults, read_results
+from calmix.study.bootstrap import Joint, joint, joints
+from calmix.study.cells import TOTAL, shared, tables
 from calmix.study.results import Trial
 
 SCORES: tuple[Measure, ...] = ("bits", "smoothed", "accuracy")

@@ -90,7 +90,7 @@ def masks():
 
 def studies():
     """Retention with its intervals, and leads, of both committed studies."""
-    from calmix.analysis import analyse
+    from calmix.study.analyse import analyse
     from calmix.study.store import read_results
 
     collected = {}

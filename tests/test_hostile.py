@@ -12,9 +12,9 @@ from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.cli.common import printable
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
-from calmix.diagnostics.inspecting import inspect
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.files import write_json
+from calmix.inspecting import inspect
 from calmix.models import chat_template, resolve_model
 from calmix.models.folder import check_folder
 from calmix.models.shards import weight_files

@@ -12,7 +12,6 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calmix.analysis.bootstrap import corrected, holm, two_sided_p
 from calmix.calibration import parse_mix
 from calmix.calibration.build import make_mix, pack_concat, pack_window, rows_per_source
 from calmix.calibration.selfgen.ngrams import aggregation, ngram_keys, row_aggregation
@@ -22,6 +21,7 @@ from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.sources import Document
+from calmix.study.bootstrap import corrected, holm, two_sided_p
 
 NAMES = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size=6, unique=True)
 SEEDS = st.integers(0, 10_000)

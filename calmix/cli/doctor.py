@@ -24,7 +24,7 @@ doctor = group("doctor", default="check")
 @verb("check", of=doctor)
 def check() -> None:
     """Check this installation and machine; exit code 0 if pruning works."""
-    from calmix.diagnostics.doctor import examine
+    from calmix.doctor import examine
 
     with Progress() as bar:
         checks = examine(bar.each("checking"))
@@ -49,7 +49,7 @@ def inspect(
 
     Exit code 2 if a file is missing, damaged or changed.
     """
-    from calmix.diagnostics.inspecting import inspect as look
+    from calmix.inspecting import inspect as look
 
     with Progress() as bar:
         health = look(path, bar.each("checked"))

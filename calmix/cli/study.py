@@ -195,9 +195,9 @@ def report(options: ReportOptions) -> None:
 
     An earlier report is replaced.
     """
-    from calmix.analysis import analyse
     from calmix.report.study import summary_text, write_report
     from calmix.study import read_results
+    from calmix.study.analyse import analyse
 
     study, folder = options.study, options.output or options.study / "report"
     if options.output is None and not study.is_dir():

@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from calmix.analysis import Analysis, ConditionAnalysis
-from calmix.analysis.bootstrap import ALPHA
-from calmix.analysis.cells import TOTAL
-from calmix.analysis.declared import Comparison
-from calmix.analysis.differences import Gain
-from calmix.analysis.ranking import leaders
 from calmix.report import words
+from calmix.study.analyse import Analysis, ConditionAnalysis
+from calmix.study.bootstrap import ALPHA
+from calmix.study.cells import TOTAL
+from calmix.study.declared import Comparison
 from calmix.study.declaring import Declaration, Declared, Key
+from calmix.study.differences import Gain
+from calmix.study.ranking import leaders
 
 SEEDS = {
     "own": "items and seeds",

@@ -7,10 +7,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from calmix.analysis.ranking import Ranked, leaders
 from calmix.evaluation.behaviour import Behaviour
 from calmix.evaluation.comparison import Comparison
 from calmix.evaluation.measures import FEW, PRIMARY
+from calmix.study.ranking import Ranked, leaders
 
 STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour of the pages
     "single": "single source",

@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from calmix.analysis import Settings, analyse
 from calmix.errors import InputError
 from calmix.evaluation.scores import write_scores
+from calmix.options import Settings
 from calmix.report.study import write_report
+from calmix.study.analyse import analyse
 from calmix.study.store import read_results
 from tests.synthetic import SOURCES, Plan, failed, full_plan, save, study, trial
 

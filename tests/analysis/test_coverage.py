@@ -12,10 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from calmix.analysis.bootstrap import Seeds, corrected, joint
-from calmix.analysis.cells import Cells, Condition, Task, rolled_up
-from calmix.analysis.differences import compare
-from calmix.analysis.ranking import shrink
+from calmix.study.bootstrap import Seeds, corrected, joint
+from calmix.study.cells import Cells, Condition, Task, rolled_up
+from calmix.study.differences import compare
+from calmix.study.ranking import shrink
 from tests.tiny import quick
 
 AT = Condition("m", "wanda", 0.5, "50%", None, 64, 512, "offline", "Wanda 50%", "Wanda")

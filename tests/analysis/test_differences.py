@@ -6,10 +6,11 @@ from dataclasses import fields, replace
 import pytest
 from scipy import stats
 
-from calmix.analysis import Settings, analyse
-from calmix.analysis.cells import TOTAL, WORST
-from calmix.analysis.differences import BEST, SINGLES
 from calmix.evaluation.retention import flips, retention
+from calmix.options import Settings
+from calmix.study.analyse import analyse
+from calmix.study.cells import TOTAL, WORST
+from calmix.study.differences import BEST, SINGLES
 from tests.synthetic import SOURCES, Plan, full_plan, study, trial
 
 QUICK = Settings(resamples=50)

@@ -2,8 +2,7 @@
 
 import json
 
-from calmix import pruning
-from calmix.diagnostics import doctor
+from calmix import doctor, pruning
 
 
 def test_doctor_json(calmix, monkeypatch):

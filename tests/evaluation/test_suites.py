@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from calmix.analysis.cells import TOTAL, WORST
 from calmix.errors import InputError
 from calmix.evaluation import checks
 from calmix.evaluation.evaluate import choose, evaluate, suite_items, verdict
@@ -12,6 +11,7 @@ from calmix.evaluation.scores import write_scores
 from calmix.evaluation.suites import Suite, builtin_suites, load_suite, read_rows, template
 from calmix.evaluation.tasks import load_items
 from calmix.sources.registry import offline_sources
+from calmix.study.cells import TOTAL, WORST
 from calmix.yaml_files import parse_model
 from tests.evaluation.helpers import benchmark, benchmarks_read, new_suite
 from tests.tiny import save_tiny_model, tiny_tokenizer

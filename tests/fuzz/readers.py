@@ -14,11 +14,11 @@ from calmix.calibration import CalibrationSet, open_tokenizer, resolve
 from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
-from calmix.diagnostics.inspecting import inspect
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import load_pair, load_scores
 from calmix.evaluation.suites import load_suite
+from calmix.inspecting import inspect
 from calmix.models import open_model, resolve_model
 from calmix.models.folder import fingerprint, tokenizer_fingerprint
 from calmix.models.streaming import StreamedModel

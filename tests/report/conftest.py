@@ -5,8 +5,9 @@ import os
 import pytest
 from filelock import FileLock
 
-from calmix.analysis import Settings, analyse
+from calmix.options import Settings
 from calmix.report.study import write_report
+from calmix.study.analyse import analyse
 from tests.synthetic import OTHERS, SOURCES, failed, full_plan, study
 
 SMALL = {

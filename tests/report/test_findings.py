@@ -2,11 +2,12 @@
 
 import pytest
 
-from calmix.analysis import Settings, analyse
-from calmix.analysis.ranking import leaders
+from calmix.options import Settings
 from calmix.report import words
 from calmix.report.findings import summarise
 from calmix.report.study import pages
+from calmix.study.analyse import analyse
+from calmix.study.ranking import leaders
 from tests.report.conftest import SMALL
 from tests.synthetic import Plan, failed, full_plan, study, trial
 

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from calmix.analysis import Settings, analyse
+from calmix.options import Settings
 from calmix.report.study import pages
+from calmix.study.analyse import analyse
 from tests.synthetic import Plan, study, trial
 
 QUICK = Settings(resamples=50)

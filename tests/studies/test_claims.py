@@ -4,7 +4,8 @@ import numpy as np
 import paper_claims as SCRIPT  # noqa: N812
 import pytest
 
-from calmix.analysis import Settings, analyse
+from calmix.options import Settings
+from calmix.study.analyse import analyse
 from tests.analysis.test_differences import KEPT, TUNED, analysed
 from tests.synthetic import LIFTS, SLOPES, Plan, informed
 

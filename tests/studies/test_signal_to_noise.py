@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from signal_to_noise import detectable, noise_of
 
-from calmix.analysis.bootstrap import joint
+from calmix.study.bootstrap import joint
 from tests.analysis.test_coverage import Truth, made
 
 pytestmark = pytest.mark.long

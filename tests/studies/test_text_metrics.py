@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from text_metrics import correlate, least_p, orders, permutation_p, unit_ranks
 
-from calmix.analysis.cells import tables
+from calmix.study.cells import tables
 from tests.synthetic import informed
 from tests.test_properties import SEEDS, grams, token_rows
 

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from calmix.analysis.bootstrap import Joint, corrected, joints
-from calmix.analysis.cells import Cells, Condition, dimensions_of, left_out, measure_of
-from calmix.analysis.declared import Comparison, judge
-from calmix.analysis.differences import Difference, Gain, compare, gains
-from calmix.analysis.ranking import Ranked, leaders, rank
 from calmix.evaluation.retention import retention
 from calmix.options import Measure, Settings
+from calmix.study.bootstrap import Joint, corrected, joints
+from calmix.study.cells import Cells, Condition, dimensions_of, left_out, measure_of
+from calmix.study.declared import Comparison, judge
 from calmix.study.declaring import Declared, Key
+from calmix.study.differences import Difference, Gain, compare, gains
+from calmix.study.ranking import Ranked, leaders, rank
 from calmix.study.results import StudyResults
 
 if TYPE_CHECKING:

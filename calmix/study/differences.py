@@ -15,9 +15,9 @@ from typing import TypeVar
 
 import numpy as np
 
-from calmix.analysis.bootstrap import ALPHA, Contrast, Estimate, Joint
-from calmix.analysis.cells import TOTAL, WORST
-from calmix.analysis.ranking import lowest_of, shrink
+from calmix.study.bootstrap import ALPHA, Contrast, Estimate, Joint
+from calmix.study.cells import TOTAL, WORST
+from calmix.study.ranking import lowest_of, shrink
 
 SINGLES = "mean of the single sources"
 BEST = "best single source, "

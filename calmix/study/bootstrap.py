@@ -29,12 +29,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from calmix.analysis.cells import Cells, left_out, rolled_up, shared, tables
 from calmix.errors import InputError, nearest
 from calmix.evaluation import retention
 from calmix.evaluation.measures import Array, Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Settings
+from calmix.study.cells import Cells, left_out, rolled_up, shared, tables
 from calmix.study.results import StudyResults, Trial
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
-from calmix.analysis.bootstrap import ALPHA, Contrast, Estimate, Joint, holm, joined
-from calmix.analysis.cells import Cells, shared, tables
 from calmix.options import Settings
+from calmix.study.bootstrap import ALPHA, Contrast, Estimate, Joint, holm, joined
+from calmix.study.cells import Cells, shared, tables
 from calmix.study.declaring import Declaration
 from calmix.study.results import StudyResults, Trial
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calmix.analysis.bootstrap import ROUNDING, Contrast, Estimate, Joint
 from calmix.evaluation.measures import Array
+from calmix.study.bootstrap import ROUNDING, Contrast, Estimate, Joint
 
 SMALL = 4  # fewest sets in a group to estimate its spread
 

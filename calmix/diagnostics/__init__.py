@@ -1,1 +1,0 @@
-"""Check the installation and results, and recreate a result."""
