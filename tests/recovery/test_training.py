@@ -169,7 +169,7 @@ def test_chunked_divergence(monkeypatch, cap):
     p, q = head(target.double(), heads[1]).softmax(-1), head(whole, heads[0]).softmax(-1)
     expected = (p * (p / q).log()).sum()
     expected.backward()
-    monkeypatch.setattr(distill, "CHUNK", 0)
+    monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 0)
     monkeypatch.setattr(distill, "CHUNK_TOKENS", 16)
     monkeypatch.setattr("calmix.machine.CACHED_VALUES", 150)  # three rows
     hidden.requires_grad_()
