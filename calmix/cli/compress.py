@@ -200,7 +200,10 @@ def check(
         proof.check_all(recorded(folders[0], written))
     for file, (_, scores) in zip(files, pairs, strict=True) if not folders else ():
         if not proof.check_scores(file, scores):
-            note(f"no model {scores.model} is here: only its scores were checked, not its files")
+            note(
+                f"only the scores of {scores.model} were checked: its files are not here, or not "
+                "written by calmix"
+            )
     verdict = judge(floors, pairs, confidence or request.get("confidence") or CONFIDENCE)
     result = record(verdict, floors, pairs)
     if path is not None:

@@ -170,7 +170,7 @@ def test_check_compares_scores_with_their_model(calmix, compressed, out, tmp_pat
     assert f"measured.json was made from {out}/model (" in line
     shutil.rmtree(out / "model")
     ended = calmix("check", file, *FLOOR)
-    assert f"no model {out}/model is here: only its scores were checked" in ended.err
+    assert f"only the scores of {out}/model were checked: its files are not here" in ended.err
     file = tiny_gguf(tmp_path / "any.gguf")  # that calmix did not make
     results, scores = Results(sha256_file), load_scores(tmp_path / "measured.json")
     scores = replace(scores, model=str(file), fingerprint=open_model(str(file)).fingerprint)
