@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from calmix.deploy.pack import pack as pack
     from calmix.deploy.pack import unpack as unpack
     from calmix.errors import CalmixError as CalmixError
-    from calmix.evaluation.evaluate import evaluate as evaluate
+    from calmix.evaluating import evaluate as evaluate
     from calmix.evaluation.scores import CapabilityScores as CapabilityScores
     from calmix.models import open_model as open_model
     from calmix.progress import Progress as Progress
@@ -40,7 +40,7 @@ _NAMES = {
     "compression.compress": ("compress",),
     "deploy.pack": ("load", "pack", "unpack"),
     "errors": ("CalmixError",),
-    "evaluation.evaluate": ("evaluate",),
+    "evaluating": ("evaluate",),
     "evaluation.scores": ("CapabilityScores",),
     "models": ("open_model",),
     "progress": ("Progress",),

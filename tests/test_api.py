@@ -61,3 +61,18 @@ def test_path_arguments(tmp_path):
     assert calmix.open_model(folder).name == str(folder)
     with pytest.raises(calmix.CalmixError, match="none"):
         calmix.evaluate(tmp_path / "none", "smoke")
+
+
+def test_evaluate_against_a_dense_model_or_its_scores(tmp_path):
+    dense, small = (save_tiny_model(tmp_path / str(seed), seed=seed) for seed in (0, 1))
+    (tmp_path / "rows.jsonl").write_text(
+        '{"question": "a b", "choices": [" c", " d"], "answer": 0}\n' * 30, encoding="utf-8"
+    )
+    suite = tmp_path / "suite.yaml"
+    task = "{general: {rows: {file: rows.jsonl, kind: choices}}}"
+    suite.write_text(f"{{name: s, version: 1, description: d, dimensions: {task}}}", "utf-8")
+    compared = calmix.evaluate(small, suite, against=dense)
+    scored = calmix.evaluate(small, suite, against=calmix.evaluate(dense, suite))
+    assert compared.retention.total == scored.retention.total
+    with pytest.raises(calmix.CalmixError, match="save the model first"):
+        calmix.evaluate(calmix.open_model(small), suite, against=dense)

@@ -1,0 +1,76 @@
+"""`calmix.evaluate`: the scores of a model, or what it keeps of a dense one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from calmix.calibration.texts import texts_for
+from calmix.errors import InputError
+from calmix.evaluation.comparison import Comparison, evaluate_against
+from calmix.evaluation.evaluate import choose, runnable
+from calmix.evaluation.evaluate import evaluate as score
+from calmix.evaluation.scores import CapabilityScores
+from calmix.evaluation.suites import Suite
+from calmix.models import OpenModel, check_models
+from calmix.progress import Progress
+
+
+@overload
+def evaluate(
+    model: OpenModel | str | Path,
+    suite: Suite | str | Path = ...,
+    *,
+    against: None = None,
+    **options: Any,
+) -> CapabilityScores: ...
+
+
+@overload
+def evaluate(
+    model: str | Path,
+    suite: Suite | str | Path = ...,
+    *,
+    against: CapabilityScores | str | Path,
+    **options: Any,
+) -> Comparison: ...
+
+
+def evaluate(
+    model: OpenModel | str | Path,
+    suite: Suite | str | Path = "offline",
+    *,
+    against: CapabilityScores | str | Path | None = None,
+    dimensions: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    quick: bool = False,
+    limit: int | None = None,
+    **options: Any,
+) -> CapabilityScores | Comparison:
+    """Score a model on a suite; with `against`, the name of the dense model or its scores, also
+    compare the two, as `calmix evaluate --against` does.
+
+    Args:
+        **options: those of `calmix.evaluation.evaluate.evaluate`; with `against`, those of
+            `evaluate_against`.
+
+    Raises:
+        CalmixError: an error the user can fix.
+    """
+    part: dict[str, Any] = {"dimensions": dimensions, "tasks": tasks, "quick": quick}
+    part["limit"] = limit
+    if against is None:
+        return score(model, suite, **part, **options)
+    if isinstance(model, OpenModel):
+        raise InputError("with `against`, evaluate takes a model's name: save the model first")
+    allowed = bool(options.get("allow_code_execution"))
+    chosen, _ = runnable(choose(suite, **part), allowed)
+    scored = isinstance(against, CapabilityScores)
+    dense = against if isinstance(against, CapabilityScores) else str(against)
+    check_models(str(model), None if isinstance(dense, CapabilityScores) else dense)
+    with Progress(shown=False) as bar:
+        texts = None if scored else texts_for(chosen)
+        small, large = evaluate_against(str(model), chosen, dense, texts=texts, bar=bar, **options)
+    assert large is not None
+    return Comparison.of(small.model, [(large, small)])
