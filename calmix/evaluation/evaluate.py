@@ -165,13 +165,29 @@ def evaluate(
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"size": batch_tokens or BATCH_TOKENS, "cache": cache}
-    how |= {"skipped": skipped, "progress": progress, "journal": journal}
-    scores = _scored(model, chosen, floors=floors, right=right, dense=dense, **how)
-    if repeat and chosen.asks:
+    how |= {"skipped": skipped, "journal": journal}
+    repeat = repeat and chosen.asks
+    first = _half(progress, 0) if repeat else progress
+    scores = _scored(model, chosen, floors=floors, right=right, dense=dense, progress=first, **how)
+    if repeat:
         written = choose(chosen, tasks=[name for name, one in chosen.tasks.items() if one.writes])
-        again = _scored(model, written, rearranged=True, dense=dense or scores, **how)
+        again = _scored(
+            model,
+            written,
+            rearranged=True,
+            dense=dense or scores,
+            progress=_half(progress, 1),
+            **how,
+        )
         scores = replace(scores, repeat=again.tasks)
     return scores
+
+
+def _half(progress: Progress | None, number: int) -> Progress | None:
+    """Return the progress of the first or second (0 or 1) of two passes."""
+    if progress is None:
+        return None
+    return lambda done, total: progress(done + number * total, 2 * total)
 
 
 def _scored(

@@ -299,6 +299,20 @@ def test_other_prompt_forms_are_refused_first(folder, calmix, tiny_folder, tmp_p
     assert calmix(*command, "--task", "my_choices", "--against", path).code == 0
 
 
+def test_progress_spans_both_passes_of_a_repeat(folder, tiny_folder):
+    steps = []
+    evaluate(
+        tiny_folder,
+        str(folder / "mine.yaml"),
+        tasks=["my_answers"],
+        repeat=True,
+        progress=lambda done, total: steps.append((done, total)),
+    )
+    (total,) = {total for _, total in steps}
+    assert steps == sorted(steps)
+    assert (steps[0][0] < total / 2, steps[-1][0]) == (True, total)
+
+
 def test_dense_repeat_is_cached(folder, calmix, tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "cache"))
     seen, out = [], tmp_path / "out.json"
