@@ -30,7 +30,7 @@ def row(folder: Path) -> list[str]:
     assert behaved.right is not None
     assert counts is not None
     return [
-        f"{target(card.asked)}, effort {card.asked['effort']}",
+        f"{target(card.request)}, effort {card.request['effort']}",
         size_text(card.packed or card.size),
         with_span(behaved.right.total),
         f"{counts.lost} of {counts.dense}, {counts.gained} ({p_value(counts.p)})",

@@ -81,7 +81,7 @@ def compress(
     result: dict[str, Any] = {"output": str(output), "model": None}
     if search.floors:
         result |= {"search": {"candidates": search.candidates} | search.state}
-        print_table(search.rows(), title="candidates: kept % (proven %)")
+        print_table(search.rows(), title="candidates: % of dense (proven %)")
         for text in (search.why(), *search.promise):
             line(words.wrapped(text))
         if search.bits is None:
@@ -214,7 +214,7 @@ def check(
             "ability": one.ability,
             "measure": one.measure,
             "items": one.items,
-            "kept %": words.percent(one.kept),
+            "of dense %": words.percent(one.kept),
             "proven %": proven(one.bound),
             "required %": words.percent(one.floor),
             "": "kept" if one.passed else "not kept",
