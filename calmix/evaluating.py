@@ -11,10 +11,14 @@ from calmix.errors import InputError
 from calmix.evaluation.comparison import Comparison, evaluate_against
 from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.evaluate import evaluate as score
-from calmix.evaluation.scores import CapabilityScores
+from calmix.evaluation.scores import CapabilityScores, load_dense
 from calmix.evaluation.suites import Suite
 from calmix.models import OpenModel, check_models
 from calmix.progress import Progress
+
+# Options of a comparison, explained in `evaluate_against`, and of how models are opened.
+OPTIONS = "allow_code_execution", "right_only", "repeat", "cache", "batch_tokens"
+OPENING = "dtype", "device", "trust_remote_code"
 
 
 @overload
@@ -48,12 +52,12 @@ def evaluate(
     limit: int | None = None,
     **options: Any,
 ) -> CapabilityScores | Comparison:
-    """Score a model on a suite; with `against`, the name of the dense model or its scores, also
-    compare the two, as `calmix evaluate --against` does.
+    """Score a model on a suite; with `against`, the name of the dense model, its scores or a .json
+    file of them, also compare the two, as `calmix evaluate --against` does.
 
     Args:
-        **options: those of `calmix.evaluation.evaluate.evaluate`; with `against`, those of
-            `evaluate_against`.
+        **options: those of `calmix.evaluation.evaluate.evaluate`; with `against`, `OPTIONS`, and
+            those of `calmix.open_model`.
 
     Raises:
         CalmixError: an error the user can fix.
@@ -64,13 +68,18 @@ def evaluate(
         return score(model, suite, **part, **options)
     if isinstance(model, OpenModel):
         raise InputError("with `against`, evaluate takes a model's name: save the model first")
+    if unknown := options.keys() - {*OPTIONS, *OPENING}:
+        raise InputError(f"with `against`, evaluate has no option {min(unknown)}")
     allowed = bool(options.get("allow_code_execution"))
     chosen, _ = runnable(choose(suite, **part), allowed)
-    scored = isinstance(against, CapabilityScores)
+    if isinstance(against, str | Path) and str(against).endswith(".json"):
+        against = load_dense(Path(against))
     dense = against if isinstance(against, CapabilityScores) else str(against)
-    check_models(str(model), None if isinstance(dense, CapabilityScores) else dense)
+    named, texts = [str(model)], None
+    if isinstance(dense, str):
+        named, texts = [str(model), dense], texts_for(chosen)
+    check_models(*named, **{name: options[name] for name in OPENING if name in options})
     with Progress(shown=False) as bar:
-        texts = None if scored else texts_for(chosen)
         small, large = evaluate_against(str(model), chosen, dense, texts=texts, bar=bar, **options)
     assert large is not None
     return Comparison.of(small.model, [(large, small)])

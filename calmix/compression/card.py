@@ -415,7 +415,8 @@ def read_card(out: Path) -> Card:
     }
     tasks: list[dict[str, str]] = []
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
-        for suite, (_, scored_by) in zip((options["suite"], "abilities"), pairs, strict=False):
+        suites = ["abilities" if name == BEHAVIOUR else options["suite"] for name in names]
+        for suite, (_, scored_by) in zip(suites, pairs, strict=True):
             for one in scored_by.tasks:
                 origin = provenance(load_suite(suite).tasks[one.name])
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name

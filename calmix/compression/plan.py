@@ -54,7 +54,7 @@ from calmix.sources.registry import MIXES, local_file
 from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 
-DEFAULT_BITS = 4.5  # the default
+DEFAULT_BITS = 4.5
 SCORES, BEHAVIOUR, PROMPTS = "scores.json", "abilities.json", "prompts.json"
 CALIBRATION, PACK_FOLDER, QUANTISED = "calibration", "pack", "quantised"
 DEFAULT_TYPE = "Q4_K_M"  # default of GGUF files

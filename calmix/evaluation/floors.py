@@ -34,6 +34,7 @@ CONFIDENCE = 0.95
 FILE = "check.json"  # verdict of `calmix check` in an output folder of calmix compress
 FLAG = "--keep-at-least"
 LOST = 3.0  # times what a mean item has: the loss of one more item in bits, which have no limit
+MOST = 2 * 10**5  # resamples
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
 # The tasks a measure applies to, the score it uses, and what its items are called.
 MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure, str]] = {
@@ -205,7 +206,7 @@ def lower_bound(retained: int, of: int, confidence: float = CONFIDENCE) -> float
 def random_weights(counts: tuple[float, ...]) -> Array:
     """Return random weights of items that occur so often, uniform but for their sum, shape
     (resamples, items). The fewer differ, the more resamples."""
-    resamples = round(RESAMPLES * sum(counts) / len(counts))
+    resamples = min(round(RESAMPLES * sum(counts) / len(counts)), MOST)
     return np.random.default_rng(0).gamma(counts, size=(resamples, len(counts)))
 
 

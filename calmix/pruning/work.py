@@ -9,8 +9,8 @@
 A run uses it in this order:
 
     work = WorkFolder(output)
-    work.claim(asked, resume=resume, overwrite=overwrite)   # `asked` determines the output's bytes
-    work.resumes, work.done, work.state["anything"]          # left by an earlier run
+    work.claim(identity, resume=resume, overwrite=overwrite)  # it determines the output's bytes
+    work.resumes, work.done, work.state["anything"]         # left by an earlier run
     work.save("checkpoint/model-00002-of-00031.safetensors", tensors)
     work.keep(done=3, anything=value)                       # from here on it counts
     work.complete()                                         # checkpoint/ becomes the output

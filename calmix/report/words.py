@@ -33,9 +33,9 @@ FOOTER = (
     "Written by calmix from the files beside it. Right answers: those of this model over those of "
     "the dense model, by ability, then the mean; lost and gained: right under one model only; p: "
     "McNemar's exact test. Kept: of the dense model's right answers, the share that is still "
-    "right. Likelihood kept: 100 % = dense model, 0 = no task knowledge. Brackets: 95 % intervals "
-    "over items."
+    "right. Brackets: 95 % intervals over items."
 )
+LIKELIHOOD = "Likelihood kept: 100 % = dense model, 0 = no task knowledge."
 TOO_FEW = "too few to tell"  # an ability in which the dense model gets few answers right
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal
