@@ -14,11 +14,12 @@ from calmix.evaluation.evaluate import evaluate as score
 from calmix.evaluation.scores import CapabilityScores, load_dense
 from calmix.evaluation.suites import Suite
 from calmix.models import OpenModel, check_models
+from calmix.options import ModelOptions
 from calmix.progress import Progress
 
 # Options of a comparison, explained in `evaluate_against`, and of how models are opened.
 OPTIONS = "allow_code_execution", "right_only", "repeat", "cache", "batch_tokens"
-OPENING = "dtype", "device", "trust_remote_code"
+OPENING = tuple(ModelOptions.model_fields)
 
 
 @overload

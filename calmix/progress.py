@@ -45,6 +45,19 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+def half(
+    progress: Callable[[int, int], None], number: int, whole: int = 0
+) -> Callable[[int, int], None]:
+    """Return the progress of the first or second (0 or 1) of two passes, each of `whole` steps, by
+    default as many as it has."""
+
+    def tick(done: int, total: int) -> None:
+        size = whole or total
+        progress(number * size + (done * whole // total if whole else done), 2 * size)
+
+    return tick
+
+
 class Progress:
     """A progress display for `with`; its methods return callbacks that long functions take.
 

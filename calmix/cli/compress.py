@@ -222,11 +222,7 @@ def check(
         for one in verdict.tested
     ]
     dense, pruned = pairs[0]
-    print_table(
-        rows,
-        title=f"{pruned.model} against {dense.model}",
-        least=["measure", "items"],
-    )
+    print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
     for text in verdict.lines():
         line(words.wrapped(text))
     if path is not None:

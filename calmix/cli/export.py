@@ -31,10 +31,8 @@ class ExportOptions(Options):
     trust_remote_code: bool = TRUST
 
 
-PLACE_OPTIONS, SET_OPTIONS = (
-    {"output", "overwrite"},
-    {"output", "overwrite", "model", "trust_remote_code"},
-)
+PLACE_OPTIONS = {"output", "overwrite"}
+SET_OPTIONS = PLACE_OPTIONS | {"model", "trust_remote_code"}
 OPTIONS_OF = {  # the options of each format
     "pack": PLACE_OPTIONS,
     "model": PLACE_OPTIONS,

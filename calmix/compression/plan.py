@@ -135,9 +135,8 @@ def slices(request: Target) -> dict[str, tuple[Suite | str, Mapping[str, Any]]]:
         floors = parse_floors(request.keep_at_least)
         named = tuple(name for name in choose(suite).dimensions if name in floors)
         part = {} if "" in floors else {**part, "whole": named}
-    parts: dict[str, tuple[Suite | str, Mapping[str, Any]]] = {}
-    for file in score_files(request):
-        parts[file] = suite, part
+    parts: dict[str, tuple[Suite | str, Mapping[str, Any]]]
+    parts = dict.fromkeys(score_files(request), (suite, part))
     if len(parts) > 1:
         parts[SCORES] = request.suite, effort.likelihood or {}
     if request.prompts is not None:

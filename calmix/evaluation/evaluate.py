@@ -39,6 +39,7 @@ from calmix.manifest import deciding_versions
 from calmix.models import OpenModel, open_model
 from calmix.models.chat import end_tokens, in_chat, rendered
 from calmix.precision import dtype_name
+from calmix.progress import half
 
 ANSWER = 24  # cost of a generated answer, in likelihood requests
 CHECKS: dict[str, Callable[[str, Any], bool]] = {
@@ -167,7 +168,9 @@ def evaluate(
     how: dict[str, Any] = {"size": batch_tokens or BATCH_TOKENS, "cache": cache}
     how |= {"skipped": skipped, "journal": journal}
     repeat = repeat and chosen.asks
-    first = _half(progress, 0) if repeat else progress
+    first, second = progress, progress
+    if repeat and progress is not None:
+        first, second = half(progress, 0), half(progress, 1)
     scores = _scored(model, chosen, floors=floors, right=right, dense=dense, progress=first, **how)
     if repeat:
         written = choose(chosen, tasks=[name for name, one in chosen.tasks.items() if one.writes])
@@ -176,18 +179,11 @@ def evaluate(
             written,
             rearranged=True,
             dense=dense or scores,
-            progress=_half(progress, 1),
+            progress=second,
             **how,
         )
         scores = replace(scores, repeat=again.tasks)
     return scores
-
-
-def _half(progress: Progress | None, number: int) -> Progress | None:
-    """Return the progress of the first or second (0 or 1) of two passes."""
-    if progress is None:
-        return None
-    return lambda done, total: progress(done + number * total, 2 * total)
 
 
 def _scored(

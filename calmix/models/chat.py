@@ -7,9 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 from unittest.mock import patch
 
-from calmix.errors import (
-    ModelError,
-)
+from calmix.errors import ModelError
 from calmix.models.blocks import evaluating
 from calmix.models.chat_template import templated
 from calmix.models.opening import OpenModel

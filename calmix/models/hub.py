@@ -10,24 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from calmix import assets
-from calmix.errors import (
-    DiskError,
-    ModelError,
-    disk_errors,
-    nearest,
-)
-from calmix.files import (
-    user_path,
-)
+from calmix.errors import DiskError, ModelError, disk_errors, nearest
+from calmix.files import user_path
 from calmix.models.folder import ADAPTER, BESIDE_WEIGHTS, adapter_error, check_folder
 from calmix.models.gguf_header import is_gguf
 from calmix.models.loading import check_causal
 from calmix.yaml_files import packaged
 
 HUB_FILES = ["*.safetensors", "*.json", *BESIDE_WEIGHTS]
-REPEATED_WEIGHTS = [
-    "*consolidated*.safetensors"
-]  # a second copy of the weights, in Mistral's format
+REPEATED_WEIGHTS = ["*consolidated*.safetensors"]  # a second copy, in Mistral's format
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from calmix.errors import (
-    InputError,
-    ModelError,
-    first_line,
-)
+from calmix.errors import InputError, ModelError, first_line
 from calmix.models.packed import PACKED_METHOD, is_packed, quantization
-from calmix.models.shards import (
-    stored_tensors,
-)
+from calmix.models.shards import stored_tensors
 from calmix.progress import quiet
 
 # Size keys, checked against the weights: depths by their number, widths by the largest tensor.

@@ -157,7 +157,7 @@ class _Pruning:
             check_bits(request.target.bits, source.model, source.blocks)
         check_run(self.engine())
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
-        file = getattr(self.method, "imatrix", "")
+        file = self.method.importance_file
         self.identity: dict[str, Any] = {
             "model": source.files.sha256,  # reads the whole model
             "tokenizer": self.tokenizer.identity,

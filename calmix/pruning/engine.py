@@ -40,6 +40,7 @@ from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation, Statistics
 from calmix.precision import bfloat16_products, dtype_name, narrower, reproducible
+from calmix.progress import half
 from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import (
     Gram,
@@ -158,8 +159,9 @@ def prune(
         run.robust = chosen.is_robust(statistics)
         if run.robust:
             rows = check_ids(ids, chosen.name)
-            run.weigh(costs_in_memory(model, blocks, rows, _half(progress, 0, len(blocks))))
-            progress = _half(progress, 1, len(blocks))
+            whole = progress or (lambda done, total: None)
+            run.weigh(costs_in_memory(model, blocks, rows, half(whole, 0, len(blocks))))
+            progress = half(whole, 1, len(blocks))
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
         if run.changed:
@@ -167,18 +169,6 @@ def prune(
             error.add_note(f"the model is left pruned in blocks 0 to {last}: open it again")
         raise
     return run.report
-
-
-def _half(
-    progress: Callable[[int, int], None] | None, before: int, blocks: int
-) -> Callable[[int, int], None]:
-    """Return the progress of one of two passes over the blocks, after `before` of them."""
-
-    def tick(done: int, total: int) -> None:
-        if progress is not None:
-            progress(before * blocks + done * blocks // total, 2 * blocks)
-
-    return tick
 
 
 def costs_in_memory(
@@ -379,7 +369,7 @@ class Run:
     @cached_property
     def importance(self) -> dict[str, Tensor]:
         """The importance of the inputs of layers, from the file that the method names, if any."""
-        file = getattr(self.method, "imatrix", "")
+        file = self.method.importance_file
         return importance(Path(file), self.model, self.blocks) if file else {}
 
     @property

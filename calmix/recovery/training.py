@@ -225,13 +225,16 @@ class Steps:
 
     def values(self, factors: Tensor) -> Tensor:
         """Return the weights as GGML decodes them, float32 (rows, columns)."""
-        steps = (self._steps * factors).half().float()
+        steps = self._rounded(factors).float()
         terms = [part * steps[..., n, None] for n, part in enumerate(self._parts)]
         return sum(terms[1:], start=terms[0]).flatten(1)
 
     def encoded(self, factors: Tensor) -> Encoded:
         """Return the blocks with the factors' steps."""
-        return self.blocks.with_steps((self._steps * factors).half().to(self.blocks.data.device))
+        return self.blocks.with_steps(self._rounded(factors).to(self.blocks.data.device))
+
+    def _rounded(self, factors: Tensor) -> Tensor:
+        return (self._steps * factors).half()
 
 
 class Masters:

@@ -42,9 +42,8 @@ Refit = Annotated[
         description="Conjugate gradient steps on the kept weights, after masking.",
     ),
 ]
-MASKED_AT_ONCE = (
-    2**18
-)  # weights processed at a time on a CPU: larger buffers are reallocated each time
+# Weights processed at a time on a CPU: larger buffers are reallocated each time.
+MASKED_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -114,6 +113,11 @@ class Method(BaseModel, ABC):
     def needs(self) -> type[Statistic] | None:
         """The statistic needed with these options."""
         return self.statistic
+
+    @property
+    def importance_file(self) -> str:
+        """A file with an importance matrix in place of statistics; empty if there is none."""
+        return ""
 
     def is_robust(self, statistics: Statistics | None) -> bool:
         """Whether statistics that a run asks for, robust by default, are so with this method."""

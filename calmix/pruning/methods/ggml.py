@@ -139,6 +139,10 @@ class Llama(Typed):
     imatrix: str = Field(default="", description="File with an importance matrix of llama.cpp.")
 
     @property
+    def importance_file(self) -> str:
+        return self.imatrix
+
+    @property
     def needs(self) -> type[Statistic] | None:
         return None if self.imatrix else self.statistic
 

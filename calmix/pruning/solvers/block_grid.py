@@ -23,9 +23,8 @@ from calmix.pruning.solvers.ggml import TYPES, BlockType, Encoded, Levels
 from calmix.pruning.solvers.grids import Rounding, inverse
 from calmix.pruning.solvers.libggml import quantise
 
-SEARCHED_AT_ONCE = (
-    2**16
-)  # weights whose scales are searched at a time on a CPU: they fit in its cache
+# Weights whose scales are searched at a time on a CPU: they fit in its cache.
+SEARCHED_AT_ONCE = 2**16
 # Candidates on each side of the scale that maps the largest weight to the last level.
 SCALE_TRIES = 9
 APART = 0.1  # levels between two candidates; ten times as much in a codebook of -127 to 113
