@@ -18,11 +18,11 @@ from typing import Any
 from common import machine
 from lm_eval.models.huggingface import HFLM
 
-from calmix.evaluation.evaluate import choose
 from calmix.evaluation.greedy import answers, prompt
+from calmix.evaluation.suites import choose
 from calmix.evaluation.tasks import load_items
-from calmix.models import open_model
 from calmix.models.loading import quiet_transformers
+from calmix.models.opening import open_model
 from calmix.progress import quiet
 
 TASKS = "common_knowledge,sums,gsm8k,small_programs,requests"

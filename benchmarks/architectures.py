@@ -47,15 +47,17 @@ from calmix.deploy import pack as packed
 from calmix.errors import CalmixError
 from calmix.evaluation.likelihood import row_nll
 from calmix.evaluation.scorer import Scorer
-from calmix.models import find_blocks, open_model
-from calmix.models.blocks import Prunable
-from calmix.pruning import Unstructured, budget, checkpoint, engine, get_method
+from calmix.models.blocks import Prunable, find_blocks
+from calmix.models.opening import open_model
+from calmix.pruning import budget, checkpoint, engine
 from calmix.pruning.checkpoint import prune_checkpoint
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import PruneReport
 from calmix.pruning.trace import first_tensor
 from calmix.pruning.work import States
-from calmix.recovery import recover
 from calmix.recovery.blocks import relative_error
+from calmix.recovery.checkpoint import recover
 from calmix.specs import prune_request, recover_request
 
 SAME = 0.995  # of the masks: of two weights that tie either may go, and what follows differs

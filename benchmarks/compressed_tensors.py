@@ -28,11 +28,11 @@ from gguf_types import cells, held_out
 from keep_more import MIX
 from twins import make_twin
 
-from calmix.calibration import resolve
+from calmix.calibration.resolving import resolve
 from calmix.evaluation.distance import distance, reference
-from calmix.models import find_blocks, open_model
-from calmix.models.opening import forget
-from calmix.pruning import prune
+from calmix.models.blocks import find_blocks
+from calmix.models.opening import forget, open_model
+from calmix.pruning.engine import prune
 
 SOLVED: dict[str, dict[str, Any]] = {
     "calmix": {},

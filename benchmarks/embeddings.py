@@ -17,7 +17,7 @@ import torch
 from common import commit, data_file, machine
 
 from calmix import open_model, prune
-from calmix.calibration import build, parse_mix
+from calmix.calibration.build import build, parse_mix
 from calmix.models.blocks import outer_weights
 from calmix.pruning.engine import round_rows
 from calmix.pruning.gram import Gram

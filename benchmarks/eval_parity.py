@@ -24,11 +24,11 @@ import numpy as np
 from common import commit, machine
 from lm_eval.models.huggingface import HFLM
 
-from calmix.evaluation.evaluate import accuracies, choose
+from calmix.evaluation.evaluate import accuracies
 from calmix.evaluation.scorer import Scorer
-from calmix.evaluation.suites import Suite
+from calmix.evaluation.suites import Suite, choose
 from calmix.evaluation.tasks import load_items
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.progress import quiet
 
 TIE = 1e-3  # choices whose log-likelihoods are this close, relatively, may swap by rounding

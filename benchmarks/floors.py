@@ -46,7 +46,8 @@ from calmix.evaluation.floors import (
 )
 from calmix.evaluation.measures import Parts, TaskScores, has_signal, parts
 from calmix.evaluation.scores import CapabilityScores
-from calmix.study import StudyResults, read_results
+from calmix.study.results import StudyResults
+from calmix.study.store import read_results
 
 STORES = Path(__file__).parents[1] / "studies" / "results"
 FLOORS = np.arange(0.5, 0.951, 0.05)

@@ -39,10 +39,10 @@ from keep_more import MIX, spent
 from torch import Tensor
 from twins import make_twin
 
-from calmix.calibration import resolve
+from calmix.calibration.resolving import resolve
 from calmix.evaluation.distance import distance, reference
-from calmix.models import OpenModel, find_blocks, open_model
-from calmix.models.blocks import Prunable
+from calmix.models.blocks import Prunable, find_blocks
+from calmix.models.opening import OpenModel, open_model
 from calmix.pruning.allocation import LossPass, file_bytes, file_weights
 from calmix.pruning.engine import Run, prune, run_through
 from calmix.pruning.gram import Factor, relative_error

@@ -25,10 +25,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.machine import device_memory, host_memory, tokens_at_once
 from calmix.models.opening import device_of
-from calmix.pruning import Unstructured, get_method, prune
 from calmix.pruning.budget import GIB, solver_bytes
+from calmix.pruning.engine import prune
 from calmix.pruning.gram import Gram, Squares, relative_error
-from calmix.pruning.patterns import Pattern, SemiStructured
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Pattern, SemiStructured, Unstructured
 
 
 class Sizes(NamedTuple):

@@ -35,9 +35,9 @@ from typing import Any
 import numpy as np
 from common import HERE, Readout, commit, data_file, machine, means
 
-from calmix.models import resolve_model
+from calmix.models.opening import resolve_model
 from calmix.pruning.checkpoint import prune_checkpoint
-from calmix.recovery import recover
+from calmix.recovery.checkpoint import recover
 from calmix.specs import prune_request, recover_request
 
 MIX = (

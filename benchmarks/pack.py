@@ -20,7 +20,7 @@ import zstandard
 
 from calmix.deploy.pack import load, pack, unpack
 from calmix.machine import cores
-from calmix.models.shards import weight_files
+from calmix.models.folder import weight_files
 
 
 def best(repeats: int, work: Callable[[], object]) -> list[float]:

@@ -28,8 +28,9 @@ import torch
 from common import commit, machine
 from speed import MIX, floor
 
-from calmix.calibration import build, parse_mix
-from calmix.models import find_blocks, open_model
+from calmix.calibration.build import build, parse_mix
+from calmix.models.blocks import find_blocks
+from calmix.models.opening import open_model
 from calmix.options import RECOVERIES
 from calmix.specs import recover_request
 from calmix.study.estimate import PROGRAM, EmptyModel

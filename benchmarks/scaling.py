@@ -20,8 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import commit, machine
 
-from calmix.models import open_model
-from calmix.pruning import Unstructured, prune
+from calmix.models.opening import open_model
+from calmix.pruning.engine import prune
+from calmix.pruning.patterns import Unstructured
 
 MODEL = "builtin:smollm2-135m"
 LENGTH = 512

@@ -25,8 +25,8 @@ from keep_more import MIX
 from torch import Tensor
 from twins import make_twin
 
-from calmix.calibration import resolve
-from calmix.models import open_model
+from calmix.calibration.resolving import resolve
+from calmix.models.opening import open_model
 from calmix.pruning.gram import Gram, raised_diagonal, relative_error
 from calmix.pruning.held_out import uncorrected
 from calmix.pruning.methods import get_method

@@ -20,11 +20,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import commit, machine, run_rival
 
-from calmix.calibration import build, parse_mix
+from calmix.calibration.build import build, parse_mix
 from calmix.machine import MICRO_TOKENS
-from calmix.models import find_blocks, open_model
-from calmix.pruning import Unstructured, prune
-from calmix.pruning.patterns import Pattern, as_pattern
+from calmix.models.blocks import find_blocks
+from calmix.models.opening import open_model
+from calmix.pruning.engine import prune
+from calmix.pruning.patterns import Pattern, Unstructured, as_pattern
 from calmix.pruning.trace import Calls, observe_block
 
 MODEL = "builtin:smollm2-135m"

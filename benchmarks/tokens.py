@@ -32,12 +32,13 @@ from keep_more import MIX, spent
 from torch import Tensor
 from twins import make_twin
 
-from calmix.calibration import resolve
+from calmix.calibration.resolving import resolve
 from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.scores import CapabilityScores
-from calmix.models import OpenModel, find_blocks, open_model
+from calmix.models.blocks import find_blocks
+from calmix.models.opening import OpenModel, open_model
 from calmix.pruning.engine import Run, costs_in_memory, run_through
 from calmix.pruning.methods import Look, get_method
 from calmix.pruning.patterns import as_pattern

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from calmix.files import check_output_folder
-from calmix.models import open_model
+from calmix.models.opening import open_model
 
 
 @torch.no_grad()

@@ -18,8 +18,8 @@ warnings.filterwarnings("ignore", message="IProgress not found")
 if TYPE_CHECKING:
     __version__: str
     from calmix import sources as sources
-    from calmix.calibration import CalibrationSet as CalibrationSet
-    from calmix.calibration import resolve as resolve
+    from calmix.calibration.dataset import CalibrationSet as CalibrationSet
+    from calmix.calibration.resolving import resolve as resolve
     from calmix.compression.compress import compress as compress
     from calmix.deploy.pack import load as load
     from calmix.deploy.pack import pack as pack
@@ -27,25 +27,27 @@ if TYPE_CHECKING:
     from calmix.errors import CalmixError as CalmixError
     from calmix.evaluating import evaluate as evaluate
     from calmix.evaluation.scores import CapabilityScores as CapabilityScores
-    from calmix.models import open_model as open_model
+    from calmix.models.opening import open_model as open_model
     from calmix.progress import Progress as Progress
-    from calmix.pruning import SemiStructured as SemiStructured
-    from calmix.pruning import Unstructured as Unstructured
-    from calmix.pruning import prune as prune
-    from calmix.recovery import recover as recover
+    from calmix.pruning.engine import prune as prune
+    from calmix.pruning.patterns import SemiStructured as SemiStructured
+    from calmix.pruning.patterns import Unstructured as Unstructured
+    from calmix.recovery.checkpoint import recover as recover
     from calmix.specs import recover_request as recover_request
 
 _NAMES = {
-    "calibration": ("CalibrationSet", "resolve"),
+    "calibration.dataset": ("CalibrationSet",),
+    "calibration.resolving": ("resolve",),
     "compression.compress": ("compress",),
     "deploy.pack": ("load", "pack", "unpack"),
     "errors": ("CalmixError",),
     "evaluating": ("evaluate",),
     "evaluation.scores": ("CapabilityScores",),
-    "models": ("open_model",),
+    "models.opening": ("open_model",),
     "progress": ("Progress",),
-    "pruning": ("SemiStructured", "Unstructured", "prune"),
-    "recovery": ("recover",),
+    "pruning.engine": ("prune",),
+    "pruning.patterns": ("SemiStructured", "Unstructured"),
+    "recovery.checkpoint": ("recover",),
     "specs": ("recover_request",),
 }
 _HOMES = {name: f"calmix.{home}" for home, names in _NAMES.items() for name in names}

@@ -119,7 +119,7 @@ def _self_test(pattern: str) -> str:
     """Prune a tiny model to half its weights, and return what went wrong; empty if nothing."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from calmix.pruning import prune
+    from calmix.pruning.engine import prune
 
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     config = LlamaConfig(

@@ -9,11 +9,10 @@ from typing import Any, overload
 from calmix.calibration.texts import texts_for
 from calmix.errors import InputError
 from calmix.evaluation.comparison import Comparison, evaluate_against
-from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.evaluate import evaluate as score
 from calmix.evaluation.scores import CapabilityScores, load_dense
-from calmix.evaluation.suites import Suite
-from calmix.models import OpenModel, check_models
+from calmix.evaluation.suites import Suite, choose, runnable
+from calmix.models.opening import OpenModel, check_models
 from calmix.options import ModelOptions
 from calmix.progress import Progress
 

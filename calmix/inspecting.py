@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from calmix.calibration import CalibrationSet
+from calmix.calibration.dataset import CalibrationSet
 from calmix.compression import plan, results
 from calmix.compression.card import CARD_PAGE
 from calmix.compression.stages import FILE_KIND
@@ -35,7 +35,7 @@ from calmix.manifest import (
     read_sealed,
     record_file,
 )
-from calmix.models.shards import PACK
+from calmix.models.folder import PACK
 from calmix.options import option_words
 from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX

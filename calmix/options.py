@@ -49,12 +49,14 @@ def option(
     metavar: str | None = None,
     argument: bool = False,
     advanced: bool = False,
+    names: Literal["model", "path", "any"] | None = None,
     **bounds: Any,
 ) -> Any:
     """Return a field of an options model with its help `text` and pydantic's `bounds`.
 
     `flag` replaces the flag made from the name, `shown` describes the default in help, `argument`
-    makes it positional, and an `advanced` option appears only in `--help-all`.
+    makes it positional, and an `advanced` option appears only in `--help-all`. What an option
+    `names` (a model, a path, either) must exist, which is checked before slow imports.
     """
     extra: dict[str, Any] = {
         "flag": flag,
@@ -62,6 +64,7 @@ def option(
         "metavar": metavar,
         "argument": argument,
         "advanced": advanced,
+        "names": names,
     }
     return Field(default, description=text, json_schema_extra=extra, **bounds)
 
@@ -312,7 +315,7 @@ class Target(DeviceOptions):
     """What a model is compressed to, and with which text and time."""
 
     max_memory: str | None = MAX_MEMORY
-    model: str = option(..., MODEL, argument=True)
+    model: str = option(..., MODEL, argument=True, names="model")
     sparsity: Share | None = option(None, "Fraction to prune, e.g. 0.6 or 60%.")
     pattern: str | None = option(None, "N:M instead of a sparsity, e.g. 2:4.")
     bits: float | None = option(

@@ -22,7 +22,7 @@ from calmix.options import (
     named_options,
     parse_share,
 )
-from calmix.sources import own_sources
+from calmix.sources.registry import own_sources
 
 if TYPE_CHECKING:
     from calmix.pruning.methods import Method

@@ -351,7 +351,7 @@ def whole_bits(model: str, report: dict[str, Any]) -> float:
 
 def export(stores: Path) -> None:
     """Write results/trials.csv from unpacked stores."""
-    from calmix.study import read_results
+    from calmix.study.store import read_results
 
     rows = []
     for store in rejudge.STORES:

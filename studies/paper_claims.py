@@ -22,12 +22,11 @@ from text_metrics import FEWEST_SETS, Correlation, correlate, information_of, rh
 from calmix.evaluation.measures import Array
 from calmix.options import RECOVERIES, Settings
 from calmix.report import words
-from calmix.study import read_results
 from calmix.study.analyse import Analysis, ConditionAnalysis, analyse
 from calmix.study.bootstrap import ALPHA, ROUNDING, Contrast, Estimate, Joint, corrected
 from calmix.study.cells import TOTAL
 from calmix.study.differences import BEST, SINGLES, Tested, between, every
-from calmix.study.store import open_store
+from calmix.study.store import open_store, read_results
 
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"
 OPEN, NOT_FOUND = "undecided", "not found"

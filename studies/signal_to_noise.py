@@ -38,10 +38,10 @@ from calmix.evaluation.measures import Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Measure, Settings
 from calmix.specs import printed, target_of
-from calmix.study import StudyResults, read_results
 from calmix.study.bootstrap import Joint, joint, joints
 from calmix.study.cells import TOTAL, shared, tables
-from calmix.study.results import Trial
+from calmix.study.results import StudyResults, Trial
+from calmix.study.store import read_results
 
 SCORES: tuple[Measure, ...] = ("bits", "smoothed", "accuracy")
 POWER = 0.80

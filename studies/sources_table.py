@@ -17,10 +17,10 @@ import numpy as np
 from scipy.stats import t
 from text_metrics import compared, of_ids
 
-from calmix.calibration import resolve
+from calmix.calibration.resolving import resolve
 from calmix.evaluation.likelihood import perplexity_of_rows
-from calmix.models import open_model
-from calmix.sources import offline_sources
+from calmix.models.opening import open_model
+from calmix.sources.registry import offline_sources
 
 COLUMNS = {
     "documents": ("scope_documents", "{:.0f}"),

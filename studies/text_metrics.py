@@ -32,18 +32,17 @@ import yaml
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
-from calmix.calibration import CalibrationSet
+from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.selfgen.ngrams import Ids, ngram_keys
 from calmix.evaluation.likelihood import perplexity_of_rows
 from calmix.evaluation.measures import Array
 from calmix.files import read_object
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.report import words
-from calmix.study import read_results
 from calmix.study.bootstrap import ALPHA, ROUNDING, corrected
 from calmix.study.cells import Cells, shared, tables
 from calmix.study.results import Trial
-from calmix.study.store import RESULT, Entry, Store, open_store
+from calmix.study.store import RESULT, Entry, Store, open_store, read_results
 
 ORDERS = (1, 2, 3, 4)  # of n-grams
 METRIC = "perplexity"

@@ -8,16 +8,18 @@ import time
 
 import pytest
 
-from calmix.calibration import CalibrationSet, open_tokenizer, resolve
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.resolving import resolve
+from calmix.calibration.tokenizer import open_tokenizer
 from calmix.cli.common import printable
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.files import write_json
 from calmix.inspecting import inspect
-from calmix.models import chat_template, resolve_model
-from calmix.models.folder import check_folder
-from calmix.models.shards import weight_files
+from calmix.models import chat_template
+from calmix.models.folder import check_folder, weight_files
+from calmix.models.opening import resolve_model
 from calmix.sources.local import LocalFile
 from calmix.study.store import open_store
 from tests.tiny import tiny_gguf, tiny_tokenizer

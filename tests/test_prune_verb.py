@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from calmix.evaluation.likelihood import perplexity
-from calmix.models import find_blocks, open_model
+from calmix.models.blocks import find_blocks
+from calmix.models.opening import open_model
 from tests.tiny import save_tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")

@@ -19,9 +19,9 @@ from calmix.calibration.leakage import Guard, Tokenized
 from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.models.chat_template import templated
-from calmix.sources import Document, Source, get_source
+from calmix.sources.documents import Document
 from calmix.sources.local import LocalFile
-from calmix.sources.registry import documents_hash
+from calmix.sources.registry import Source, documents_hash, get_source
 
 TOKENISED_AT_ONCE = 64  # documents tokenised at a time
 CHARACTERS = 4  # of a token, roughly

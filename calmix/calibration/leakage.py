@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calmix.errors import SourceError
-from calmix.evaluation import evaluate
+from calmix.evaluation import tasks
 from calmix.evaluation.suites import Suite, load_suite
-from calmix.sources import Document
+from calmix.sources.documents import Document
 
 WORDS = 13  # the run length of GPT-3's contamination study (arXiv 2005.14165)
 SHORTEST_ITEM = 5  # words of the shortest item that can be found
@@ -230,7 +230,7 @@ def guard_of(suite: str) -> Guard | None:
 
 def suite_items(suite: str) -> list[Item]:
     """Return task, item id and text of every item that one or more suites (`a,b`) score."""
-    return [item for one in guarded_suites(suite) for item in evaluate.suite_items(one)]
+    return [item for one in guarded_suites(suite) for item in tasks.suite_items(one)]
 
 
 def guarded_suites(suite: str) -> list[Suite]:

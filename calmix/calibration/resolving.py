@@ -18,13 +18,19 @@ from calmix.calibration.selfgen.prompts import chat_turns, count_turns, load_pro
 from calmix.calibration.tokenizer import HasTokenizer
 from calmix.errors import InputError
 from calmix.files import content_sha256, sha256_json, user_path
-from calmix.models import OpenModel
 from calmix.models.loading import check_length
+from calmix.models.opening import OpenModel
 from calmix.options import DrawOptions, Strategy, checked, named_options
-from calmix.sources import Source, get_source, offline_sources, own_sources
 from calmix.sources.licences import allowed, refuse
 from calmix.sources.local import LocalFile
-from calmix.sources.registry import MIXES, local_file
+from calmix.sources.registry import (
+    MIXES,
+    Source,
+    get_source,
+    local_file,
+    offline_sources,
+    own_sources,
+)
 
 GROUP = "offline"  # in a mix: every builtin source that needs no hub
 # Manifest entries of written text that do not apply to a mix with other text.

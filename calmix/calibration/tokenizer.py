@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from calmix.files import sha256_json
-from calmix.models import OpenModel, resolve_model
 from calmix.models.folder import tokenizer_fingerprint
 from calmix.models.loading import context_of, load_config, load_tokenizer
+from calmix.models.opening import OpenModel, resolve_model
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,9 @@ from calmix.options import (
     path_option,
 )
 from calmix.progress import Progress
-from calmix.sources import builtin_sources, get_source, own_sources
 from calmix.sources.licences import allowed, short
 from calmix.sources.registry import GENERATOR_NAMES as GENERATORS
-from calmix.sources.registry import MIXES
+from calmix.sources.registry import MIXES, builtin_sources, get_source, own_sources
 
 WRITING_FACTS = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of self-written text
 calibrate = group("calibrate", default="draw")
@@ -47,8 +46,9 @@ def draw(
     For text that the model writes, SPEC is self-written, chat, igsp, self-cal or sgs, and may have
     settings: igsp,candidates=2.
     """
-    from calmix.calibration import open_tokenizer, parse_calibration, resolve
-    from calmix.models import check_models, open_model
+    from calmix.calibration.resolving import parse_calibration, resolve
+    from calmix.calibration.tokenizer import open_tokenizer
+    from calmix.models.opening import check_models, open_model
 
     request = parse_calibration(spec, **drawn.drawn())
     if request.saved is not None:
@@ -158,7 +158,7 @@ def show_source(
     """Show a source and the beginning of its first documents."""
     own = own_sources(sources)
     if name in MIXES and name not in own:
-        from calmix.calibration import mix_text
+        from calmix.calibration.build import mix_text
 
         print_json({"mix": MIXES[name]})
         line(f"{name}: {mix_text(MIXES[name])}")

@@ -18,6 +18,7 @@ from calmix.evaluation.scores import load_pairs
 from calmix.files import cached_sha256, check_output_file, write_json
 from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
+from calmix.pruning.recipes import recipe_name
 
 
 @verb("compress")
@@ -51,6 +52,8 @@ def compress(
       IQ2_XXS  0.58 GB
       --for vllm --bits 3 --group 32: 58 and 80
     """
+    if options.type:
+        recipe_name(options.type)  # before imports that take seconds
     from calmix.compression.card import CARD_PAGE, read_card
     from calmix.compression.compress import begin, dry, make
     from calmix.compression.plan import check_options
@@ -126,7 +129,7 @@ def compress(
 
 @verb("report", json=False)
 def report(
-    folder: Path = option(..., "Folder of calmix compress.", argument=True),
+    folder: Path = option(..., "Folder of calmix compress.", argument=True, names="path"),
     output: Path | None = path_option(None, "Page to write.", shown="OUT/card.html"),
 ) -> None:
     """Write the report card of a compressed model."""
@@ -146,7 +149,10 @@ def report(
 @verb("check")
 def check(
     results: tuple[Path, ...] = option(
-        ..., "Folder of calmix compress, or files of calmix evaluate -o.", argument=True
+        ...,
+        "Folder of calmix compress, or files of calmix evaluate -o.",
+        argument=True,
+        names="path",
     ),
     keep_at_least: str | None = option(
         None,

@@ -78,7 +78,7 @@ def inspect(
 @verb("models", of=doctor)
 def models() -> None:
     """List the builtin models."""
-    from calmix.models import builtin_models
+    from calmix.models.hub import builtin_models
 
     rows: list[dict[str, Any]] = [
         {

@@ -26,8 +26,9 @@ from calmix.evaluation.scores import (
     load_pair,
     write_scores,
 )
-from calmix.evaluation.served import Served, connect, is_served
+from calmix.evaluation.served import Served, connect
 from calmix.files import check_output_file, user_path, write_json, write_text
+from calmix.models.hub import is_served
 from calmix.options import (
     MEASURE,
     MODEL,
@@ -78,12 +79,12 @@ evaluate = group("evaluate", default="run")
 def run(
     opening: ModelOptions,
     serving: ServerOptions,
-    model: str = option(..., SERVED, argument=True),
+    model: str = option(..., SERVED, argument=True, names="model"),
     suite: str | None = option(None, "Suite by name, or a YAML file.", shown="offline"),
     prompts: str | None = PROMPTS_OPTION,
     test_half: bool = TEST_HALF,
     thinking: bool = THINKING_OPTION,
-    against: str | None = option(None, DENSE, metavar="DENSE"),
+    against: str | None = option(None, DENSE, metavar="DENSE", names="model"),
     output: Path | None = path_option(None, "JSON file to write, with every item."),
     page: Path | None = PAGE_OPTION,
     quick: bool = option(False, "Only the suite's quick slice."),
@@ -112,13 +113,7 @@ def run(
     """Score a model on a suite or on your own prompts; with --against, report what it kept."""
     wanted = _suite(suite, prompts, test_half) or "offline"
     servers = _servers([model, *([against] if against else [])], serving)
-    # Only now, because they take seconds to import.
-    from calmix.calibration.texts import parse_texts, texts_for
-    from calmix.evaluation import evaluate as capability
-    from calmix.evaluation.comparison import evaluate_against, scores_record
-    from calmix.report.answers import answers_page
-
-    chosen = capability.choose(
+    chosen = suites.choose(
         wanted,
         dimensions=dimension,
         tasks=task,
@@ -128,9 +123,14 @@ def run(
         limit=limit,
     )
     chosen = _thoughtful(chosen, thinking)
-    chosen, left_out = capability.runnable(chosen, allow_code_execution)
+    chosen, left_out = suites.runnable(chosen, allow_code_execution)
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
+    # Only now, because they take seconds to import.
+    from calmix.calibration.texts import parse_texts, texts_for
+    from calmix.evaluation.comparison import evaluate_against, scores_record
+    from calmix.report.answers import answers_page
+
     # All inputs are read and checked before anything is scored.
     dense, original, own_texts = None, against, parse_texts(text)
     if against is not None and against.lower().endswith(".json"):
@@ -207,7 +207,6 @@ def _suite(suite: str | None, prompts: str | None, test_half: bool) -> suites.Su
 
 def _thoughtful(suite: suites.Suite, thinking: bool) -> suites.Suite:
     """Return a suite in which models think first: only its tasks that are asked as chats."""
-    from calmix.evaluation.evaluate import choose
     from calmix.evaluation.tasks import load_items
 
     if not thinking:
@@ -222,7 +221,7 @@ def _thoughtful(suite: suites.Suite, thinking: bool) -> suites.Suite:
             f"--thinking has no effect: no task of suite {suite.name} is asked as a chat; try "
             "--suite abilities or --prompts"
         )
-    return choose(suite, tasks=chats).model_copy(update={"thinking": True})
+    return suites.choose(suite, tasks=chats).model_copy(update={"thinking": True})
 
 
 def _servers(names: Sequence[str], serving: ServerOptions) -> dict[str, Served]:
@@ -237,7 +236,7 @@ def _models(
     names: Sequence[str], opening: ModelOptions, servers: Mapping[str, Served]
 ) -> dict[str, str | Served]:
     """Return models by name as `evaluate_against` takes them."""
-    from calmix.models import check_models
+    from calmix.models.opening import check_models
 
     check_models(*(name for name in names if name not in servers), **opening.opening())
     return {name: servers.get(name, name) for name in names}
@@ -245,7 +244,7 @@ def _models(
 
 @verb("rescore", of=evaluate)
 def rescore(
-    file: Path = option(..., "A file of calmix evaluate -o.", argument=True),
+    file: Path = option(..., "A file of calmix evaluate -o.", argument=True, names="path"),
     against: Path | None = option(None, "Dense model's scores.", shown="those in FILE"),
     measure: Measure | None = MEASURE,
 ) -> None:
@@ -301,21 +300,18 @@ def compare(
     """Compare several smaller models of one dense model; with --prompts or --suite, score them."""
     chosen = _suite(suite, prompts, test_half)
     servers = _servers(scores, serving) if chosen is not None else {}
-    from calmix.evaluation.comparison import Comparison, read_pairs
-    from calmix.evaluation.evaluate import choose, runnable
-    from calmix.report import words
-
     if chosen is not None:
         if against is not None or measure is not None:
             raise InputError("--against and --measure are for files: name the dense model first")
-        full = _thoughtful(choose(chosen, quick=quick, limit=limit), thinking)
+        full = _thoughtful(suites.choose(chosen, quick=quick, limit=limit), thinking)
         if not (written := [name for name, one in full.tasks.items() if one.writes]):
             raise InputError(f"suite {full.name} has no generated answers: try abilities")
         if len(scores) < 2 or len({*scores}) < len(scores):
             raise InputError("name the dense model, then one or more others, each once")
         if page is not None and not full.own:
             raise InputError("--page shows answers to --prompts: leave it out with --suite")
-        answered, left_out = runnable(choose(full, tasks=written), allow_code_execution)
+        chosen = suites.choose(full, tasks=written)
+        answered, left_out = suites.runnable(chosen, allow_code_execution)
         if left_out:
             note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
         _compare_models(scores, answered, opening, servers, margin, output, page, overwrite)
@@ -324,6 +320,11 @@ def compare(
         flag = flags(type(opening), name)[0]
         raise InputError(f"{flag} needs --prompts or --suite, which score models")
     files = {}
+    if missing := next((path for path in map(user_path, scores) if not path.exists()), None):
+        raise InputError(f"there is no file or folder {missing}")
+    from calmix.evaluation.comparison import Comparison, read_pairs
+    from calmix.report import words
+
     for path in map(user_path, scores):
         name, files_of = _result(path)
         if name in files:
@@ -622,7 +623,7 @@ def answers(
 ) -> None:
     """Show the greedy answers of several models to ten plain questions."""
     from calmix.evaluation.generations import TOKENS, answer_all, panel
-    from calmix.models import check_models
+    from calmix.models.opening import check_models
     from calmix.report import words
 
     how = opening.opening()
@@ -642,14 +643,14 @@ def answers(
 @verb("perplexity", of=evaluate)
 def perplexity(
     opening: ModelOptions,
-    model: str = option(..., MODEL, argument=True),
+    model: str = option(..., MODEL, argument=True, names="model"),
     text: Path = option(..., "A .txt, .jsonl or .parquet file."),
     length: int = option(2048, "Tokens per window.", ge=2),
     separator: str = advanced("", "Text between the documents of the file."),
 ) -> None:
     """Measure perplexity and bits per byte of a text in non-overlapping windows."""
     from calmix.evaluation.likelihood import perplexity as measure
-    from calmix.models import check_models, open_model
+    from calmix.models.opening import check_models, open_model
 
     whole = separator.join(document.text for document in local_file(str(text)).read())
     check_models(model, **opening.opening())

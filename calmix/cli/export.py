@@ -19,7 +19,9 @@ FAR = 0.1  # nats per token between file and model, from which a warning says wh
 
 
 class ExportOptions(Options):
-    what: str = option(..., "A model, a pack or a saved calibration set.", argument=True)
+    what: str = option(
+        ..., "A model, a pack or a saved calibration set.", argument=True, names="any"
+    )
     to: Form | None = option(None, "Format to write.", shown="pack; jsonl for a set")
     output: Path = path_option(..., "Folder, .jsonl or .gguf file to write.")
     weights: Literal["f16", "q8_0", "q4_0", "q4_1"] | None = option(
@@ -46,7 +48,7 @@ OPTIONS_OF = {  # the options of each format
 @verb("export")
 def export(options: ExportOptions) -> None:
     """Write a model for another engine, a smaller pack, or a set for other tools."""
-    from calmix.calibration import saved_set
+    from calmix.calibration.dataset import saved_set
 
     of_set = saved_set(options.what) is not None
     form: str = options.to or ("jsonl" if of_set else "pack")
@@ -124,10 +126,10 @@ def _vllm(options: ExportOptions, form: str, bar: Progress) -> Made:
 
 
 def _set(options: ExportOptions, form: str, bar: Progress) -> Made:
-    from calmix.calibration import CalibrationSet, open_tokenizer
-    from calmix.calibration.dataset import export_jsonl
+    from calmix.calibration.dataset import CalibrationSet, export_jsonl
+    from calmix.calibration.tokenizer import open_tokenizer
     from calmix.deploy.gguf import export_imatrix
-    from calmix.models import check_models
+    from calmix.models.opening import check_models
 
     folder, model, output = user_path(options.what), str(options.model), options.output
     trust: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}

@@ -29,8 +29,8 @@ from calmix.progress import Progress
 from calmix.specs import prune_request, recover_request
 
 if TYPE_CHECKING:
-    from calmix.calibration import CalibrationSet
-    from calmix.pruning import PruneReport
+    from calmix.calibration.dataset import CalibrationSet
+    from calmix.pruning.report import PruneReport
 
 LOSSES = {"distill": "KL of the logits, nats per token", "blocks": "relative error of a block"}
 
@@ -76,7 +76,7 @@ class WorkOptions(TextField, DrawOptions, ModelOptions):
 def prune(
     pruning: Pruning,
     work: WorkOptions,
-    model: str = option(..., MODEL, argument=True),
+    model: str = option(..., MODEL, argument=True, names="model"),
     output: Path = path_option(..., "Folder to write."),
     method: str | None = option(None, "Method, e.g. admm or wanda,refit=10.", shown=METHOD),
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%."),
@@ -165,7 +165,9 @@ def _print_pruned(path: Path, report: PruneReport) -> None:
 def recover(
     recovering: Recovering,
     work: WorkOptions,
-    pruned: str = option(..., "Pruned model, as calmix prune wrote it.", argument=True),
+    pruned: str = option(
+        ..., "Pruned model, as calmix prune wrote it.", argument=True, names="path"
+    ),
     against: str = option(..., "Dense model it was pruned from.", metavar="DENSE"),
     output: Path = path_option(..., "Folder to write."),
 ) -> None:
@@ -174,7 +176,7 @@ def recover(
     Held-out rows decide when to stop.
     """
     request = recover_request(**work.options_of(Recovering))
-    from calmix.recovery import recover as run
+    from calmix.recovery.checkpoint import recover as run
 
     check_apart(output, [work.sources])
     with work.running("recovering") as (bar, how):

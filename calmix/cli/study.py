@@ -26,14 +26,14 @@ from calmix.options import (
 )
 from calmix.progress import Progress
 
-STUDY_FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY")
+STUDY_FILE = option(..., "A study's .yaml file.", argument=True, metavar="STUDY", names="path")
 studies = group("study")
 
 
 class ReportOptions(Settings):
     """What is analysed, and where the report goes."""
 
-    study: Path = option(..., "A study's results folder.", argument=True)
+    study: Path = option(..., "A study's results folder.", argument=True, names="path")
     output: Path | None = path_option(None, "Folder to write.", shown="in STUDY")
     overwrite: bool = option(False, "Replace what calmix wrote there.")
 
@@ -166,7 +166,9 @@ def run(
 
 @verb("status", of=studies)
 def status(
-    store: Path = option(..., "A study's results folder.", argument=True, metavar="STORE"),
+    store: Path = option(
+        ..., "A study's results folder.", argument=True, metavar="STORE", names="path"
+    ),
 ) -> None:
     """Show which trials are finished, running, failed or pending."""
     from calmix.study.store import open_store
@@ -196,8 +198,8 @@ def report(options: ReportOptions) -> None:
     An earlier report is replaced.
     """
     from calmix.report.study import summary_text, write_report
-    from calmix.study import read_results
     from calmix.study.analyse import analyse
+    from calmix.study.store import read_results
 
     study, folder = options.study, options.output or options.study / "report"
     if options.output is None and not study.is_dir():

@@ -15,6 +15,8 @@ from pydantic.fields import FieldInfo
 
 from calmix.cli.common import out
 from calmix.cli.root import VERBS, Command, Group, app
+from calmix.errors import InputError
+from calmix.files import user_path
 from calmix.options import (
     DrawOptions,
     ModelOptions,
@@ -70,6 +72,10 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
 
         def command(**values: Any) -> None:
             request = checked(model, {k: v for k, v in values.items() if v not in ([], False)})
+            for name, what in named.items():
+                value = getattr(request, name)
+                for one in value if isinstance(value, tuple) else (value,):
+                    _look_up(what, one)
             before, out.quiet = out.quiet, getattr(request, "as_json", False)
             try:
                 handler(*[request] * len(shared), **{key: getattr(request, key) for key in own})
@@ -77,6 +83,8 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
                 out.quiet = before
 
         fields: dict[str, Any] = model.model_fields
+        extras = {key: _extra(field).get("names") for key, field in fields.items()}
+        named = {key: what for key, what in extras.items() if what}
         parameters = [_parameter(model, key, field) for key, field in fields.items()]
         parameters.sort(
             key=lambda one: (
@@ -93,9 +101,29 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
     return register
 
 
+def _look_up(what: str, name: Any) -> None:
+    """Raise ModelError or InputError if there is no such model or path."""
+    if name is None:
+        return
+    scores = str(name).lower().endswith(".json")  # those of a model can stand for it
+    path = user_path(str(name))
+    if (what != "model" or scores) and path.exists():
+        return
+    if what == "path" or scores:
+        raise InputError(f"there is no file or folder {path}")
+    from calmix.models.hub import is_served, named_model
+
+    if not is_served(name):
+        named_model(name)
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    return cast(dict[str, Any], field.json_schema_extra or {})
+
+
 def _parameter(model: type[Options], name: str, field: FieldInfo) -> inspect.Parameter:
     """Return a field as a parameter of typer: a bool is a switch, a list repeats, the rest text."""
-    extra: Any = field.json_schema_extra or {}
+    extra = _extra(field)
     required, kind = field.is_required(), cast(Any, field.annotation)
     if typing.get_origin(kind) in (typing.Union, types.UnionType):  # without `| None`, and bounds
         members = [one for one in typing.get_args(kind) if one is not type(None)]

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet, saved_set
+from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.compression.plan import (
     BEHAVIOUR,
     EFFORTS,
@@ -36,7 +36,7 @@ from calmix.evaluation.scores import load_pairs
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.files import size_text, user_path, write_json, write_text
 from calmix.manifest import GGUF, Input, lineage, read_record, read_sealed, record
-from calmix.models import builtin_models
+from calmix.models.hub import builtin_models
 from calmix.models.shards import weight_bytes
 from calmix.options import option_words
 from calmix.progress import Progress
@@ -44,8 +44,8 @@ from calmix.pruning.solvers.grids import SCALES
 from calmix.report import words
 from calmix.report.answers import answers_page, fault_rows, sentences
 from calmix.report.pages import Bar, Figure, render
-from calmix.sources import builtin_sources
 from calmix.sources.licences import use_of
+from calmix.sources.registry import builtin_sources
 
 WEIGHTS = ".safetensors"
 CARD_PAGE, ANSWERS_PAGE, README, MODELFILE, SPEED = (

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import parse_calibration
+from calmix.calibration.resolving import parse_calibration
 from calmix.compression import plan
 from calmix.compression.plan import Request, empty_model
 from calmix.compression.running import stages
 from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.files import check_free
-from calmix.models import check_models, resolve_model
+from calmix.models.opening import check_models, resolve_model
 from calmix.models.shards import MOST_FILE_BYTES, weight_bytes
 from calmix.options import BITS_METHOD, Recovering
 from calmix.pruning.allocation import planned_bytes

@@ -11,26 +11,21 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from calmix.calibration import (
-    CalibrationSet,
-    OpenTokenizer,
-    mix_text,
-    open_tokenizer,
-    parse_calibration,
-    parse_mix,
-    saved_set,
-)
+from calmix.calibration.build import mix_text, parse_mix
+from calmix.calibration.dataset import CalibrationSet, saved_set
+from calmix.calibration.resolving import parse_calibration
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
+from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer
 from calmix.deploy.compressed_tensors import group_for
 from calmix.deploy.gguf import check_export, layout_of, layout_sha256, overhead
 from calmix.errors import InputError, nearest
-from calmix.evaluation.evaluate import choose, runnable, suite_items
 from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
-from calmix.evaluation.suites import Suite, prompt_suite, suite_file
+from calmix.evaluation.suites import Suite, choose, prompt_suite, runnable, suite_file
+from calmix.evaluation.tasks import suite_items
 from calmix.files import cached_sha256, sha256_file, size_text, user_path
-from calmix.models import OpenModel, check_models, resolve_model
 from calmix.models.folder import fingerprint
+from calmix.models.opening import OpenModel, check_models, resolve_model
 from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype
 from calmix.options import (
     BITS_METHOD,
@@ -49,8 +44,7 @@ from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, Recipe
 from calmix.pruning.recipes import check_whole
-from calmix.sources import get_source
-from calmix.sources.registry import MIXES, local_file
+from calmix.sources.registry import MIXES, get_source, local_file
 from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 

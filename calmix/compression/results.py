@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet, saved_set
+from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.errors import InputError
 from calmix.evaluation.scores import CapabilityScores
 from calmix.files import cached_sha256, user_path

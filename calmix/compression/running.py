@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import CalibrationSet
+from calmix.calibration.dataset import CalibrationSet
 from calmix.compression.card import Report
 from calmix.compression.plan import (
     CALIBRATION,
@@ -26,11 +26,10 @@ from calmix.compression.plan import (
 from calmix.compression.results import COMPRESSED, COMPRESSED_RUN, SEARCH, Results, ready
 from calmix.compression.stages import Answer, Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.errors import CalmixError, InputError
-from calmix.evaluation.evaluate import choose
+from calmix.evaluation.suites import choose
 from calmix.files import alone, read_object, remove, size_text, user_path, write_json
 from calmix.manifest import Input, record, run_record
-from calmix.models import resolve_model
-from calmix.models.opening import forget
+from calmix.models.opening import forget, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import COMPRESS_METHOD
 

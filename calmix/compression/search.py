@@ -25,8 +25,8 @@ from calmix.compression.running import scoring, stages
 from calmix.compression.stages import Draw, Export, Prune, Recover, Stage
 from calmix.errors import InputError
 from calmix.evaluation import floors
-from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import CapabilityScores, load_scores
+from calmix.evaluation.suites import choose
 from calmix.manifest import read_sealed, record
 from calmix.models.opening import forget
 

@@ -9,27 +9,26 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import open_tokenizer, parse_calibration, resolve
-from calmix.calibration.resolving import recorded
+from calmix.calibration.resolving import parse_calibration, recorded, resolve
 from calmix.calibration.texts import texts_for
+from calmix.calibration.tokenizer import open_tokenizer
 from calmix.compression.plan import PACK_FOLDER
 from calmix.compression.results import Result, ready
 from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack
 from calmix.evaluation.comparison import evaluate_against, scores_record
-from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.generations import answer_all, panel, prompts_record
 from calmix.evaluation.scores import describe, load_dense, write_scores
-from calmix.evaluation.suites import Suite
+from calmix.evaluation.suites import Suite, choose, runnable
 from calmix.files import sha256_file, write_json
 from calmix.manifest import MANIFEST, Input, read_sealed, record
-from calmix.models import open_model, resolve_model
 from calmix.models.folder import fingerprint
+from calmix.models.opening import open_model, resolve_model
 from calmix.options import DrawOptions, Recovering, option_words
 from calmix.progress import Progress
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import prune_checkpoint
-from calmix.recovery import recover
+from calmix.recovery.checkpoint import recover
 from calmix.specs import PruneRequest, prune_request, recover_request
 
 FILE_KIND = "GGUF file"
@@ -223,7 +222,7 @@ class Score(StageRequest):
     """Score the `model`, against the dense one (`against`) if there is one.
 
     Attributes:
-        suite, part: the suite and which of it (`calmix.evaluation.evaluate.choose`); a user's
+        suite, part: the suite and which of it (`calmix.evaluation.suites.choose`); a user's
             prompts are a suite too, of which `half` may be kept from calibration.
         dense: a file of the dense model's scores, used instead of scoring it.
         repeat: whether to generate the dense model's answers twice.

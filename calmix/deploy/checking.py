@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from calmix.errors import ModelError
-from calmix.models import OpenModel, open_model
 from calmix.models.loading import load_config
+from calmix.models.opening import OpenModel, open_model
 from calmix.precision import dtype_name
 
 TEST_ROWS, TEST_LENGTH = 2, 16

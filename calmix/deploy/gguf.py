@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from calmix.assets import get_asset
-from calmix.calibration import CalibrationSet, open_tokenizer
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.tokenizer import open_tokenizer
 from calmix.deploy.checking import check_logits, open_as_stored, reference
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import (
@@ -45,12 +46,12 @@ from calmix.files import (
     sync,
 )
 from calmix.manifest import MANIFEST, lineage, read_if_there
-from calmix.models import OpenModel, check_models, open_model, resolve_model
 from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.folder import content_key
 from calmix.models.gguf import check_gguf, gguf_names, gguf_reader, read_gguf, reading_gguf
 from calmix.models.hub import BuiltinModel, gguf_file, known_model
 from calmix.models.loading import loading
+from calmix.models.opening import OpenModel, check_models, open_model, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.methods import Look

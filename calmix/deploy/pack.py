@@ -54,16 +54,14 @@ from calmix.files import (
 )
 from calmix.machine import cores
 from calmix.manifest import check_seal, sealed, versions
-from calmix.models.folder import check_folder, combined
+from calmix.models.folder import PACK, check_folder, combined, weight_files
 from calmix.models.loading import load_config, loading
 from calmix.models.shards import (
-    PACK,
     Place,
     header_bytes,
     parse_header,
     read_header,
     tensor_bytes,
-    weight_files,
     with_length,
 )
 from calmix.models.streaming import StreamedModel

@@ -28,9 +28,9 @@ from calmix.evaluation.scores import (
 )
 from calmix.evaluation.served import Served
 from calmix.evaluation.suites import Suite
-from calmix.models import OpenModel, open_model, resolve_model
 from calmix.models.folder import tokenizer_fingerprint
 from calmix.models.loading import load_tokenizer
+from calmix.models.opening import OpenModel, open_model, resolve_model
 from calmix.options import Measure
 from calmix.progress import Progress
 

@@ -28,7 +28,7 @@ from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import Array
 from calmix.evaluation.retention import estimate, item_weights
 from calmix.files import write_bytes
-from calmix.models import OpenModel
+from calmix.models.opening import OpenModel
 from calmix.precision import dtype_name
 
 REFERENCE_VERSION = 2  # raised when references change, so that cached ones are not reused

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from calmix.errors import DiskError, InputError, ModelError, nearest
+from calmix.errors import DiskError, InputError, ModelError
 from calmix.evaluation import checks
 from calmix.evaluation.distance import answer_texts
 from calmix.evaluation.greedy import Prompt, answers, prompt
@@ -31,13 +31,12 @@ from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.served import Served
-from calmix.evaluation.suites import Suite, TaskSpec, load_suite
+from calmix.evaluation.suites import Suite, TaskSpec, choose, runnable
 from calmix.evaluation.tasks import Ask, Item, load_items, task_texts
-from calmix.evaluation.tasks import suite_items as suite_items
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
-from calmix.models import OpenModel, open_model
 from calmix.models.chat import end_tokens, in_chat, rendered
+from calmix.models.opening import OpenModel, open_model
 from calmix.precision import dtype_name
 from calmix.progress import half
 
@@ -55,62 +54,6 @@ THINKING = 1024  # tokens of an answer in which a model may think first
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
 FLOORS = 2  # the same for the baselines, which only a dense model's scores hold
-
-
-def choose(
-    suite: Suite | str | Path,
-    *,
-    dimensions: Sequence[str] = (),
-    tasks: Sequence[str] = (),
-    without: Sequence[str] = (),
-    quick: bool = False,
-    whole: Sequence[str] = (),
-    limit: int | None = None,
-) -> Suite:
-    """Select part of a suite: the named dimensions and tasks (all if none are named) `without`
-    some tasks, with at most `limit` items per task. `quick` takes the quick slice of each task,
-    except in the dimensions named in `whole`."""
-    full = suite if isinstance(suite, Suite) else load_suite(suite)
-    for what, names, known in (
-        ("dimension", dimensions, [*full.dimensions]),
-        ("dimension", whole, [*dimensions] or [*full.dimensions]),
-        ("task", [*tasks, *without], [*full.tasks]),
-    ):
-        if unknown := [name for name in names if name not in known]:
-            hint = nearest(unknown[0], known)
-            raise InputError(f"suite {full.name} has no {what} '{unknown[0]}': {hint}")
-    if whole and not quick:
-        raise InputError("--whole has no effect without --quick: leave it out")
-    if limit is not None and limit < 1:
-        raise InputError(f"the limit must be at least 1 item per task, not {limit}")
-    chosen: dict[str, dict[str, TaskSpec]] = {}
-    for dimension, specs in full.dimensions.items():
-        sliced = quick and dimension not in whole
-        for name, task in specs.items():
-            named = dimension in (dimensions or full.dimensions) and name in (tasks or full.tasks)
-            if named and name not in without and not (sliced and task.quick == 0):
-                most = (task.quick if sliced else None) or task.limit
-                values = {
-                    "limit": most if limit is None else min(limit, most or limit),
-                    "quick": None if sliced else task.quick,
-                }
-                chosen.setdefault(dimension, {})[name] = task.model_copy(update=values)
-    if not chosen:
-        raise InputError(f"no task of suite {full.name} is left: select others, or exclude fewer")
-    return full.model_copy(update={"dimensions": chosen})
-
-
-def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite, list[str]]:
-    """Return the part of a suite that may run, and the tasks left out: those that run generated
-    code, unless `allowed`. An `InputError` if nothing is left or, with `whole`, if any is."""
-    skipped = [name for name, task in suite.tasks.items() if task.runs_code and not allowed]
-    if skipped and (whole or len(skipped) == len(suite.tasks)):
-        raise InputError(
-            f"task {', '.join(skipped)} runs code the model writes: pass --allow-code-execution "
-            "(allow_code_execution=True) to run it in a limited subprocess, or leave it out "
-            "with --task"
-        )
-    return choose(suite, without=skipped), skipped
 
 
 def evaluate(

@@ -17,7 +17,7 @@ from calmix.evaluation.greedy import answers, prompt
 from calmix.evaluation.likelihood import Progress
 from calmix.files import read_object, sha256_json, write_json
 from calmix.manifest import check_seal, sealed
-from calmix.models import OpenModel, open_model
+from calmix.models.opening import OpenModel, open_model
 from calmix.progress import Progress as Bar
 from calmix.yaml_files import first_problem, packaged
 

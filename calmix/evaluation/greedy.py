@@ -20,11 +20,11 @@ from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.scorer import attention_window, not_finite, prefix_cache
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
-from calmix.models import OpenModel
 from calmix.models.blocks import decoder_of
 from calmix.models.caches import cache_argument, mixes_rows, own_places, repeated_cache
 from calmix.models.chat import end_tokens, generating, rendered
 from calmix.models.loading import quiet_transformers, to_continue
+from calmix.models.opening import OpenModel
 
 ROWS = 64  # largest batch
 FEWER = 0.6  # size of rearranged batches over that of others

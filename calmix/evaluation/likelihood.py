@@ -20,9 +20,9 @@ from torch import Tensor
 
 from calmix.errors import InputError, ModelError, first_line
 from calmix.machine import tokens_at_once, values_at_once
-from calmix.models import OpenModel
 from calmix.models.blocks import decoder_of
 from calmix.models.loading import check_length, to_continue
+from calmix.models.opening import OpenModel
 from calmix.precision import dtype_name
 
 HEAD_TOKENS = 512

@@ -30,9 +30,9 @@ from torch.nn.utils.rnn import pad_sequence
 from calmix.errors import ModelError
 from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import Progress, close, decoder_and_head, log_sums
-from calmix.models import OpenModel
 from calmix.models.caches import cache_argument, repeated_cache
 from calmix.models.loading import quiet_transformers, to_continue
+from calmix.models.opening import OpenModel
 from calmix.precision import dtype_name
 
 BATCH_TOKENS = 2048

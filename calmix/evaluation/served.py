@@ -35,11 +35,6 @@ AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes after which it 
 ENDED = ("stop", "tool_calls", "function_call", "eos")  # reasons of an answer that ended by itself
 
 
-def is_served(name: object) -> bool:
-    """Whether a model's name is the address of a server."""
-    return str(name).lower().startswith(("http://", "https://"))
-
-
 @dataclass
 class Served:
     """A model behind a server. `name` is its address with the model's name, `fingerprint` a hash of

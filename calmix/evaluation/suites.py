@@ -389,3 +389,59 @@ def template(name: str) -> dict[str, str]:
     )
     rows = {f"{name}-{kind}.jsonl": f"{json.dumps(row)}\n" for kind, row in EXAMPLES.items()}
     return {f"{name}.yaml": suite} | rows
+
+
+def choose(
+    suite: Suite | str | Path,
+    *,
+    dimensions: Sequence[str] = (),
+    tasks: Sequence[str] = (),
+    without: Sequence[str] = (),
+    quick: bool = False,
+    whole: Sequence[str] = (),
+    limit: int | None = None,
+) -> Suite:
+    """Select part of a suite: the named dimensions and tasks (all if none are named) `without`
+    some tasks, with at most `limit` items per task. `quick` takes the quick slice of each task,
+    except in the dimensions named in `whole`."""
+    full = suite if isinstance(suite, Suite) else load_suite(suite)
+    for what, names, known in (
+        ("dimension", dimensions, [*full.dimensions]),
+        ("dimension", whole, [*dimensions] or [*full.dimensions]),
+        ("task", [*tasks, *without], [*full.tasks]),
+    ):
+        if unknown := [name for name in names if name not in known]:
+            hint = nearest(unknown[0], known)
+            raise InputError(f"suite {full.name} has no {what} '{unknown[0]}': {hint}")
+    if whole and not quick:
+        raise InputError("--whole has no effect without --quick: leave it out")
+    if limit is not None and limit < 1:
+        raise InputError(f"the limit must be at least 1 item per task, not {limit}")
+    chosen: dict[str, dict[str, TaskSpec]] = {}
+    for dimension, specs in full.dimensions.items():
+        sliced = quick and dimension not in whole
+        for name, task in specs.items():
+            named = dimension in (dimensions or full.dimensions) and name in (tasks or full.tasks)
+            if named and name not in without and not (sliced and task.quick == 0):
+                most = (task.quick if sliced else None) or task.limit
+                values = {
+                    "limit": most if limit is None else min(limit, most or limit),
+                    "quick": None if sliced else task.quick,
+                }
+                chosen.setdefault(dimension, {})[name] = task.model_copy(update=values)
+    if not chosen:
+        raise InputError(f"no task of suite {full.name} is left: select others, or exclude fewer")
+    return full.model_copy(update={"dimensions": chosen})
+
+
+def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite, list[str]]:
+    """Return the part of a suite that may run, and the tasks left out: those that run generated
+    code, unless `allowed`. An `InputError` if nothing is left or, with `whole`, if any is."""
+    skipped = [name for name, task in suite.tasks.items() if task.runs_code and not allowed]
+    if skipped and (whole or len(skipped) == len(suite.tasks)):
+        raise InputError(
+            f"task {', '.join(skipped)} runs code the model writes: pass --allow-code-execution "
+            "(allow_code_execution=True) to run it in a limited subprocess, or leave it out "
+            "with --task"
+        )
+    return choose(suite, without=skipped), skipped

@@ -5,11 +5,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from calmix.errors import (
     ModelError,
@@ -18,16 +17,13 @@ from calmix.errors import (
 from calmix.files import (
     cached_sha256,
     check_links,
+    check_readable,
     copy_files,
     matching,
+    parse_json,
     read_object,
     sha256_json,
 )
-from calmix.models.shards import (
-    PACK,
-    weight_files,
-)
-from calmix.precision import dtype_name
 
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -50,6 +46,10 @@ BESIDE_WEIGHTS = (
     "*.py",
 )
 ADAPTER = "adapter_config.json"  # of a LoRA adapter
+INDEX = "model.safetensors.index.json"
+PACK = "calmix-pack.json"  # marks a folder as a pack (calmix/deploy/pack.py)
+# Classes whose text part may be a decoder; the last without its head.
+CAUSAL_CLASS = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|Model$")
 
 
 class ModelFiles:
@@ -134,6 +134,43 @@ def adapter_error(name: str, settings: Mapping[str, Any]) -> ModelError:
     )
 
 
+def check_causal(name: str, config: Mapping[str, Any]) -> None:
+    """Raise ModelError if a configuration is of a model that does not continue text."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+
+    kind, classes = config.get("model_type"), config.get("architectures") or []
+    if kind not in CONFIG_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {}):
+        return
+    causal = {CAUSAL.get(kind), *(one for one in classes if CAUSAL_CLASS.search(one))}
+    if kind not in CAUSAL or (classes and causal.isdisjoint(classes)):
+        what = ", ".join(classes) or kind
+        raise ModelError(f"{name} does not continue text ({what}): name a causal language model")
+
+
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files that transformers loads a model from: `model.safetensors`
+    before those of an index. Others can repeat the weights.
+
+    Raises ModelError if the index is damaged, or names a file in another folder.
+    """
+    if (folder / "model.safetensors").is_file():
+        return ["model.safetensors"]
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            check_readable(index)
+            raise ModelError(f"{index} is damaged: fetch the model again") from error
+        for name in names:  # results are written under these names
+            plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
+            if not plain or "\0" in name:
+                raise ModelError(f"{index} names {name!r}, which is not a file in its folder")
+        return sorted(names)
+    return sorted(path.name for path in folder.glob("*.safetensors"))
+
+
 def content_key(folder: Path) -> str:
     """Return a key of a model folder's configuration, weights and tokenizer for names of copies."""
     names = [*model_files(folder), *map(str, matching(folder, BESIDE_WEIGHTS))]
@@ -164,10 +201,10 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return sha256_json({k: v for k, v in state.items() if k not in ("padding", "truncation")})
 
 
-def save_config(config: Any, dtype: torch.dtype, folder: Path) -> None:
+def save_config(config: Any, dtype: str, folder: Path) -> None:
     """Write the configuration of a checkpoint with weights of this type; changes the type in it."""
     for part in (config, config.get_text_config(decoder=True)):
-        part.dtype = dtype_name(dtype)
+        part.dtype = dtype
     config.save_pretrained(folder)
 
 

@@ -12,9 +12,8 @@ from typing import Any
 from calmix import assets
 from calmix.errors import DiskError, ModelError, disk_errors, nearest
 from calmix.files import user_path
-from calmix.models.folder import ADAPTER, BESIDE_WEIGHTS, adapter_error, check_folder
+from calmix.models.folder import ADAPTER, BESIDE_WEIGHTS, adapter_error, check_causal, check_folder
 from calmix.models.gguf_header import is_gguf
-from calmix.models.loading import check_causal
 from calmix.yaml_files import packaged
 
 HUB_FILES = ["*.safetensors", "*.json", *BESIDE_WEIGHTS]
@@ -38,6 +37,11 @@ def builtin_models() -> dict[str, BuiltinModel]:
     """Return the builtin models by name (without the `builtin:` prefix)."""
     entries = packaged("models/builtin.yaml")
     return {name: BuiltinModel(name=name, **entry) for name, entry in entries.items()}
+
+
+def is_served(name: object) -> bool:
+    """Whether a model's name is the address of a server."""
+    return str(name).lower().startswith(("http://", "https://"))
 
 
 def known_model(name: str) -> Path | BuiltinModel | None:
@@ -67,6 +71,19 @@ def known_model(name: str) -> Path | BuiltinModel | None:
     if name in builtin_models():
         raise ModelError(f"there is no folder '{name}': did you mean builtin:{name}?")
     return None
+
+
+def named_model(name: str) -> Path | BuiltinModel | None:
+    """Return what `known_model` does, but raise ModelError if neither the cache nor the hub has it
+    either. Downloads nothing."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if (model := known_model(name)) is None:
+        with hub_errors(name):
+            here = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if not here:
+            hub_files(name)
+    return model
 
 
 def local_model(name: str) -> Path | BuiltinModel:

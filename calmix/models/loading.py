@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from calmix.errors import InputError, ModelError, first_line
+from calmix.models.folder import check_causal
 from calmix.models.packed import PACKED_METHOD, is_packed, quantization
 from calmix.models.shards import stored_tensors
 from calmix.progress import quiet
@@ -45,8 +45,6 @@ WIDTHS = (
     "value_length",
     "dimension_count",
 )
-# Classes whose text part may be a decoder; the last without its head.
-CAUSAL_CLASS = re.compile(r"ForCausalLM|LMHeadModel|ForConditionalGeneration|Model$")
 
 
 def check_quantised(name: str, settings: Mapping[str, Any]) -> None:
@@ -98,20 +96,6 @@ def load_config(
     if excess := too_large(config.get_text_config(decoder=True).to_dict(), counts):
         raise ModelError(f"{folder / 'config.json'} has {excess}, more than its weights allow")
     return config
-
-
-def check_causal(name: str, config: Mapping[str, Any]) -> None:
-    """Raise ModelError if a configuration is of a model that does not continue text."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
-
-    kind, classes = config.get("model_type"), config.get("architectures") or []
-    if kind not in CONFIG_MAPPING_NAMES or "AutoModelForCausalLM" in (config.get("auto_map") or {}):
-        return
-    causal = {CAUSAL.get(kind), *(one for one in classes if CAUSAL_CLASS.search(one))}
-    if kind not in CAUSAL or (classes and causal.isdisjoint(classes)):
-        what = ", ".join(classes) or kind
-        raise ModelError(f"{name} does not continue text ({what}): name a causal language model")
 
 
 def too_large(sizes: Mapping[str, Any], counts: Sequence[int]) -> str | None:

@@ -56,10 +56,10 @@ from calmix.models.hub import (
     REPEATED_WEIGHTS,
     BuiltinModel,
     gguf_file,
-    hub_errors,
     hub_files,
     known_model,
     local_model,
+    named_model,
 )
 from calmix.models.loading import (
     check_quantised,
@@ -70,12 +70,7 @@ from calmix.models.loading import (
     quiet_transformers,
 )
 from calmix.models.packed import QUANTIZATION_CONFIG, is_packed, quantization, unpacked
-from calmix.models.shards import (
-    stored_tensors,
-    weight_bytes,
-    weight_dtype,
-    write_model,
-)
+from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype, write_model
 from calmix.precision import dtype_name, narrower, suited
 
 PART = 1e9  # bytes of a file of dequantised weights
@@ -137,19 +132,12 @@ def check_models(
 
     Names that are None are ignored.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     device_of(device)
     dtype_of(dtype)
-    models = {name: known_model(name) for name in names if name is not None}
-    for name, model in models.items():
-        if isinstance(model, Path) and model.is_dir():
+    for name in names:
+        model = None if name is None else named_model(name)
+        if name is not None and isinstance(model, Path) and model.is_dir():
             load_config(model, name, trust_remote_code)
-        elif model is None:
-            with hub_errors(name):
-                here = isinstance(try_to_load_from_cache(name, "config.json"), str)
-            if not here:
-                hub_files(name)
 
 
 def resolve_model(name: str) -> Path:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from calmix.errors import ModelError
 from calmix.files import check_readable, parse_json, replacing, write_json
+from calmix.models.folder import INDEX, weight_files
 
 STORED_DTYPES = {
     "F64": torch.float64,
@@ -36,9 +37,7 @@ STORED_DTYPES = {
     "BOOL": torch.bool,
 }
 DTYPE_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
-INDEX = "model.safetensors.index.json"
 MOST_FILE_BYTES = 5e9  # bytes of a weight file at most
-PACK = "calmix-pack.json"  # marks a folder as a pack (calmix/deploy/pack.py)
 
 
 @dataclass(frozen=True)
@@ -59,29 +58,6 @@ class Place:
     def size(self) -> int:
         """Number of bytes."""
         return self.count * self.dtype.itemsize
-
-
-def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files that transformers loads a model from: `model.safetensors`
-    before those of an index. Others can repeat the weights.
-
-    Raises ModelError if the index is damaged, or names a file in another folder.
-    """
-    if (folder / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values())
-        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            check_readable(index)
-            raise ModelError(f"{index} is damaged: fetch the model again") from error
-        for name in names:  # results are written under these names
-            plain = isinstance(name, str) and Path(name).name == name and name not in ("", "..")
-            if not plain or "\0" in name:
-                raise ModelError(f"{index} names {name!r}, which is not a file in its folder")
-        return sorted(names)
-    return sorted(path.name for path in folder.glob("*.safetensors"))
 
 
 def stored_tensors(folder: Path) -> dict[str, Place]:

@@ -27,7 +27,7 @@ from calmix.models.folder import save_config as save_configuration
 from calmix.models.loading import load_config, loading
 from calmix.models.opening import device_of, dtype_of, resolve_model
 from calmix.models.shards import Place, read_tensor, stored_tensors, weight_dtype, write_index
-from calmix.precision import narrower, suited
+from calmix.precision import dtype_name, narrower, suited
 
 Merge = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]  # stored tensors into parameters
 
@@ -274,7 +274,7 @@ class StreamedModel:
         model, config = self.model, self.config
         if type(config) is type(model.config):
             config.architectures = [type(model).__name__]
-        save_configuration(config, self.stored_dtype, folder)
+        save_configuration(config, dtype_name(self.stored_dtype), folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
 

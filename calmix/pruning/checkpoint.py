@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.calibration import CalibrationSet, open_tokenizer, parse_calibration, saved_set
-from calmix.calibration.dataset import identified
+from calmix.calibration.dataset import CalibrationSet, identified, saved_set
+from calmix.calibration.resolving import parse_calibration
+from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import (
     atomic_folder,
@@ -46,17 +47,10 @@ from calmix.manifest import (
     record,
     run_record,
 )
-from calmix.models import OpenModel, open_model
-from calmix.models.folder import BESIDE_WEIGHTS, save_config, save_tokenizer
+from calmix.models.folder import BESIDE_WEIGHTS, save_config, save_tokenizer, weight_files
 from calmix.models.loading import quiet_transformers
-from calmix.models.opening import check_ids, check_models
-from calmix.models.shards import (
-    read_file,
-    stored_tensors,
-    weight_files,
-    write_file,
-    write_index,
-)
+from calmix.models.opening import OpenModel, check_ids, check_models, open_model
+from calmix.models.shards import read_file, stored_tensors, write_file, write_index
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, narrower
@@ -549,7 +543,7 @@ def write_checkpoint(
                     path, {n: v.to(narrower(types.get(n, v.dtype), v.dtype)) for n, v in tensors}
                 )
             write_index(folder)
-            save_config(deepcopy(model.config), opened.stored_dtype, folder)
+            save_config(deepcopy(model.config), dtype_name(opened.stored_dtype), folder)
         save_tokenizer(opened.tokenizer, opened.folder, folder)
         if report.grids:
             (folder / SCALES).mkdir()

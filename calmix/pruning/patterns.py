@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import InputError
+from calmix.models.blocks import outer_layers
 from calmix.pruning.recipes import recipe_name, recipe_types
 from calmix.pruning.solvers.ggml import block_type
 
@@ -147,7 +148,7 @@ class Recipe(Pattern):
 
     def types(self, model: Any, blocks: Any) -> dict[str, Pattern]:
         """Return the type of each layer to prune, and of embeddings and output head, by name."""
-        types = recipe_types(self.name, model, blocks)
+        types = recipe_types(self.name, model.config, blocks, outer_layers(model))
         return {name: Blocks(kind) for name, kind in types.items()}
 
 

@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calmix.errors import InputError, nearest
-from calmix.models.blocks import DecoderBlocks, outer_layers
+
+if TYPE_CHECKING:
+    from calmix.models.blocks import DecoderBlocks
 
 SMALLEST_BLOCK = 32  # weights in the smallest block
 LARGE_BLOCKS = 80  # blocks of a model of 70 billion weights
@@ -120,14 +122,16 @@ def check_whole(blocks: DecoderBlocks, what: str) -> None:
         )
 
 
-def recipe_types(name: str, model: Any, blocks: DecoderBlocks) -> dict[str, str]:
+def recipe_types(
+    name: str, config: Any, blocks: DecoderBlocks, outer: Mapping[str, Any]
+) -> dict[str, str]:
     """Return the types of a recipe by layer name, before blocks of 256 are fitted to rows.
 
-    Embeddings and output head are included, unless no block fits their rows.
+    `outer` are embeddings and output head, included unless no block fits their rows.
     """
     check_whole(blocks, name)
     base, rules = RECIPES[name]
-    config = model.config.get_text_config(decoder=True)
+    config = config.get_text_config(decoder=True)
     heads, keys = (
         getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads")
     )
@@ -147,10 +151,10 @@ def recipe_types(name: str, model: Any, blocks: DecoderBlocks) -> dict[str, str]
         seen[role] += 1
         types[layer.name] = kind
     types = {layer.name: types[layer.name] for layer in blocks.layers}
-    for at, (outer, weight) in enumerate(outer_layers(model).items()):
+    for at, (layer_name, weight) in enumerate(outer.items()):
         kind, columns = rules.get("embedding", base), weight.shape[1]
         if at == 0:  # the head, or the matrix shared with it
             kind = "Q8_0" if columns % 256 else rules["head"]
         if columns % SMALLEST_BLOCK == 0:
-            types[outer] = kind
+            types[layer_name] = kind
     return types

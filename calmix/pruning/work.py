@@ -33,7 +33,9 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from calmix.calibration import CalibrationSet, OpenTokenizer, parse_calibration, resolve
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.resolving import parse_calibration, resolve
+from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.errors import CalmixError, DiskError, InputError, PassingError, disk_errors
 from calmix.files import (
     atomic_folder,
@@ -47,7 +49,7 @@ from calmix.files import (
     write_json,
 )
 from calmix.manifest import differences, read_sealed, sealed
-from calmix.models import OpenModel
+from calmix.models.opening import OpenModel
 from calmix.models.shards import read_file, tensor_bytes, write_file
 
 SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "calibration"

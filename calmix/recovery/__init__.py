@@ -1,3 +1,1 @@
 """Recovery: distil the dense model into the remaining weights; pruned weights stay zero."""
-
-from calmix.recovery.checkpoint import recover as recover

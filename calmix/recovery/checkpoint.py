@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from calmix.calibration import CalibrationSet, open_tokenizer, parse_calibration
-from calmix.calibration.dataset import identified
+from calmix.calibration.dataset import CalibrationSet, identified
+from calmix.calibration.resolving import parse_calibration
+from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.likelihood import close
 from calmix.files import check_free, copy_files, matching, sha256_json, write_json
@@ -35,9 +36,8 @@ from calmix.manifest import (
     record,
     run_record,
 )
-from calmix.models import open_model
 from calmix.models.folder import BESIDE_WEIGHTS
-from calmix.models.opening import check_ids, device_of
+from calmix.models.opening import check_ids, device_of, open_model
 from calmix.models.shards import weight_dtype, write_index
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering

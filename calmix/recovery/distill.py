@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
-from calmix.models import find_blocks, open_model
+from calmix.models.blocks import find_blocks
+from calmix.models.opening import open_model
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.solvers.grids import stored
 from calmix.recovery.memory import CHUNK_TOKENS, LOGITS_AT_ONCE

@@ -13,7 +13,8 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
-from calmix.calibration import CalibrationSet, resolve
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.resolving import resolve
 from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
 from calmix.evaluation.distance import distance, reference
@@ -21,13 +22,14 @@ from calmix.evaluation.evaluate import SCORER, evaluate, form_of
 from calmix.evaluation.scores import load_scores
 from calmix.files import sha256_json, write_json
 from calmix.manifest import run_record, versions
-from calmix.models import OpenModel, open_model
+from calmix.models.opening import OpenModel, open_model
 from calmix.options import DeviceOptions, TrialOptions
 from calmix.precision import dtype_name
-from calmix.pruning import PruneReport, allocate, prune
+from calmix.pruning.allocation import allocate
 from calmix.pruning.checkpoint import write_checkpoint
-from calmix.pruning.engine import Patterns
-from calmix.recovery import recover
+from calmix.pruning.engine import Patterns, prune
+from calmix.pruning.report import PruneReport
+from calmix.recovery.checkpoint import recover
 from calmix.study.results import Trial
 from calmix.study.spec import Study
 from calmix.study.store import RESULT, SCORES, Store

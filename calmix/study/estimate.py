@@ -20,11 +20,10 @@ from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import load_items
 from calmix.files import size_text
 from calmix.machine import device_memory, host_memory
-from calmix.models import find_blocks, resolve_model
-from calmix.models.blocks import outer_weights
+from calmix.models.blocks import find_blocks, outer_weights
 from calmix.models.hub import known_model
 from calmix.models.loading import loading
-from calmix.models.opening import DTYPES, device_of
+from calmix.models.opening import DTYPES, device_of, resolve_model
 from calmix.options import Recovering
 from calmix.precision import narrower, suited
 from calmix.pruning.budget import plan_for

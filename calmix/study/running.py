@@ -24,11 +24,10 @@ from filelock import Timeout
 
 from calmix import machine
 from calmix.errors import CalmixError, DiskError, InputError, first_line, missing_extra, nearest
-from calmix.evaluation.evaluate import runnable
 from calmix.evaluation.scores import describe
+from calmix.evaluation.suites import runnable
 from calmix.files import check_free, size_text, write_json
-from calmix.models import resolve_model
-from calmix.models.opening import check_models, device_of
+from calmix.models.opening import check_models, device_of, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import TrialOptions
 from calmix.study.bench import Bench

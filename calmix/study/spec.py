@@ -22,10 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from calmix.calibration import parse_calibration
+from calmix.calibration.resolving import parse_calibration
 from calmix.errors import CalmixError, InputError, nearest
-from calmix.evaluation.evaluate import choose
-from calmix.evaluation.suites import Suite
+from calmix.evaluation.suites import Suite, choose
 from calmix.models.hub import known_model
 from calmix.options import (
     MOST_EMBEDDING,
@@ -37,7 +36,7 @@ from calmix.options import (
     Statistics,
 )
 from calmix.pruning.methods import get_method
-from calmix.sources import Source, own_sources
+from calmix.sources.registry import Source, own_sources
 from calmix.specs import printed, recovery_of, target_of
 from calmix.yaml_files import locate, parse_yaml, read_text, yaml_problems
 

@@ -14,21 +14,21 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration import parse_calibration, saved_set
+from calmix.calibration.dataset import saved_set
 from calmix.calibration.leakage import WORDS, guarded_suites
-from calmix.calibration.resolving import CalibrationRequest
+from calmix.calibration.resolving import CalibrationRequest, parse_calibration
 from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import WRITER_VERSION
 from calmix.evaluation.evaluate import SCORER
 from calmix.files import content_sha256, sha256_json
-from calmix.models import resolve_model
 from calmix.models.folder import fingerprint
+from calmix.models.opening import resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import RECOVERY_OPTIONS, Recovering, Strategy
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern
-from calmix.sources import get_source
 from calmix.sources.local import LocalFile
+from calmix.sources.registry import get_source
 from calmix.specs import SEED, PruneRequest, printed, prune_request, recovery_of
 from calmix.study.spec import NONE, Grid, Study
 

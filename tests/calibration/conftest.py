@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from calmix.calibration import open_tokenizer
-from calmix.models import open_model
+from calmix.calibration.tokenizer import open_tokenizer
+from calmix.models.opening import open_model
 
 
 def write_rows(path, texts):

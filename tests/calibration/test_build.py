@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from calmix.calibration import CalibrationSet, build, parse_mix
-from calmix.calibration.dataset import SET_MANIFEST, TENSORS
+from calmix.calibration.build import build, parse_mix
+from calmix.calibration.dataset import SET_MANIFEST, TENSORS, CalibrationSet
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError, SourceError
 from calmix.manifest import sealed

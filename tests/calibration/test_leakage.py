@@ -9,8 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calmix.calibration import CalibrationSet, build, leakage, parse_mix, resolve
+from calmix.calibration import leakage
+from calmix.calibration.build import build, parse_mix
+from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
+from calmix.calibration.resolving import resolve
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import template
 from tests.calibration.conftest import write_rows

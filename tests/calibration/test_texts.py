@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from calmix.calibration import open_tokenizer
 from calmix.calibration import texts as module
 from calmix.calibration.leakage import DISTINCT, WORDS
 from calmix.calibration.texts import builtin_readers, parse_texts, texts
+from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.distance import texts_hash
-from calmix.sources import offline_sources
 from calmix.sources.local import LocalFile
 from calmix.sources.offline import word_runs
+from calmix.sources.registry import offline_sources
 from tests.evaluation.helpers import opened
 
 

@@ -126,6 +126,6 @@ def test_sizes_by_type(calmix):
     listed = re.findall(r"^ +(\w+) +([\d.]+) GB", calmix("compress", "--help").out, re.M)
     assert len(listed) == 8
     for name, size in listed:
-        types = recipe_types(name, model, blocks)
+        types = recipe_types(name, model.config, blocks, outer_layers(model))
         bits = sum(math.prod(matrices[one]) * TYPES[kind].bits for one, kind in types.items())
         assert f"{(bits / 8 + 4 * vectors) / 1e9:.2f}" == size

@@ -10,7 +10,8 @@ import pytest
 from filelock import FileLock
 
 import calmix as api
-from calmix.calibration import parse_calibration, parse_mix
+from calmix.calibration.build import parse_mix
+from calmix.calibration.resolving import parse_calibration
 from calmix.compression.card import read_card
 from calmix.compression.compress import Compressed
 from calmix.compression.plan import aim, weighed
@@ -18,8 +19,8 @@ from calmix.compression.results import read_compressed
 from calmix.compression.running import stages
 from calmix.compression.stages import Recover, Stage
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import describe
+from calmix.evaluation.suites import choose, runnable
 from calmix.files import write_json
 from calmix.manifest import sealed
 from calmix.report import words

@@ -16,7 +16,7 @@ from calmix.compression.running import stages
 from calmix.compression.stages import Stage
 from calmix.deploy import gguf, speed
 from calmix.errors import ModelError
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
 from tests.compress.conftest import arguments, prepare, stopping
@@ -137,8 +137,8 @@ def test_what_cannot_be_written_is_refused_before_any_work(
         (tmp_path / "qwen", ("--like", file), "tiny.gguf is not a file of the model"),
         (tmp_path / "mixture", ("--like", file), "tiny.gguf is not a file of the model"),
         (file, ("--like", tmp_path / "cut.gguf"), "cannot read"),
-        ("some/model", ("--like", "no.gguf"), "there is no GGUF file no.gguf"),
-        ("some/model", ("--like", tmp_path / "no.gguf"), "no model folder or .gguf file at"),
+        (file, ("--like", "no.gguf"), "there is no GGUF file no.gguf"),
+        (file, ("--like", tmp_path / "no.gguf"), "no model folder or .gguf file at"),
         (file, ("--type", "Q3_X"), "unknown type 'Q3_X': did you mean IQ3_XS"),
         (file, ("--type", "Q3_K_M", "--bits", 4), "--bits has no effect with --type: leave it out"),
         (file, ("--for", "none", "--type", "Q4_0"), "--type has no effect with --for none"),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from calmix.calibration import CalibrationSet
+from calmix.calibration.dataset import CalibrationSet
 from calmix.compression.card import read_card
 from calmix.evaluation.prompts import halves, read_prompts
 from tests.tiny import save_tiny_model, tiny_tokenizer

@@ -13,7 +13,7 @@ from calmix.errors import InputError
 from calmix.evaluation.scores import load_scores, write_scores
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.progress import Progress
 from calmix.pruning.engine import Run
 from calmix.pruning.work import SUFFIX

@@ -15,9 +15,8 @@ from calmix.compression.results import Results
 from calmix.compression.search import CANDIDATES, RATES
 from calmix.compression.stages import Draw, Export, Score, Stage
 from calmix.errors import InputError, NotKeptError
-from calmix.evaluation.evaluate import choose, runnable
 from calmix.evaluation.scores import CapabilityScores, describe, write_scores
-from calmix.evaluation.suites import EXAMPLES
+from calmix.evaluation.suites import EXAMPLES, choose, runnable
 from calmix.files import write_json
 from calmix.manifest import sealed
 from tests.compress.conftest import prepare, stopping

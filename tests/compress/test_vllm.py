@@ -13,7 +13,7 @@ from calmix.compression.compress import begin
 from calmix.compression.plan import check_request, checkpoint_bytes
 from calmix.compression.running import stages
 from calmix.compression.stages import Stage
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
 from tests.compress.conftest import arguments, prepare, stopping

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from calmix.deploy import compressed_tensors
 from calmix.deploy.compressed_tensors import export, quantization_config
 from calmix.errors import InputError, ModelError
-from calmix.models import loading, open_model
-from calmix.models.opening import forget, resolve_model, size_of
+from calmix.models import loading
+from calmix.models.opening import forget, open_model, resolve_model, size_of
 from calmix.models.packed import pack, unpack
 from calmix.models.shards import write_model
 from tests.tiny import load_weights, save_tiny_model

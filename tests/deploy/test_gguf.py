@@ -11,11 +11,12 @@ import torch
 from gguf import GGUFReader, LlamaFileType, quants
 from safetensors.torch import load_file, save_file
 
-from calmix.calibration import open_tokenizer, resolve
+from calmix.calibration.resolving import resolve
+from calmix.calibration.tokenizer import open_tokenizer
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export, layout_sha256
 from calmix.errors import CalmixError
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.solvers.ggml import Encoded
 from calmix.pruning.solvers.grids import read_blocks

@@ -15,8 +15,9 @@ from calmix.deploy.pack import load, pack, unpack
 from calmix.errors import InputError, ModelError
 from calmix.files import sha256_file, write_json
 from calmix.manifest import SEAL, sealed
-from calmix.models import open_model
-from calmix.models.shards import PACK, with_length
+from calmix.models.folder import PACK
+from calmix.models.opening import open_model
+from calmix.models.shards import with_length
 from tests.faults.places import tree
 
 

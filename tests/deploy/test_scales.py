@@ -10,7 +10,7 @@ from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack
 from calmix.errors import CalmixError
 from calmix.pruning.solvers.grids import SCALES
-from calmix.recovery import recover
+from calmix.recovery.checkpoint import recover
 from calmix.specs import recover_request
 from tests.tiny import quick
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch.nn import functional
 
-from calmix.models import find_blocks
-from calmix.pruning import SemiStructured, Unstructured, get_method, prune
-from calmix.pruning.engine import Run, run_through
+from calmix.models.blocks import find_blocks
+from calmix.pruning.engine import Run, prune, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
+from calmix.pruning.methods import get_method
 from calmix.pruning.methods.admm import Admm
+from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.pruning.trace import Batch, Calls
 from tests.device.traced import empty_model, tracing
 from tests.tiny import VOCABULARY, quick, tiny_config, tiny_ids, tiny_model

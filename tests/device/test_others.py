@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from calmix.calibration.selfgen.writing import Sampler, WriteRequest
-from calmix.models import find_blocks
+from calmix.models.blocks import find_blocks
 from calmix.precision import reproducible
 from calmix.pruning.solvers.grids import Grid
 from calmix.recovery.blocks import Stream, tune

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import Unstructured, get_method
 from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed
 from calmix.pruning.engine import Run
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Unstructured
 from calmix.pruning.work import WorkFolder
 from tests.device.traced import tracing
 from tests.tiny import VOCABULARY, quick

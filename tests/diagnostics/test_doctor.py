@@ -2,7 +2,8 @@
 
 import json
 
-from calmix import doctor, pruning
+from calmix import doctor
+from calmix.pruning import engine
 
 
 def test_doctor_json(calmix, monkeypatch):
@@ -18,14 +19,14 @@ def test_doctor_json(calmix, monkeypatch):
 
 
 def test_doctor_detects_a_broken_engine(calmix, monkeypatch):
-    right = pruning.prune
+    right = engine.prune
 
     def wrong(model, ids, **options):
         report = right(model, ids, **options)
         next(p for n, p in model.named_parameters() if n.endswith("q_proj.weight")).data[0] = 1.0
         return report
 
-    monkeypatch.setattr(pruning, "prune", wrong)
+    monkeypatch.setattr(engine, "prune", wrong)
     monkeypatch.setattr("calmix.assets.Asset.state", "ok")
     ended = calmix("doctor", "--json")
     data = json.loads(ended.out)

@@ -9,7 +9,7 @@ import torch
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.scores import CapabilityScores, pair_record, write_scores
 from calmix.evaluation.suites import ASKED, template
-from calmix.models import OpenModel
+from calmix.models.opening import OpenModel
 from calmix.yaml_files import packaged
 from tests.tiny import tiny_model, tiny_tokenizer
 

@@ -14,7 +14,7 @@ from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.scores import load_scores, write_scores
 from calmix.evaluation.suites import load_suite
 from calmix.evaluation.tasks import Ask, load_items
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from tests.evaluation.archive import suite_text, use_archive
 from tests.evaluation.helpers import opened, reference
 from tests.tiny import save_tiny_model

@@ -13,8 +13,8 @@ from calmix.evaluation import greedy
 from calmix.evaluation.generations import Answered, answer, load_answers, panel
 from calmix.evaluation.greedy import Prompt, answers, loops
 from calmix.manifest import SEAL, sealed
-from calmix.models import OpenModel, open_model
 from calmix.models.chat import end_tokens, in_chat
+from calmix.models.opening import OpenModel, open_model
 from tests.evaluation.helpers import opened
 from tests.tiny import ARCHITECTURES, quick, save_tiny_model, tiny_tokenizer
 

@@ -13,7 +13,7 @@ from calmix.errors import InputError, ModelError
 from calmix.evaluation import distance as module
 from calmix.evaluation.distance import distance, head_hash, reference
 from calmix.evaluation.likelihood import behind, decoder_and_head, perplexity, row_nll
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.recovery.distill import Student
 from calmix.recovery.training import trained_parameters
 from tests.evaluation.helpers import opened

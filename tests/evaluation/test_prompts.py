@@ -9,14 +9,7 @@ import pytest
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
 from calmix.evaluation.answers import compare_answers, parted, rows
-from calmix.evaluation.evaluate import (
-    THINKING,
-    as_prompt,
-    choose,
-    evaluate,
-    suite_asks,
-    verdict,
-)
+from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.prompts import (
@@ -31,9 +24,9 @@ from calmix.evaluation.prompts import (
     valid_call,
 )
 from calmix.evaluation.scores import pair_record, write_scores
-from calmix.evaluation.suites import prompt_suite
+from calmix.evaluation.suites import choose, prompt_suite
 from calmix.evaluation.tasks import load_items
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.report.answers import answers_page, fault_rows, sentences
 from tests.browser import needs_chromium, readable
 from tests.evaluation.helpers import scored

@@ -12,10 +12,10 @@ import pytest
 
 from calmix.errors import InputError, PassingError
 from calmix.evaluation import served
-from calmix.evaluation.evaluate import choose, evaluate
+from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.served import KEY, connect
-from calmix.evaluation.suites import prompt_suite
+from calmix.evaluation.suites import choose, prompt_suite
 from calmix.options import ServerOptions
 from tests.evaluation.test_prompts import WEATHER, written
 

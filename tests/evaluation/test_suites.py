@@ -6,10 +6,10 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation import checks
-from calmix.evaluation.evaluate import choose, evaluate, suite_items, verdict
+from calmix.evaluation.evaluate import evaluate, verdict
 from calmix.evaluation.scores import write_scores
-from calmix.evaluation.suites import Suite, builtin_suites, load_suite, read_rows, template
-from calmix.evaluation.tasks import load_items
+from calmix.evaluation.suites import Suite, builtin_suites, choose, load_suite, read_rows, template
+from calmix.evaluation.tasks import load_items, suite_items
 from calmix.sources.registry import offline_sources
 from calmix.study.cells import TOTAL, WORST
 from calmix.yaml_files import parse_model

@@ -6,18 +6,11 @@ import pytest
 
 from calmix import assets
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import (
-    choose,
-    evaluate,
-    runnable,
-    suite_items,
-    takes_tools,
-    verdict,
-)
+from calmix.evaluation.evaluate import evaluate, takes_tools, verdict
 from calmix.evaluation.greedy import prompt
-from calmix.evaluation.suites import ASKED, Suite, TaskSpec, load_suite, spread
-from calmix.evaluation.tasks import item_texts, load_asked, load_items, preamble
-from calmix.models import OpenModel
+from calmix.evaluation.suites import ASKED, Suite, TaskSpec, choose, load_suite, runnable, spread
+from calmix.evaluation.tasks import item_texts, load_asked, load_items, preamble, suite_items
+from calmix.models.opening import OpenModel
 from calmix.yaml_files import packaged, parse_model
 from tests.evaluation.archive import suite_text, use_archive
 from tests.evaluation.helpers import opened

@@ -10,23 +10,22 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from calmix.calibration import CalibrationSet, open_tokenizer, resolve
-from calmix.calibration.tokenizer import OpenTokenizer, tokenizer_function
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.resolving import resolve
+from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer, tokenizer_function
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
 from calmix.errors import InputError, ModelError
-from calmix.evaluation.evaluate import choose
 from calmix.evaluation.scores import load_pair, load_scores
-from calmix.evaluation.suites import load_suite
+from calmix.evaluation.suites import choose, load_suite
 from calmix.inspecting import inspect
-from calmix.models import open_model, resolve_model
 from calmix.models.folder import fingerprint, tokenizer_fingerprint
+from calmix.models.opening import open_model, resolve_model
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.checkpoint import prune_checkpoint
-from calmix.recovery import recover
-from calmix.sources import get_source, own_sources
+from calmix.recovery.checkpoint import recover
 from calmix.sources.local import LocalFile
-from calmix.sources.registry import documents_hash
+from calmix.sources.registry import documents_hash, get_source, own_sources
 from calmix.specs import prune_request, recover_request
 from calmix.study.spec import check_study
 from calmix.study.store import read_results

@@ -24,10 +24,12 @@ from transformers import (
 
 from calmix import assets, files
 from calmix.errors import DiskError, InputError, ModelError
-from calmix.models import builtin_models, find_blocks, open_model, opening, resolve_model
-from calmix.models.folder import fingerprint, tokenizer_fingerprint
+from calmix.models import opening
+from calmix.models.blocks import find_blocks
+from calmix.models.folder import fingerprint, tokenizer_fingerprint, weight_files
+from calmix.models.hub import builtin_models
 from calmix.models.loading import context_of
-from calmix.models.shards import weight_files
+from calmix.models.opening import open_model, resolve_model
 from tests import tiny
 from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
 

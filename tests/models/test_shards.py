@@ -9,11 +9,7 @@ from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from calmix.errors import InputError, ModelError
-from calmix.models.shards import (
-    read_file,
-    read_header,
-    write_file,
-)
+from calmix.models.shards import read_file, read_header, write_file
 
 TENSORS = {
     "a.weight": torch.randn(5, 3),

@@ -3,8 +3,9 @@
 import pytest
 
 from calmix.errors import InputError
-from calmix.models import find_blocks
-from calmix.pruning import SemiStructured, Unstructured, prune
+from calmix.models.blocks import find_blocks
+from calmix.pruning.engine import prune
+from calmix.pruning.patterns import SemiStructured, Unstructured
 from tests.tiny import tiny_ids, tiny_model
 
 

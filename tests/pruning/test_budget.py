@@ -7,11 +7,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError
-from calmix.models import find_blocks
+from calmix.models.blocks import find_blocks
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import budget, get_method
+from calmix.pruning import budget
 from calmix.pruning.budget import GIB, Plan, parse_memory, plan_for
 from calmix.pruning.gram import Gram
+from calmix.pruning.methods import get_method
 from tests.tiny import save_tiny_model
 
 MIB = 2**20

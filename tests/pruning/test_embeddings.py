@@ -5,11 +5,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from calmix.errors import InputError, ModelError, SolverError
-from calmix.models import open_model
 from calmix.models.blocks import outer_weights
+from calmix.models.opening import open_model
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import prune
-from calmix.pruning.engine import Run
+from calmix.pruning.engine import Run, prune
 from tests.pruning.test_streamed import in_memory, streamed_prune
 from tests.tiny import (
     ARCHITECTURES,

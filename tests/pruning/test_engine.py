@@ -5,11 +5,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError, SolverError
-from calmix.models import find_blocks
-from calmix.pruning import SemiStructured, Unstructured, get_method, prune
+from calmix.models.blocks import find_blocks
+from calmix.pruning.engine import prune
 from calmix.pruning.gram import relative_error
-from calmix.pruning.methods import Solution
+from calmix.pruning.methods import Solution, get_method
 from calmix.pruning.methods.magnitude import Magnitude
+from calmix.pruning.patterns import SemiStructured, Unstructured
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)

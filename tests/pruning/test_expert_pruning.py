@@ -9,8 +9,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError
-from calmix.models import find_blocks
-from calmix.models.blocks import Mixture
+from calmix.models.blocks import Mixture, find_blocks
 from calmix.pruning.engine import run_through
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, cut
 from calmix.pruning.experts import Routed

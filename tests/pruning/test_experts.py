@@ -7,11 +7,12 @@ import torch
 from torch import nn
 
 from calmix.errors import ModelError
-from calmix.models import find_blocks
-from calmix.pruning import Unstructured, get_method, prune
-from calmix.pruning.engine import Run, run_through
+from calmix.models.blocks import find_blocks
+from calmix.pruning.engine import Run, prune, run_through
 from calmix.pruning.experts import SMOOTHING, Routed, starved
 from calmix.pruning.gram import Gram, relative_error
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Unstructured
 from tests.pruning.test_engine import given_to, input_gram, weights_of
 from tests.pruning.toy import SMALL, pruning_of, wiring
 from tests.tiny import MIXTURES, load_weights, quick, save_tiny_model, tiny_ids, tiny_model

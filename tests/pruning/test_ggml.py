@@ -8,9 +8,8 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from calmix.errors import InputError
-from calmix.models import find_blocks
-from calmix.pruning import prune
-from calmix.pruning.engine import Run
+from calmix.models.blocks import find_blocks
+from calmix.pruning.engine import Run, prune
 from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method, ggml
 from calmix.pruning.patterns import Blocks, as_pattern

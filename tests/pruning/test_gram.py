@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from calmix.errors import SolverError
-from calmix.pruning import Unstructured, prune
 from calmix.pruning import gram as gram_module
+from calmix.pruning.engine import prune
 from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error, squared
 from calmix.pruning.methods.wanda import Wanda
+from calmix.pruning.patterns import Unstructured
 from tests.device.traced import tracing
 from tests.pruning.toy import Elsewhere
 from tests.tiny import tiny_ids, tiny_model

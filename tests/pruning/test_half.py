@@ -6,11 +6,10 @@ import json
 import pytest
 import torch
 
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.models.shards import weight_bytes
-from calmix.pruning import prune
 from calmix.pruning.checkpoint import write_checkpoint
-from calmix.pruning.engine import Run
+from calmix.pruning.engine import Run, prune
 from calmix.pruning.solvers.grids import read_grids
 from calmix.specs import prune_request
 from tests.pruning.stopper import interrupting

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from calmix.pruning import engine, get_method, prune
+from calmix.pruning import engine
+from calmix.pruning.engine import prune
 from calmix.pruning.gram import relative_error
 from calmix.pruning.held_out import HeldOut, checked, held_out_rows
+from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import as_pattern
 from tests.pruning.test_engine import weights_of
 from tests.tiny import tiny_ids, tiny_model

@@ -8,8 +8,8 @@ import torch
 from gguf import GGUFWriter
 
 from calmix.errors import InputError
-from calmix.models import find_blocks
-from calmix.pruning import prune
+from calmix.models.blocks import find_blocks
+from calmix.pruning.engine import prune
 from calmix.pruning.imatrix import read_imatrix
 from calmix.pruning.methods import get_method
 from calmix.pruning.solvers.libggml import quantise

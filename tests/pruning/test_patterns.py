@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.errors import InputError
-from calmix.pruning import get_method
+from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import (
     SemiStructured,
     Unstructured,

@@ -5,12 +5,11 @@ import torch
 
 import calmix as api
 from calmix.errors import InputError
-from calmix.models import open_model
-from calmix.pruning import Method, get_method, register
-from calmix.pruning.methods import METHODS, methods
+from calmix.models.opening import open_model
+from calmix.pruning.methods import METHODS, Method, get_method, methods, register
 from calmix.pruning.methods.base import Saliency
-from calmix.study import read_results
 from calmix.study.cells import method_name
+from calmix.study.store import read_results
 from tests.pruning.toy import SMALL, Absolute, Toy, pruning_of
 from tests.study.conftest import tiny_study  # noqa: F401
 from tests.study.test_running import run

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from calmix.errors import InputError
-from calmix.pruning import prune
+from calmix.pruning.engine import prune
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Rate, Unstructured, as_pattern

@@ -9,9 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError
-from calmix.models import find_blocks
-from calmix.models.blocks import outer_layers
-from calmix.pruning import prune
+from calmix.models.blocks import find_blocks, outer_layers
+from calmix.pruning.engine import prune
 from calmix.pruning.patterns import Blocks, Recipe, as_pattern
 from calmix.pruning.recipes import RECIPES
 from calmix.pruning.solvers.block_grid import fitting

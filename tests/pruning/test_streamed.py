@@ -10,18 +10,20 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from calmix.calibration import CalibrationSet
+from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError
 from calmix.machine import out_of_memory
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import Unstructured, budget, get_method, prune
+from calmix.pruning import budget
 from calmix.pruning.allocation import LossPass
 from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
-from calmix.pruning.engine import Run
+from calmix.pruning.engine import Run, prune
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Unstructured
 from calmix.pruning.solvers.grids import read_blocks, read_grids
 from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder, read_record

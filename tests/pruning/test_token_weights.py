@@ -5,12 +5,10 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from calmix.models import find_blocks
-from calmix.models.blocks import outer_layers
+from calmix.models.blocks import find_blocks, outer_layers
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import prune
 from calmix.pruning import token_weights as module
-from calmix.pruning.engine import costs_in_memory
+from calmix.pruning.engine import costs_in_memory, prune
 from calmix.pruning.token_weights import token_weights, weighting
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 

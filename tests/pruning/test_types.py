@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from calmix.errors import InputError
-from calmix.models import find_blocks
-from calmix.models.blocks import outer_layers
-from calmix.pruning import allocate, allocation, prune
+from calmix.models.blocks import find_blocks, outer_layers
+from calmix.pruning import allocation
 from calmix.pruning.allocation import (
     LOGIT,
     LossPass,
+    allocate,
     cheapest,
     file_bytes,
     file_weights,
     types_for,
 )
-from calmix.pruning.engine import run_through
+from calmix.pruning.engine import prune, run_through
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, as_pattern
 from calmix.pruning.solvers.ggml import TYPES

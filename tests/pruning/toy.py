@@ -5,7 +5,7 @@ import json
 import torch
 from pydantic import Field
 
-from calmix.models import find_blocks
+from calmix.models.blocks import find_blocks
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import METHODS, Method, Solution
 from calmix.pruning.methods.base import Quantiser

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from calmix.errors import SourceError
-from calmix.sources import builtin_sources
 from calmix.sources.hub import HubText
+from calmix.sources.registry import builtin_sources
 
 # A row of each data set with more fields than text, as on its card, and the text read from it.
 CHOICES = {

@@ -5,12 +5,13 @@ import json
 import pytest
 import torch
 
-from calmix.calibration import CalibrationSet, parse_calibration
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.resolving import parse_calibration
 from calmix.errors import InputError
 from calmix.evaluation.suites import builtin_suites, provenance
-from calmix.models import builtin_models
-from calmix.sources import builtin_sources, offline_sources
+from calmix.models.hub import builtin_models
 from calmix.sources.licences import use_of
+from calmix.sources.registry import builtin_sources, offline_sources
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 USES = {

@@ -10,12 +10,13 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from calmix.calibration import open_tokenizer, resolve
+from calmix.calibration.resolving import resolve
+from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import SourceError
-from calmix.sources import get_source
 from calmix.sources.documents import fields, fill, lookup
 from calmix.sources.local import LocalFile
 from calmix.sources.offline import AssetText, PackageFiles, PythonText, ReasoningGym
+from calmix.sources.registry import get_source
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
 
@@ -248,7 +249,7 @@ def test_unknown_package_or_generator():
 
 
 PROGRAM = """
-from calmix.sources import get_source
+from calmix.sources.registry import get_source
 from calmix.sources.registry import documents_hash
 for name in ("word-problems", "arithmetic", "algebra", "logic-puzzles"):
     reader = get_source(name).reader.model_copy(update={"documents": 40})

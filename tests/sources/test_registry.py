@@ -8,11 +8,16 @@ from calmix import assets
 from calmix.calibration.leakage import guard_of
 from calmix.calibration.selfgen.generators import GENERATORS
 from calmix.errors import InputError, SourceError
-from calmix.sources import builtin_sources, get_source, offline_sources, own_sources
 from calmix.sources.hub import HubText
 from calmix.sources.local import LocalFile
 from calmix.sources.offline import AssetText, word_runs
-from calmix.sources.registry import GENERATOR_NAMES
+from calmix.sources.registry import (
+    GENERATOR_NAMES,
+    builtin_sources,
+    get_source,
+    offline_sources,
+    own_sources,
+)
 from tests.tiny import quick
 
 DIMENSIONS = {"general", "commonsense", "code", "math"}

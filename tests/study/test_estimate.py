@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import pytest
 
 from calmix.errors import InputError, ModelError
-from calmix.evaluation.evaluate import choose
-from calmix.models import find_blocks
-from calmix.study import estimate, load_study
+from calmix.evaluation.suites import choose
+from calmix.models.blocks import find_blocks
+from calmix.study import estimate
 from calmix.study.estimate import EmptyModel, suite_size
+from calmix.study.spec import load_study
 from calmix.study.trials import plan
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model
 

@@ -9,9 +9,10 @@ from types import SimpleNamespace
 import pytest
 
 from calmix.errors import InputError
-from calmix.study import load_study, run_study, running
+from calmix.study import running
 from calmix.study.bench import Bench
-from calmix.study.running import check_room, on_ray
+from calmix.study.running import check_room, on_ray, run_study
+from calmix.study.spec import load_study
 from calmix.study.store import SILENCE, open_store
 from tests.forks import command, run, start, stopped, wait
 from tests.study.conftest import outcomes, write_study

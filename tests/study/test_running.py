@@ -14,20 +14,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from calmix.calibration import CalibrationSet, resolve
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.resolving import resolve
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.evaluation.scores import write_scores
-from calmix.models import open_model
-from calmix.pruning import Unstructured, prune
+from calmix.models.opening import open_model
+from calmix.pruning.engine import prune
+from calmix.pruning.patterns import Unstructured
 from calmix.pruning.solvers.grids import read_grids
-from calmix.recovery import recover
+from calmix.recovery.checkpoint import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
-from calmix.study import load_study, read_results, run_study
 from calmix.study import running as running_module
-from calmix.study.running import chosen_trials
-from calmix.study.store import SILENCE, open_store
+from calmix.study.running import chosen_trials, run_study
+from calmix.study.spec import load_study
+from calmix.study.store import SILENCE, open_store, read_results
 from calmix.study.trials import plan
 from tests.study.conftest import outcomes, writer
 from tests.tiny import load_weights, save_tiny_model

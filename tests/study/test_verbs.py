@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from calmix.evaluation.scores import write_scores
-from calmix.study import load_study, read_results
 from calmix.study.declaring import declaration
+from calmix.study.spec import load_study
+from calmix.study.store import read_results
 from calmix.study.trials import plan
 from tests.tiny import quick
 

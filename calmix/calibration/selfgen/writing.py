@@ -24,10 +24,10 @@ from torch import Tensor
 from calmix.errors import InputError
 from calmix.files import write_bytes
 from calmix.machine import device_memory, out_of_memory
-from calmix.models import OpenModel
 from calmix.models.caches import cache_argument, mixes_rows, reserved_cache
 from calmix.models.chat import end_tokens, generating
 from calmix.models.loading import quiet_transformers
+from calmix.models.opening import OpenModel
 
 BATCH = 128  # rows at a time; on two cores throughput does not grow beyond
 MEMORY_SHARE = 0.7  # of the free memory, for a batch

@@ -2,10 +2,11 @@
 
 import pytest
 
-from calmix.calibration import CalibrationSet, resolve
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.resolving import resolve
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.errors import InputError
-from calmix.models import open_model
+from calmix.models.opening import open_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 TEMPLATE = (

@@ -7,15 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from calmix.calibration import CalibrationSet, parse_calibration
+from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex
+from calmix.calibration.resolving import parse_calibration
 from calmix.calibration.selfgen import generators, prompts
 from calmix.calibration.selfgen.generators import GENERATORS, generate, objective, select_rows
 from calmix.calibration.selfgen.ngrams import aggregation
 from calmix.calibration.selfgen.prompts import beginnings, start_token
 from calmix.calibration.selfgen.writing import Written
 from calmix.errors import InputError
-from calmix.sources import get_source
+from calmix.sources.registry import get_source
 from tests.tiny import tiny_tokenizer
 
 LOOP = (1, 2) * 8
