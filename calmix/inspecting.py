@@ -22,7 +22,7 @@ from calmix.compression.card import CARD_PAGE
 from calmix.compression.stages import FILE_KIND
 from calmix.deploy.pack import CONFIG, config_of
 from calmix.errors import CalmixError, InputError, first_line
-from calmix.evaluation import generations, scores
+from calmix.evaluation import scores
 from calmix.files import RESULTS, cached_sha256, check_links, read_object, sha256_file
 from calmix.manifest import (
     MANIFEST,
@@ -300,12 +300,6 @@ def _work(folder: Path, health: Health, say: Say) -> None:
         health.problems += inspect(folder / SET, say).problems
 
 
-def _answers(path: Path, health: Health, say: Say) -> None:
-    answers = generations.load_answers(path)
-    names = ", ".join(name for name, _ in answers.models)
-    health.facts = {"models": names, "prompts": len(answers.prompts)}
-
-
 def _scores(path: Path, health: Health, say: Say) -> None:
     loaded = scores.load_scores(path)
     health.facts = {
@@ -330,6 +324,5 @@ MARKED |= {
 }
 FILES: dict[str, Check] = {
     scores.KIND: _scores,
-    generations.KIND: _answers,
     FILE_KIND: _model,
 }

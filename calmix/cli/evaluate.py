@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import chain
@@ -612,32 +611,6 @@ def _print_answers(answers: Answers, scores: CapabilityScores) -> None:
     line("")
     rows = [{k.removeprefix("#"): v for k, v in row.items()} for row in fault_rows(answers)]
     print_table(rows, title="faults that a program can see", least=["repeat %", "p", "of"])
-
-
-@verb("answers", of=evaluate, json=False)
-def answers(
-    opening: ModelOptions,
-    models: tuple[str, ...] = option(..., "Models, the dense one first.", argument=True),
-    output: Path = path_option(..., "JSON file to write."),
-    overwrite: bool = option(False, "Replace the output file."),
-) -> None:
-    """Show the greedy answers of several models to ten plain questions."""
-    from calmix.evaluation.generations import TOKENS, answer_all, panel
-    from calmix.models.opening import check_models
-    from calmix.report import words
-
-    how = opening.opening()
-    check_output_file(output, inputs=models, overwrite=overwrite)
-    check_models(*models, **how)
-    questions = panel()
-    with Progress() as bar:
-        answered = answer_all(models, questions, bar, **how)
-    answered.save(output)
-    for prompt, *texts in zip(questions, *answered.answers, strict=True):
-        line(f"\n{words.wrapped(prompt.shown)}")
-        for name, text in zip(models, texts, strict=True):
-            line(f"{name}:\n{textwrap.indent(text, '  ')}")
-    note(f"wrote {output}: greedy answers, cut at {TOKENS} tokens")
 
 
 @verb("perplexity", of=evaluate)

@@ -28,12 +28,12 @@ from calmix.compression.stages import StageRequest
 from calmix.deploy.speed import INSTALL, engine, measure
 from calmix.errors import InputError, ModelError
 from calmix.evaluation import floors
-from calmix.evaluation.answers import Answers, compare_answers
+from calmix.evaluation.answers import Answers, Turned, compare_answers, turned
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
-from calmix.evaluation.generations import Answered, load_answers
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import load_pairs
 from calmix.evaluation.suites import load_suite, provenance
+from calmix.evaluation.tasks import load_items
 from calmix.files import size_text, user_path, write_json, write_text
 from calmix.manifest import GGUF, Input, lineage, read_record, read_sealed, record
 from calmix.models.hub import builtin_models
@@ -47,6 +47,7 @@ from calmix.report.pages import Bar, Figure, render
 from calmix.sources.licences import use_of
 from calmix.sources.registry import builtin_sources
 
+SIDE_BY_SIDE = 12  # lost and gained answers that the card shows
 WEIGHTS = ".safetensors"
 CARD_PAGE, ANSWERS_PAGE, README, MODELFILE, SPEED = (
     "card.html",
@@ -79,7 +80,7 @@ class Card:
     recoveries: tuple[Mapping[str, Any], ...]
     pairs: Sequence[Pair]  # the scores of both models on each suite
     prompted: Pair | None  # the scores of both models on the user's prompts
-    answers: Answered | None
+    questions: Mapping[str, str]  # of the suites, by item
     tasks: list[dict[str, str]]  # that were scored, with origin and licence
     hashes: list[dict[str, str]]  # of inputs and outputs
 
@@ -200,6 +201,11 @@ class Card:
     def faults(self) -> list[dict[str, Any]]:
         """The table of faults in these answers."""
         return fault_rows(self._compared) if self._compared else []
+
+    @cached_property
+    def turned(self) -> list[Turned]:
+        """Answers that were lost or gained, to show."""
+        return turned(self.pairs, SIDE_BY_SIDE)
 
     @property
     def shortly(self) -> str:
@@ -413,15 +419,17 @@ def read_card(out: Path) -> Card:
         for name, value in results.hashes(folder).items()
         if name.endswith((WEIGHTS, GGUF)) or name == "config.json"
     }
-    tasks: list[dict[str, str]] = []
+    tasks, questions = list[dict[str, str]](), dict[str, str]()
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
         suites = ["abilities" if name == BEHAVIOUR else options["suite"] for name in names]
         for suite, (_, scored_by) in zip(suites, pairs, strict=True):
             for one in scored_by.tasks:
-                origin = provenance(load_suite(suite).tasks[one.name])
+                spec = load_suite(suite).tasks[one.name]
+                origin = provenance(spec)
+                if one.answers:
+                    questions |= {ask.id: ask.question for ask in load_items(spec)}
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
-    answers = load_answers(out / "answers.json") if (out / "answers.json").exists() else None
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
     return Card(
         out,
@@ -444,7 +452,7 @@ def read_card(out: Path) -> Card:
         tuple(one["recovery"] for one in reversed(trained)),
         pairs,
         load_pairs([out / PROMPTS])[0] if (out / PROMPTS).exists() else None,
-        answers,
+        questions,
         tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],
     )
@@ -522,9 +530,7 @@ def kept_figure(card: Card) -> Figure | None:
 
 def card_page(card: Card) -> str:
     """Return the report card as HTML."""
-    answered = card.answers
-    answers = [] if answered is None else zip(answered.prompts, *answered.answers, strict=True)
-    return render("card.html", card=card, kept=kept_figure(card), answers=[*answers])
+    return render("card.html", card=card, kept=kept_figure(card))
 
 
 def model_card(card: Card) -> str:

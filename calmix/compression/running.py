@@ -24,7 +24,7 @@ from calmix.compression.plan import (
     splits,
 )
 from calmix.compression.results import COMPRESSED, COMPRESSED_RUN, SEARCH, Results, ready
-from calmix.compression.stages import Answer, Draw, Export, Pack, Prune, Recover, Score, Stage
+from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.suites import choose
 from calmix.files import alone, read_object, remove, size_text, user_path, write_json
@@ -81,11 +81,6 @@ def stages(request: Request, out: Path, existing: str | None = None) -> list[Sta
     return [
         *listed,
         *(scoring(request, file, product, out / file) for file in slices(request)),
-        Stage(
-            "answer questions",
-            Answer(reads=model | {"against": dense}, how=how),
-            out / "answers.json",
-        ),
         Stage("report card", Report(out), None),
     ]
 

@@ -17,7 +17,6 @@ from calmix.compression.results import Result, ready
 from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack
 from calmix.evaluation.comparison import evaluate_against, scores_record
-from calmix.evaluation.generations import answer_all, panel, prompts_record
 from calmix.evaluation.scores import describe, load_dense, write_scores
 from calmix.evaluation.suites import Suite, choose, runnable
 from calmix.files import sha256_file, write_json
@@ -277,24 +276,6 @@ class Score(StageRequest):
         )
         scores = replace(scores, not_run=tuple(left_out))
         write_scores(output, scores_record(scores, dense))
-
-
-@dataclass(frozen=True)
-class Answer(StageRequest):
-    """Show answers of the dense and the smaller model to ten questions."""
-
-    @property
-    def decides(self) -> dict[str, Any]:
-        return prompts_record(panel())
-
-    @property
-    def words(self) -> tuple[str, ...]:
-        names = self.named("against"), self.named("model")
-        return "evaluate", "answers", *names, *option_words(self.how)
-
-    def run(self, output: Path, bar: Progress) -> None:
-        names = self.named("against"), self.named("model")
-        answer_all(names, panel(), bar, **self.how).save(output)
 
 
 @dataclass(frozen=True)

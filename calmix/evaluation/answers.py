@@ -8,7 +8,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
+from itertools import chain, islice, zip_longest
 from typing import Any
 
 from calmix.evaluation.behaviour import Counted, Pair, TaskPair, held, paired, proportion
@@ -87,6 +87,36 @@ def compare_answers(*pairs: Pair) -> Answers | None:
         tuple(known.values()),
         {one.name: 1 - one.pruned / one.asked for one in repeated if one},
     )
+
+
+@dataclass(frozen=True)
+class Turned:
+    """An item of a suite that only one of two models answers rightly: the dense one if it was
+    `lost`, else the smaller one. Both answers."""
+
+    task: str
+    item: str
+    lost: bool
+    dense: str
+    small: str
+
+
+def turned(pairs: Sequence[Pair], most: int) -> list[Turned]:
+    """Return at most so many answers that were lost or gained, from each task in turn, those that
+    were lost first."""
+    by_task = []
+    for dense, small in held(pairs, lambda task: bool(task.answers) and not own(task)):
+        both = zip(
+            dense.items, dense.values, small.values, dense.answers, small.answers, strict=True
+        )
+        changes = [
+            Turned(dense.name, item, before > after, one, other)
+            for item, before, after, one, other in both
+            if before != after
+        ]
+        by_task.append(sorted(changes, key=lambda one: not one.lost))
+    in_turn = filter(None, chain.from_iterable(zip_longest(*by_task)))
+    return sorted(islice(in_turn, most), key=lambda one: not one.lost)
 
 
 def _columns(tasks: Sequence[TaskPair], field: str) -> list[tuple[Any, Any]]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from calmix.evaluation.generations import TOKENS
 from calmix.report import words
 
 
@@ -64,5 +63,5 @@ def render(name: str, **context: Any) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    templates.globals |= {"w": words, "TOKENS": TOKENS, "zip": zip}
+    templates.globals |= {"w": words, "zip": zip}
     return templates.get_template(name).render(context)

@@ -38,7 +38,6 @@ VERBS = {
     "calibrate show": "{text}",
     "evaluate run": "{model} --against {other} --suite {suite} -o {out}.json",
     "evaluate rescore": "{scores}",
-    "evaluate answers": "{model} {other} -o {out}.json",
     "evaluate perplexity": "{model} --text {text}",
     "evaluate suites": "",
     "evaluate suite": "{suite}",

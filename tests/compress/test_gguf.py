@@ -23,11 +23,10 @@ from tests.compress.conftest import arguments, prepare, stopping
 from tests.pruning.test_imatrix import save_gguf, vectors
 from tests.tiny import save_tiny_model, tiny_gguf
 
-STAGES = ["calibrate", "prune", "export", "evaluate", "answers", "report"]
+STAGES = ["calibrate", "prune", "export", "evaluate", "report"]
 FILES = [
     "Modelfile",
     "README.md",
-    "answers.json",
     "calibration",
     "card.html",
     "compress-run.json",
@@ -84,7 +83,7 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_file(
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert (out / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
     record = read_compressed(out)
-    assert [one.split()[1 + (" answers " in one)] for one in record["commands"].values()] == STAGES
+    assert [one.split()[1] for one in record["commands"].values()] == STAGES
     # What is scored is the file.
     scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
     assert scores["model"]["name"] == str(out / "model.gguf")
@@ -119,7 +118,7 @@ def test_a_file_that_was_changed_or_moved(calmix, words, out):
     (out / "model.gguf").unlink()
     ended = calmix(*words(out)).ok()  # made again, from the calibration set that is left
     assert (out / "model.gguf").read_bytes() == before
-    assert ended.err.count("already done") == 3
+    assert ended.err.count("already done") == 2
     assert not (out / "quantised").exists()
 
 
@@ -221,7 +220,7 @@ def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp
     assert sorted(path.name for path in out.iterdir()) == [n for n in FILES if n != "calibration"]
     text = (out / "card.html").read_text(encoding="utf-8")
     assert f"The text of the importance matrix {matrix} is not known." in text
-    assert calmix(*words).ok().err.count("already done") == 4
+    assert calmix(*words).ok().err.count("already done") == 3
     calmix("doctor", "inspect", out).ok()
     matrix.write_bytes(other.read_bytes())
     assert "imatrix_sha256" in calmix(*words).line or "another model" in calmix(*words).line

@@ -77,10 +77,6 @@ def other_scores(out, _):
     changed(out / "scores.json", change)
 
 
-def other_answers(out, _):
-    changed(out / "answers.json", lambda value: value.update(request={"prompts": "others"}))
-
-
 def older_folder(out, _):
     changed(out / "compress.json", lambda value: value.pop("stages"))
 
@@ -92,7 +88,6 @@ def older_folder(out, _):
         (lambda out, _: other_weights(out / "model"), "scores.json was made from "),
         (unlisted_weights, ".safetensors is damaged or changed"),
         (other_scores, "(000000000000), but "),
-        (other_answers, "answers.json was made on another request (prompts: "),
         (older_folder, "was made by an older calmix, which did not record what its results were"),
     ],
 )

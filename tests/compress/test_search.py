@@ -254,10 +254,10 @@ def test_timeout_after_a_pass_resumes(want, out, ticks):
     found = searched(want, out, run, 15)
     assert ([*found.passed], found.ended, found.bits) == ([4.5], "time", 4.5)
     assert "time ran out" in found.why()
-    for name in ("answers.json", "compress.json"):  # made from its model
+    for name in ("scores.json", "compress.json"):  # made from its model
         (out / name).write_text("of 4.5 bits")
     assert [*searched(want, out, stop, 5).passed] == [4.5]
-    assert (out / "answers.json").exists()  # too little time for a candidate removes nothing
+    assert (out / "scores.json").exists()  # too little time for a candidate removes nothing
     run = Fake(ALL | {3.2: 20})
     found = searched(want, out, run)
     assert run.run == ["prune", "recover", "evaluate", "prune", "evaluate"]

@@ -19,7 +19,7 @@ from calmix.progress import Progress
 from tests.compress.conftest import arguments, prepare, stopping
 from tests.tiny import load_weights, save_tiny_model
 
-STAGES = ["calibrate", "prune", "export", "evaluate", "answers", "report"]
+STAGES = ["calibrate", "prune", "export", "evaluate", "report"]
 
 
 @pytest.fixture(scope="session")

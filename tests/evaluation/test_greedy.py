@@ -1,18 +1,15 @@
 """Greedy answers equal those of transformers; the panel, files of prompts, saved answers."""
 
 import functools
-import json
 import random
 
 import pytest
 import torch
 from tokenizers import decoders
 
-from calmix.errors import InputError, ModelError
+from calmix.errors import ModelError
 from calmix.evaluation import greedy
-from calmix.evaluation.generations import Answered, answer, load_answers, panel
 from calmix.evaluation.greedy import Prompt, answers, loops
-from calmix.manifest import SEAL, sealed
 from calmix.models.chat import end_tokens, in_chat
 from calmix.models.opening import OpenModel, open_model
 from tests.evaluation.helpers import opened
@@ -140,23 +137,3 @@ def test_looping_answer_is_cut():
     assert not loops([7, 8, 9] * 20)  # too short to be sure
     assert not loops(list(range(64)))
     assert not loops([*range(20)] * 5)  # periods this long occur in lists of similar lines
-
-
-def test_answers_file(tmp_path):
-    out, prompts = tmp_path / "answers.json", panel()[:2]
-    made = Answered(tuple(prompts), (("tiny", "hash"),), (answer(opened(), prompts),))
-    made.save(out)
-    assert load_answers(out) == made
-    value = json.loads(out.read_text(encoding="utf-8"))
-    for wrong, says in (
-        ({"kind": "x"}, "is not a file of answers"),
-        ({"answers": [["a"]]}, "do not match"),
-        ({"models": 1}, "is damaged: 'models'"),
-    ):
-        out.write_text(json.dumps(sealed(value | wrong)), encoding="utf-8")
-        with pytest.raises(InputError, match=says):
-            load_answers(out)
-    for changed in (value | {"tokens": 1}, {k: v for k, v in value.items() if k != SEAL}):
-        out.write_text(json.dumps(changed), encoding="utf-8")
-        with pytest.raises(InputError, match="is damaged"):
-            load_answers(out)
