@@ -116,7 +116,7 @@ def compress(
             f"types: {card.substitutes} matrices have a substitute: 256 does not divide their rows"
         )
     if card.file and not card.gguf:
-        line(f"levels: {card.file['bits']} bits and a scale {card.groups}")
+        line(f"levels: {card.levels} bits and a scale {card.groups}")
     for command in card.runs:
         line(f"run: {command}")
     line(f"card: {page}, after {duration(time.monotonic() - began)}")

@@ -120,7 +120,7 @@ def _vllm(options: ExportOptions, form: str, bar: Progress) -> Made:
     forget(options.output)
     return facts, (
         f"{size_text(facts['before'])} of weights in a folder of {size_text(facts['bytes'])} "
-        f"({facts['rate']:.2f} bits per weight, {facts['matrices']} matrices of {facts['bits']} "
+        f"({facts['rate']:.2f} bits per weight, {facts['matrices']} matrices of {facts['bits']:g} "
         f"bits in groups of {facts['group']})"
     )
 

@@ -122,6 +122,13 @@ class Card:
         return sum(bool(one["type"] and one["columns"] % 256) for one in layers)
 
     @property
+    def levels(self) -> str:
+        """The bits of the levels of a checkpoint for vLLM."""
+        counts = self.file["levels"].items()
+        each = ", ".join(f"{count} with {bits}" for bits, count in sorted(counts))
+        return f"{self.file['bits']:g}" + (f" on average ({each})" if len(counts) > 1 else "")
+
+    @property
     def groups(self) -> str:
         """The groups of a checkpoint for vLLM, and why they are small."""
         group, text = self.file["group"], f"for every {self.file['group']} inputs"
@@ -269,7 +276,7 @@ class Card:
         """How many weights are zero, the bits per weight, and the types of a GGUF file."""
         if self.file and not self.gguf:
             return (
-                f"The checkpoint has {self.bits:.2f} bits per weight: {self.file['bits']} in "
+                f"The checkpoint has {self.bits:.2f} bits per weight: {self.levels} in "
                 f"{self.file['matrices']} matrices, with a scale {self.groups}; all else is as in "
                 "the dense model."
             )

@@ -313,15 +313,15 @@ def bits_for(request: Target) -> float:
         tensors = wanted - overhead(request.model, request.like)
         return math.floor(800 * tensors / file_weights(_empty(request).model)) / 100
     if product_of(request) == "vllm":
-        tried = filter(partial(reachable, request), range(8, 1, -1))
-        fits = (bits for bits in tried if checkpoint_bytes(request, bits) <= wanted)
-        if (bits := next(fits, None)) is None:
-            least = size_text(checkpoint_bytes(request, 2))
+        most = 7 if request.asymmetric else 8
+        low, high = (checkpoint_bytes(request, bits) for bits in (2, most))
+        if wanted < low:
             raise InputError(
                 f"--size {request.size} is out of reach: a checkpoint of {request.model} in 2 bits "
-                f"has {least}"
+                f"has {size_text(low)}"
             )
-        return bits
+        bits = 2 + (most - 2) * (wanted - low) / (high - low)
+        return min(math.floor(100 * bits) / 100, most)
     if (size := pack_sizes(request)) is None:
         raise InputError(
             f"--size: {request.model} has fused or transposed matrices, or experts, whose levels a "
@@ -412,12 +412,8 @@ def check_options(options: Compression) -> Checked:
         if target["type"]:
             target["type"] = request.pattern  # as llama.cpp spells it
         _check_bits(options, options.bits)
-        if product == "vllm" and options.bits not in (None, *range(2, 9)):
-            raise InputError(
-                f"--bits {options.bits:g}: levels for vLLM have whole bits, 2 to 8; with their "
-                "scales, 3 take 3.1 at --group 128 and 3.5 at --group 32. For others choose "
-                "--for gguf"
-            )
+        if product == "vllm":
+            request.chosen.check(request.target, 0)
         if (share := request.target.sparsity) > SPARSEST and not options.anyway:
             raise InputError(
                 f"{share:.3g} of the weights as zeros: above {SPARSEST:g} no measured model keeps "

@@ -2,12 +2,13 @@
 
 A model quantised by GPTQ keeps its levels and scales: they are packed as solved
 (`calmix.models.packed`), and the new checkpoint is decoded and compared with the model bit by bit
-before it is moved into place. Everything else is stored as in the model. All layers have one
-scheme: engines fuse some of them, and some readers know a single scheme.
+before it is moved into place. Everything else is stored as in the model. Layers of one input have
+one scheme: engines fuse them.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
@@ -43,7 +44,6 @@ from calmix.models.packed import (
 )
 from calmix.models.shards import Place, read_tensor, stored_tensors, weight_bytes, write_model
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.patterns import Rate, as_pattern
 from calmix.pruning.solvers.grids import Grid, read_grids
 
 GROUPS = 128, 64, 32  # inputs that share a scale, as engines have kernels for
@@ -80,11 +80,12 @@ def export(
 ) -> dict[str, Any]:
     """Write a model quantised by `gptq` as a checkpoint in compressed-tensors.
 
-    Returns the `bits`, `group` and `symmetric` of its levels, the number of `matrices`, the `bytes`
-    of its files and those of the model's weights `before`, and `rate`, bits per weight of all
-    tensors. `say` is called with each step as it begins. The decoded copy stays in the cache.
+    Returns the `bits` of its levels on average, the number of matrices by their whole `levels`,
+    their `group` and whether they are `symmetric`, the number of `matrices`, the `bytes` of its
+    files and those of the model's weights `before`, and `rate`, bits per weight of all tensors.
+    `say` is called with each step as it begins. The decoded copy stays in the cache.
 
-    Raises InputError for a model without the levels of one scheme that engines run.
+    Raises InputError for a model without levels that engines run.
     """
     folder = user_path(name)
     check_folder(folder)
@@ -99,13 +100,14 @@ def export(
             "gptq,group=128 --bits 4"
         )
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
-    rate = as_pattern(request["pattern"])
-    assert isinstance(rate, Rate)
-    bits, symmetric = int(rate.bits), bool(request["options"].get("symmetric", True))
+    symmetric = bool(request["options"].get("symmetric", True))
     places = stored_tensors(folder)
     say("convert")
     with closing(StreamedModel(name)) as model:
-        grids, ignored = _layers(folder, model, places)
+        grids, layers, ignored = _layers(folder, model, places)
+    taken = next(one["pruning"]["layers"] for one in lineage(manifest) if "pruning" in one)
+    rates = {one["name"]: one["bits"] for one in taken}
+    bits = {key: int(rates[layer]) for key, layer in layers.items()}  # a scale takes less than one
     sizes = {places[key].shape[1] // grid.scale.shape[1] for key, grid in grids.items()}
     if len(sizes) > 1 or not sizes <= {*GROUPS}:
         raise InputError(
@@ -117,7 +119,8 @@ def export(
         write_model(beside, _tensors(places, grids, bits, symmetric))
         copy_files(folder, beside, matching(folder, BESIDE_WEIGHTS))
         config = read_object(folder / "config.json", "")
-        settings = quantization_config(bits, group, symmetric, ignored)
+        by_bits = {n: [layers[key] for key in bits if bits[key] == n] for n in {*bits.values()}}
+        settings = quantization_config(by_bits, group, symmetric, ignored)
         write_json(beside / "config.json", config | {QUANTIZATION_CONFIG: settings})
         say("check")
         copy = resolve_model(str(beside))
@@ -128,8 +131,11 @@ def export(
             )
         hashes = file_hashes(beside)
         tensors = sum(place.size for place in stored_tensors(beside).values())
+        counts = {key: places[key].count for key in bits}
+        average = sum(bits[key] * count for key, count in counts.items()) / sum(counts.values())
         facts: dict[str, Any] = {
-            "bits": bits,
+            "bits": round(average, 2),
+            "levels": dict(Counter(map(str, bits.values()))),
             "group": group,
             "symmetric": symmetric,
             "matrices": len(grids),
@@ -150,29 +156,32 @@ def export(
 
 
 def quantization_config(
-    bits: int, group: int, symmetric: bool, ignored: list[str]
+    layers: Mapping[int, list[str]], group: int, symmetric: bool, ignored: list[str]
 ) -> dict[str, Any]:
-    """Return what a checkpoint's config.json says of its levels."""
-    weights = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "group",
-        "group_size": group,
-        "dynamic": False,
-    }
-    scheme = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-        "format": PACKED_FORMAT,
-    }
+    """Return what a checkpoint's config.json says of its levels: `layers` by their bits."""
+    schemes = [
+        {
+            # By class only if all are alike: vLLM asks for the class before the parts of a layer.
+            "targets": names if len(layers) > 1 else ["Linear"],
+            "weights": {
+                "num_bits": bits,
+                "type": "int",
+                "symmetric": symmetric,
+                "strategy": "group",
+                "group_size": group,
+                "dynamic": False,
+            },
+            "input_activations": None,
+            "output_activations": None,
+            "format": PACKED_FORMAT,
+        }
+        for bits, names in sorted(layers.items())
+    ]
     return {
         "quant_method": PACKED_METHOD,
         "format": PACKED_FORMAT,
         "quantization_status": "compressed",
-        "config_groups": {"group_0": scheme},
+        "config_groups": {f"group_{number}": one for number, one in enumerate(schemes)},
         "ignore": ignored,
         "kv_cache_scheme": None,
     }
@@ -180,9 +189,9 @@ def quantization_config(
 
 def _layers(
     folder: Path, model: StreamedModel, places: Mapping[str, Place]
-) -> tuple[dict[str, Grid], list[str]]:
-    """Return the grids of the blocks' matrices by their names in the files, and the linear layers
-    that have none."""
+) -> tuple[dict[str, Grid], dict[str, str], list[str]]:
+    """Return the grids of the blocks' matrices by their names in the files, the layers that these
+    are in the model, and the linear layers without a grid."""
     shapes = {name: value.shape for name, value in model.model.state_dict().items()}
     grids = read_grids(folder, shapes)
     names = stored_names(folder, grids, places)
@@ -194,11 +203,15 @@ def _layers(
         )
     linear = (name for name, one in model.model.named_modules() if isinstance(one, nn.Linear))
     ignored = [name for name in linear if f"{name}.weight" not in grids]
-    return {names.get(name, name): grid for name, grid in grids.items()}, ignored
+    layers = {names.get(name, name): name.removesuffix(".weight") for name in grids}
+    return {names.get(name, name): grid for name, grid in grids.items()}, layers, ignored
 
 
 def _tensors(
-    places: Mapping[str, Place], grids: Mapping[str, Grid], bits: int, symmetric: bool
+    places: Mapping[str, Place],
+    grids: Mapping[str, Grid],
+    bits: Mapping[str, int],
+    symmetric: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of the checkpoint, those of a matrix in place of its weights."""
     for name, place in places.items():
@@ -208,17 +221,18 @@ def _tensors(
             continue
         layer, grid = name.removesuffix("weight"), grids[name]
         levels = grid.levels(weight).view(len(weight), grid.scale.shape[1], -1)
-        zero = torch.full(grid.scale.shape, 2.0 ** (bits - 1))
+        most = 2 ** bits[name]
+        zero = torch.full(grid.scale.shape, most / 2)
         if not symmetric:  # the lowest level, or zero, is the least integer
             zero = -levels.amin(-1).clamp_(max=0)
         numbers = levels + zero[..., None]
-        if not bool(((numbers >= 0) & (numbers < 2**bits)).all()):
-            raise ModelError(f"{name} has levels beyond {bits} bits: quantise the model again")
-        yield layer + PACKED, pack(numbers.to(torch.uint8).view(weight.shape), bits)
+        if not bool(((numbers >= 0) & (numbers < most)).all()):
+            raise ModelError(f"{name} has levels beyond {bits[name]} bits: quantise it again")
+        yield layer + PACKED, pack(numbers.to(torch.uint8).view(weight.shape), bits[name])
         yield layer + SCALE, grid.scale.to(weight.dtype)
         yield layer + SHAPE, torch.tensor(weight.shape)
         if not symmetric:
-            yield layer + ZERO, pack(zero.to(torch.uint8).T.contiguous(), bits).T
+            yield layer + ZERO, pack(zero.to(torch.uint8).T.contiguous(), bits[name]).T
 
 
 def _difference(before: Mapping[str, Place], after: Mapping[str, Place]) -> str | None:

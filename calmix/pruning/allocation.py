@@ -1,12 +1,12 @@
-"""A type of GGML for every matrix: those whose rounding loses least output for the size of a file.
+"""A type of GGML for every matrix, or whole bits: those that lose least output for a file's size.
 
-The loss is measured in one pass of the dense model over the calibration set.
+The loss of rounding is measured in one pass of the dense model over the calibration set.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,9 @@ from calmix.errors import InputError
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.pruning.engine import Run, check_ids, check_pattern, costs_in_memory, run_through
-from calmix.pruning.methods import Look, get_method
+from calmix.pruning.methods import Look, Method, get_method
+from calmix.pruning.methods.ggml import Typed
+from calmix.pruning.methods.gptq import Gptq
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
 from calmix.pruning.recipes import check_whole
 from calmix.pruning.solvers.block_grid import fitting
@@ -143,10 +145,13 @@ class LossPass(Run):
 
     name: ClassVar[str] = LOSS
 
-    def __init__(self, model: nn.Module, blocks: DecoderBlocks) -> None:
-        outer = outer_layers(model)
-        outside = {n: Blocks("Q8_0") for n, weight in outer.items() if types_for(weight.shape[1])}
-        super().__init__(model, blocks, Look(), outside)
+    def __init__(
+        self, model: nn.Module, blocks: DecoderBlocks, outer: Mapping[str, Pattern] | None = None
+    ) -> None:
+        if outer is None:
+            each = outer_layers(model).items()
+            outer = {name: Blocks("Q8_0") for name, weight in each if types_for(weight.shape[1])}
+        super().__init__(model, blocks, Look(), outer)
         self.seen = self._measure
         self.losses: dict[str, dict[str, float]] = {}
 
@@ -157,11 +162,16 @@ class LossPass(Run):
     def _record(
         self, name: str, weight: Tensor, squares: Tensor, worth: float | None = None
     ) -> None:
-        energy, losses = rounding_losses(weight, squares)
+        energy, losses = rounding_losses(weight, squares, self._rounded)
         scale = 1.0 if worth is None else worth * energy / self.report.tokens
         if self.report.weighted:
             scale = energy * len(weight) / (2 * self.report.tokens)
         self.losses[name] = {kind: scale * loss for kind, loss in losses.items()}
+
+    def _rounded(self, rows: Tensor, squares: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """Yield rows rounded in each way, with its name."""
+        for kind in types_for(rows.shape[1]):
+            yield kind.name, quantise(rows, squares, name=kind.name).values()
 
     def outside(self) -> None:
         """Measure head and embeddings; all inputs of separate embeddings count alike."""
@@ -191,20 +201,84 @@ class LossPass(Run):
         return _extreme(matrices, 0) | chosen
 
 
-def rounding_losses(weight: Tensor, squares: Tensor) -> tuple[float, dict[str, float]]:
-    """Return a row's mean output energy, and the share of it that GGML's rounding loses, by type.
+class LevelPass(LossPass):
+    """The same for whole bits of a quantiser's levels. Layers of one input have equal bits: engines
+    fuse them."""
+
+    def __init__(self, model: nn.Module, blocks: DecoderBlocks, method: Gptq) -> None:
+        super().__init__(model, blocks, {})
+        self.quantiser, self._together = method, list[list[str]]()
+
+    def _measure(self, layers: list[Prunable], statistic: Tensor) -> None:
+        super()._measure(layers, statistic)
+        self._together.append([layer.name for layer in layers])
+
+    def _rounded(self, rows: Tensor, squares: Tensor) -> Iterator[tuple[str, Tensor]]:
+        stacked = rows.T.contiguous()
+        for bits in self.quantiser.choices:
+            yield str(bits), self.quantiser.grid([rows], bits).nearest(stacked, squares).T
+
+    def outside(self) -> None:
+        """Embeddings and head stay as they are."""
+
+    def patterns(self, target: Pattern) -> dict[str, Pattern]:
+        """Return bits by layer, of the target's on average, once all blocks are done."""
+        assert isinstance(target, Mixed)
+        counts = {layer.name: math.prod(layer.shape) for layer in self.blocks.layers}
+        choices = {
+            " ".join(names): [
+                (
+                    bits * sum(counts[name] for name in names),
+                    math.fsum(self.losses[name][str(bits)] for name in names),
+                    str(bits),
+                )
+                for bits in self.quantiser.choices
+            ]
+            for names in self._together
+        }
+        least = self.quantiser.choices[0]  # also where no input is
+        unseen = sum(count for name, count in counts.items() if name not in self.losses)
+        budget = int(target.bits * sum(counts.values())) - least * unseen
+        chosen = {
+            name: Rate(int(bits))
+            for names, bits in cheapest(choices, budget).items()
+            for name in names.split()
+        }
+        return {name: chosen.get(name, Rate(least)) for name in counts}
+
+
+def loss_pass(model: nn.Module, blocks: DecoderBlocks, method: Method) -> LossPass:
+    """Return the pass that chooses a type of GGML or whole bits for every matrix."""
+    if isinstance(method, Gptq):
+        return LevelPass(model, blocks, method)
+    return LossPass(model, blocks)
+
+
+def check_mixed(target: Mixed, model: Any, blocks: DecoderBlocks, method: Method) -> None:
+    """Refuse bits per weight that no types of a GGUF file's matrices give."""
+    if isinstance(method, Typed):
+        check_bits(target.bits, model, blocks)
+
+
+def rounding_losses(
+    weight: Tensor,
+    squares: Tensor,
+    rounded: Callable[[Tensor, Tensor], Iterable[tuple[str, Tensor]]],
+) -> tuple[float, dict[str, float]]:
+    """Return a row's mean output energy, and the share of it that rounding loses, by its name.
 
     Args:
         weight: (rows, columns); some of its rows are rounded.
         squares: sum of squares of each input, (columns,).
+        rounded: yields float32 rows rounded in several ways, given them and the squares.
     """
     some = weight[:: weight.numel() // SAMPLED | 1].float()  # of all places in a head, if odd
     squares = squares.float()
     energy = float((some.square() @ squares).sum()) or 1.0
-    losses = {}
-    for kind in types_for(weight.shape[1]):
-        wrong = quantise(some, squares, name=kind.name).values() - some
-        losses[kind.name] = float((wrong.square_() @ squares).sum()) / energy
+    losses = {
+        name: float(((values - some).square_() @ squares).sum()) / energy
+        for name, values in rounded(some, squares)
+    }
     return energy / len(some), losses
 
 
@@ -213,16 +287,18 @@ def allocate(
     ids: Tensor | CalibrationSet,
     target: Pattern | str,
     *,
+    method: Method | str = "ggml",
     micro_tokens: int | None = None,
 ) -> dict[str, Pattern]:
-    """Return a type for every matrix of a model in memory, for `calmix.prune`.
+    """Return a type for every matrix of a model in memory, for `calmix.prune`, or whole bits.
 
     Args:
         model, ids, micro_tokens: as for `calmix.prune`.
         target: bits per weight of the file, `"3.4 bits"`.
+        method: `ggml` for types, or `gptq` with its options for whole bits.
 
     Raises:
-        InputError: no types of the model's matrices give so many bits.
+        InputError: the model's matrices cannot have so many bits.
         ModelError, SolverError: as `calmix.prune`.
     """
     target = as_pattern(target)
@@ -232,9 +308,10 @@ def allocate(
     net: nn.Module = model.model if isinstance(model, OpenModel) else model
     rows = ids.ids if isinstance(ids, CalibrationSet) else ids
     blocks = find_blocks(net)
-    check_pattern(blocks, target, get_method("ggml"))
-    check_bits(target.bits, net, blocks)
-    losses = LossPass(net, blocks)
+    chosen = get_method(method)
+    check_pattern(blocks, target, chosen)
+    check_mixed(target, net, blocks, chosen)
+    losses = loss_pass(net, blocks, chosen)
     losses.weigh(costs_in_memory(net, blocks, check_ids(rows, LOSS)), power=1)
     run_through(losses, rows, micro_tokens)
     return losses.patterns(target)

@@ -54,7 +54,7 @@ from calmix.models.shards import read_file, stored_tensors, write_file, write_in
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, narrower
-from calmix.pruning.allocation import LossPass, check_bits
+from calmix.pruning.allocation import check_mixed, loss_pass
 from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import (
     BACKWARD,
@@ -148,7 +148,7 @@ class _Pruning:
             self.pattern = request.target.types(source.model, source.blocks)
         check_pattern(source.blocks, self.pattern, self.method)
         if isinstance(request.target, Mixed):
-            check_bits(request.target.bits, source.model, source.blocks)
+            check_mixed(request.target, source.model, source.blocks, self.method)
         check_run(self.engine())
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         file = self.method.importance_file
@@ -320,8 +320,8 @@ class _Pruning:
         return dropped
 
     def _allocate(self, ids: Tensor, costs: Mapping[str, Tensor]) -> None:
-        """Choose and keep types by layer, for the bits of a whole file."""
-        dense = LossPass(self.source.model, self.source.blocks)
+        """Choose and keep types or bits by layer."""
+        dense = loss_pass(self.source.model, self.source.blocks, self.method)
         if self.weighs:
             dense.weigh(costs, power=1)
         self._observe(dense, ids)

@@ -143,8 +143,9 @@ def prune(
             pattern = pattern.types(model, blocks)
         elif isinstance(pattern, Mixed):
             raise InputError(
-                f"types for {pattern.bits:g} bits are chosen first: pass "
-                f"pattern=calmix.pruning.allocate(model, ids, '{pattern.bits:g} bits')"
+                f"types or levels for {pattern.bits:g} bits are chosen first: pass "
+                "pattern=calmix.pruning.allocation.allocate(model, ids, "
+                f"'{pattern.bits:g} bits', method='{chosen.name}')"
             )
     check_pattern(blocks, pattern, chosen)
     if chosen.needs is not None:

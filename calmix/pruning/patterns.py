@@ -154,7 +154,8 @@ class Recipe(Pattern):
 
 @dataclass(frozen=True)
 class Mixed(Pattern):
-    """A number of bits per weight of a whole GGUF file, and a type of GGML for every matrix."""
+    """A number of bits per weight on average: of a whole GGUF file, with a type of GGML for every
+    matrix, or of GPTQ's levels, with whole bits for the layers of each input."""
 
     bits: float
 

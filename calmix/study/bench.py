@@ -201,7 +201,7 @@ class Bench:
         pattern: Patterns = request.target
         if request.mixed:
             assert ids is not None
-            pattern = allocate(model.model, ids, request.target)
+            pattern = allocate(model.model, ids, request.target, method=request.chosen)
         self._pruned = (), None
         report = prune(
             model,

@@ -2,10 +2,13 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from calmix.cli import app
 from calmix.compression.card import read_card
@@ -112,7 +115,7 @@ def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_
     save_tiny_model(tmp_path / "transposed", "gpt2")
     save_tiny_model(tmp_path / "odd", intermediate_size=72)
     for model, more, said in (
-        (None, ("--bits", 4.5), "--bits 4.5: levels for vLLM have whole bits, 2 to 8"),
+        (None, ("--bits", 7.5, "--asymmetric"), "asymmetric levels have 2 to 7 bits, not 7.5"),
         (None, ("--bits", 1), "below 2"),
         (None, ("--group", 128), "groups of 128 do not divide the 64 inputs of model.layers.0"),
         (None, ("--bits", 8, "--asymmetric"), "asymmetric levels have 2 to 7 bits, not 8"),
@@ -130,9 +133,44 @@ def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_
     assert "--group has no effect with --for none" in calmix(*other).line
 
 
-def test_sizes_and_searches_have_whole_bits(options, tiny_folder, tmp_path):
+def test_whole_bits_are_mixed_for_an_average(options, tiny_folder, tmp_path):
+    out = tmp_path / "out"
+    options = options | {"model": str(tiny_folder), "product": "vllm", "bits": 3.4}
+    for stage in stages(check_request(Compression(**options)), out)[:4]:
+        stage.run(Progress())
+    settings = json.loads((out / "model" / "config.json").read_text())["quantization_config"]
+    bits = {
+        name: scheme["weights"]["num_bits"]
+        for scheme in settings["config_groups"].values()
+        for name in scheme["targets"]
+    }
+    tensors = load_file(out / "model" / "model.safetensors")
+    sizes = {name: tensors[f"{name}.weight_shape"].prod().item() for name in bits}
+    assert len(bits) == 14
+    average = sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
+    assert 3.1 < average <= 3.4
+    assert len({*bits.values()}) > 1
+    for block in range(2):
+        for part, fused in (("self_attn", "qkv"), ("mlp", ("gate", "up"))):
+            names = [f"model.layers.{block}.{part}.{one}_proj" for one in fused]
+            assert len({bits[name] for name in names}) == 1
+    for name, width in bits.items():
+        columns = int(tensors[f"{name}.weight_shape"][1])
+        assert tensors[f"{name}.weight_packed"].shape[1] == -(-width * columns // 32)
+    state, quantised = open_model(out / "model").model.state_dict(), load_weights(out / "quantised")
+    assert all(torch.equal(state[name], value) for name, value in quantised.items())
+    if find_spec("compressed_tensors"):
+        loaded = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
+        ids = torch.arange(12).view(1, -1)
+        with torch.no_grad():
+            expected = open_model(out / "model", dtype="float32").model(ids).logits
+            assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
+
+
+def test_sizes_are_met_and_searches_have_whole_bits(options, tiny_folder, tmp_path):
     usual = {"model": str(tiny_folder), "product": "vllm", **options}
-    five = checkpoint_bytes(check_request(Compression(**usual, bits=5)), 5)
-    assert check_request(Compression(**usual, size=f"{five + 1:.0f}B")).bits == 5
+    for bits in (5, 3.4):
+        size = checkpoint_bytes(check_request(Compression(**usual, bits=bits)), bits)
+        assert check_request(Compression(**usual, size=f"{size + 1:.0f}B")).bits == bits
     walk = begin(Compression(**usual, keep_at_least="code=0.3"), tmp_path / "out")
     assert walk.rates == (8, 6, 5, 4, 3, 2)

@@ -98,7 +98,7 @@ def checkpoint(folder, scale, **more):
         **{f"{LAYER}.{name}": value for name, value in more.items()},
     }
     save_file(tensors, file, metadata={"format": "pt"})
-    settings = quantization_config(4, 32, True, [])
+    settings = quantization_config({4: [LAYER]}, 32, True, [])
     config.write_text(
         json.dumps(json.loads(config.read_text()) | {"quantization_config": settings})
     )

@@ -1,11 +1,14 @@
 """Patterns by layer, in Python."""
 
 import pytest
+import torch
 
 from calmix.errors import InputError
 from calmix.models.blocks import find_blocks
+from calmix.pruning.allocation import allocate
 from calmix.pruning.engine import prune
 from calmix.pruning.patterns import SemiStructured, Unstructured
+from calmix.pruning.solvers.grids import Asymmetric, Symmetric
 from tests.tiny import tiny_ids, tiny_model
 
 
@@ -23,3 +26,39 @@ def test_pattern_mapping():
     ):
         with pytest.raises(InputError, match=says):
             prune(tiny_model("llama"), tiny_ids(), pattern=pattern)
+
+
+def test_whole_bits_by_what_they_lose():
+    method, ids = "gptq,group=32", tiny_ids()
+    for bits in (2, 3.5, 8):
+        model = tiny_model("llama")
+        chosen = allocate(model, ids, f"{bits} bits", method=method)
+        sizes = {one.name: one.shape[0] * one.shape[1] for one in find_blocks(model).layers}
+        total = sum(chosen[name].bits * size for name, size in sizes.items())
+        assert 0.95 * bits < total / sum(sizes.values()) <= bits
+        assert len({chosen[f"model.layers.0.self_attn.{one}_proj"] for one in "qkv"}) == 1
+        report = prune(model, ids, method=method, pattern=chosen)
+        assert {int(layer.bits) for layer in report.layers} == {one.bits for one in chosen.values()}
+    loud = tiny_model("llama")
+    loud.get_parameter("model.layers.1.mlp.down_proj.weight").data.mul_(30)
+    chosen = allocate(loud, ids, "3 bits", method=method)
+    assert chosen["model.layers.1.mlp.down_proj"] == max(chosen.values(), key=lambda one: one.bits)
+    for wrong, says in (
+        ("1.5 bits", "gptq takes 2 to 8 bits, not 1.5"),
+        ("0.5", "for a number of"),
+    ):
+        with pytest.raises(InputError, match=says):
+            allocate(tiny_model("llama"), ids, target, method=method)
+
+
+@pytest.mark.parametrize("kind", [Symmetric, Asymmetric])
+def test_nearest_levels(kind):
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for bits in range(2, 8):
+        rounded = kind([weight], 16, bits).nearest(weight.T.contiguous(), torch.ones(32)).T
+        groups = rounded.reshape(12, 16)
+        assert max(len(set(one.tolist())) for one in groups) <= 2**bits
+        errors.append(float((rounded - weight).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < 0.25 * float(weight.square().mean())

@@ -199,7 +199,7 @@ def test_bits_instead_of_sparsity():
 @pytest.mark.parametrize(
     ("asked", "says"),
     [
-        ({"method": "gptq", "bits": 2.8}, "gptq takes whole bits from 2 to 8, not 2.8 bits"),
+        ({"method": "gptq", "bits": 2.8}, "2.8 bits are chosen first: pass pattern=calmix.pruning"),
         ({"method": "gptq"}, "method gptq needs --bits, such as 4"),
         ({"method": "gptq", "pattern": 0.5}, "method gptq takes --bits, not 0.5: for sparsity"),
         ({"method": "ecq", "pattern": 0.5, "bits": 3}, "method ecq takes --bits alone"),

@@ -291,6 +291,18 @@ class Symmetric(Rounding[Grid]):
             torch.mul(levels[at:to], self._found[group][0], out=weights[at:to])
             at = to
 
+    def nearest(self, stacked: Tensor, importance: Tensor) -> Tensor:
+        """Return all columns (columns, outputs) rounded without correction, their squared errors
+        weighted by the importance (columns,) of each."""
+        self.begin(0, stacked, stacked, importance.sqrt()[:, None], masked=False)
+        values = torch.empty_like(stacked)
+        for number, (part, rounded) in enumerate(
+            zip(stacked.split(self.group), values.split(self.group), strict=True)
+        ):
+            scale, units, *ends = self._scales(number, 0)
+            torch.mul(part, units, out=rounded).round_().clamp_(*ends).mul_(scale)
+        return values
+
     def _scales(self, group: int, at: int) -> tuple[Any, ...]:
         """Choose the scales of a group that begins `at` a column of the block, whose weights are
         corrected by all columns before it; return them, their inverse and the ends of levels."""
