@@ -98,7 +98,7 @@ def test_a_recipe_covers_other_architectures_by_the_names_of_their_matrices():
 
 def test_types_are_for_one_method_alone():
     model, ids = tiny_model("llama"), tiny_ids()
-    for method, says in (("sparsegpt", "choose --method ggml"), ("gptq", "takes --bits, not ")):
+    for method, says in (("sparsegpt", "choose --method ggml"), ("ecq", "takes --bits, not ")):
         for target in ("Q3_K_M", "Q3_K blocks", "3 bits mixed"):
             with pytest.raises(InputError, match=says):
                 prune(model, ids, method=method, pattern=target)

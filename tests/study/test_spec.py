@@ -168,7 +168,7 @@ def test_errors_name_their_line(tmp_path):
         "  a: python-stdlb\n"
         f"  b: a:1,a:2\n  c: {tmp_path}/none.jsonl\n  none: news\n  d: 'igsp,repeats=5'\n"
         "  e: {from: sgs, packing: window}\nmethods:\n  sparsegpt: 0.5\n"
-        "  gptq: 2.5 bits\ngrids:\n"
+        "  gptq: 1.5 bits\ngrids:\n"
         "  - calibrations:\n      - a\n      - zz\n    models: [q]\n"
     )
     for text, wanted in (
@@ -200,7 +200,7 @@ def test_errors_name_their_line(tmp_path):
                 (9, "calibrations.none: 'none' is reserved for"),
                 (10, "calibrations.d: calibration 'igsp,repeats=5': --repeats 5: must be less"),
                 (11, "calibrations.e: 'packing' has no effect with sgs"),
-                (14, "methods.gptq: gptq takes whole bits"),
+                (14, "methods.gptq: gptq takes 2 to 8 bits, not 1.5"),
                 (18, "grids.0.calibrations.1: unknown 'zz': known"),
                 (19, "grids.0.models.0: unknown 'q': known: m"),
             ],
