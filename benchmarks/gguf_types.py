@@ -49,8 +49,8 @@ from calmix.pruning.gram import Factor, relative_error
 from calmix.pruning.methods import Look
 from calmix.pruning.methods.ggml import Ggml
 from calmix.pruning.patterns import Blocks, Mixed, Recipe
-from calmix.pruning.solvers.block_grid import fitting
-from calmix.pruning.solvers.ggml import TYPES
+from calmix.pruning.solvers.ggml_scales import fitting
+from calmix.pruning.solvers.ggml_types import TYPES
 from calmix.pruning.solvers.libggml import quantise
 
 TEXTS = {  # of the data folder, and the field that holds the text

@@ -42,7 +42,7 @@ from calmix.models.opening import OpenModel, open_model
 from calmix.pruning.engine import Run, costs_in_memory, run_through
 from calmix.pruning.methods import Look, get_method
 from calmix.pruning.patterns import as_pattern
-from calmix.pruning.solvers.block_grid import fitting
+from calmix.pruning.solvers.ggml_scales import fitting
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.token_weights import Weighting, weighting
 

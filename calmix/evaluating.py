@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, overload
 
-from calmix.calibration.texts import texts_for
+from calmix.calibration.distance_texts import texts_for
 from calmix.errors import InputError
 from calmix.evaluation.comparison import Comparison, evaluate_against
 from calmix.evaluation.evaluate import evaluate as score

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from calmix import open_model, prune, resolve
-from calmix.calibration.texts import texts
+from calmix.calibration.distance_texts import texts
 from calmix.evaluation.distance import distance, reference
 from calmix.pruning.patterns import Unstructured
 

@@ -18,7 +18,7 @@ from calmix.evaluation.scores import load_pairs
 from calmix.files import cached_sha256, check_output_file, write_json
 from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
-from calmix.pruning.recipes import recipe_name
+from calmix.pruning.file_types import recipe_name
 
 
 @verb("compress")

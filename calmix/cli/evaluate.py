@@ -126,7 +126,7 @@ def run(
     if left_out:
         note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     # Only now, because they take seconds to import.
-    from calmix.calibration.texts import parse_texts, texts_for
+    from calmix.calibration.distance_texts import parse_texts, texts_for
     from calmix.evaluation.comparison import evaluate_against, scores_record
     from calmix.report.answers import answers_page
 

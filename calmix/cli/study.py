@@ -58,7 +58,7 @@ def plan(
 ) -> None:
     """Print what a study declares, its trials, memory and disk, or every mistake with its line."""
     from calmix.study import trials
-    from calmix.study.declaring import declaration
+    from calmix.study.declaration import declaration
     from calmix.study.estimate import estimate
     from calmix.study.spec import check_study
 

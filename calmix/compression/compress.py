@@ -16,8 +16,7 @@ from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.plan import check_request
 from calmix.compression.recipe import with_recipe
 from calmix.compression.results import COMPRESSED, SEARCH
-from calmix.compression.running import Run, Say, stages
-from calmix.compression.running import compress as run_stages
+from calmix.compression.run_stages import Run, Say, run_stages, stages
 from calmix.compression.search import Search
 from calmix.compression.stages import Stage
 from calmix.errors import InputError, NotKeptError

@@ -14,7 +14,7 @@ from typing import Any
 from calmix.calibration.resolving import parse_calibration
 from calmix.compression import plan
 from calmix.compression.plan import Request, empty_model
-from calmix.compression.running import stages
+from calmix.compression.run_stages import stages
 from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.files import check_free
 from calmix.models.opening import check_models, resolve_model

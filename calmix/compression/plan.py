@@ -39,11 +39,11 @@ from calmix.options import (
 from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
+from calmix.pruning.file_types import check_whole
 from calmix.pruning.held_out import PER_INPUT, rows_needed
 from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, Recipe
-from calmix.pruning.recipes import check_whole
 from calmix.sources.registry import MIXES, get_source, local_file
 from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel

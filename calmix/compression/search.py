@@ -17,17 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from calmix import files
-from calmix.compression import plan, running
+from calmix.compression import plan, run_stages
 from calmix.compression.card import CARD_PAGE
 from calmix.compression.plan import CALIBRATION, SCORES, Request
-from calmix.compression.results import COMPRESSED, COMPRESSED_RUN, SEARCH, read_compressed
-from calmix.compression.running import scoring, stages
+from calmix.compression.results import COMPRESSED, COMPRESSED_RUN, SEARCH
+from calmix.compression.resume import state_of
+from calmix.compression.run_stages import scoring, stages
 from calmix.compression.stages import Draw, Export, Prune, Recover, Stage
 from calmix.errors import InputError
 from calmix.evaluation import floors
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.evaluation.suites import choose
-from calmix.manifest import read_sealed, record
+from calmix.manifest import record
 from calmix.models.opening import forget
 
 RATES = (6.0, 5.0, 4.5, 4.0, 3.2, 2.6)  # bits per weight; wider steps where each needs a recovery
@@ -52,22 +53,7 @@ class Search:
     def __init__(self, request: Request, out: Path) -> None:
         """Read the state in OUT; InputError if OUT is of another request."""
         self.request, self.out = request, out
-        saved, but = dict[str, Any](), {"max_memory"}  # which decides nothing that is kept
-        if (out / SEARCH).exists():
-            saved = read_sealed(out / SEARCH, "")
-            if request.keep_at_least is None:
-                but.add("bits")  # a search has none
-            elif not saved["candidates"]:  # so far only scores depend on the floors (`_forget`)
-                but |= {"keep_at_least", "confidence"}
-        elif (out / COMPRESSED).exists():
-            saved = read_compressed(out)
-        now = request.model_dump(mode="json")
-        before = saved.get("request", now)
-        if differs := [key for key in now if before.get(key) != now[key] and key not in but]:
-            raise InputError(
-                f"{out} is of another request ({differs[0]}: {before.get(differs[0])}, now "
-                f"{now[differs[0]]}): repeat that request or name another folder"
-            )
+        saved = state_of(request, out)
         self.candidates: list[dict[str, Any]] = saved.get("candidates", [])
         self.ended: str = saved.get("ended", "")
         self.rates: tuple[float, ...] = WHOLE_RATES if request.product == "vllm" else RATES
@@ -209,7 +195,7 @@ class Search:
             ]
         return listed
 
-    def run(self, run: running.Run, say: running.Say, within: float = math.inf) -> None:
+    def run(self, run: run_stages.Run, say: run_stages.Say, within: float = math.inf) -> None:
         """Build and test candidates until none is left between the smallest that passes and one
         that fails; move the smallest that passes to OUT/model, with its scores beside it.
 
@@ -222,7 +208,7 @@ class Search:
             self._save(self.ended)  # first, so that OUT is known as that of a search
             if self.left:
                 self._forget()
-                list(running.do(self.opening(), self.out, run, say))
+                list(run_stages.do(self.opening(), self.out, run, say))
                 dense = [load_scores(self.dense(file)) for file in self.files]
                 # Raises if the floors cannot be proven.
                 floors.judge(self.floors, [(one, one) for one in dense], self.level)
@@ -233,7 +219,7 @@ class Search:
                     break
                 if self.ended:
                     self._reopen()
-                list(running.do(self.building(bits), self.out, run, say))
+                list(run_stages.do(self.building(bits), self.out, run, say))
                 verdicts = self._verdicts(bits, dense)
                 taken = round(time.monotonic() - at, 1)
                 self.candidates.append({"bits": bits, "seconds": taken, "verdicts": verdicts})

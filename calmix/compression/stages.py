@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from calmix.calibration.distance_texts import texts_for
 from calmix.calibration.resolving import parse_calibration, recorded, resolve
-from calmix.calibration.texts import texts_for
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.compression.plan import PACK_FOLDER
 from calmix.compression.results import Result, ready

@@ -54,10 +54,10 @@ from calmix.models.loading import loading
 from calmix.models.opening import OpenModel, check_models, open_model, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.pruning.engine import Run, run_through
+from calmix.pruning.file_types import RECIPES
 from calmix.pruning.methods import Look
-from calmix.pruning.recipes import RECIPES
-from calmix.pruning.solvers.ggml import TYPES as BLOCK_TYPES
-from calmix.pruning.solvers.ggml import Encoded
+from calmix.pruning.solvers.ggml_types import TYPES as BLOCK_TYPES
+from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid, read_blocks, read_grids
 
 Array = np.ndarray[Any, Any]

@@ -118,14 +118,14 @@ def rounded(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
 @dataclass(frozen=True)
 class Parts:
     """One task under two models, item by item: retention is `kept.sum() / whole.sum()`. `dense`,
-    `pruned` and `floor` (if the measure has one) are the mean scores as printed."""
+    `pruned` and `baseline` (if the measure has one) are the mean scores as printed."""
 
     score: Score
     kept: Array
     whole: Array
     dense: float = math.nan
     pruned: float = math.nan
-    floor: float | None = None
+    baseline: float | None = None
 
     @property
     def retention(self) -> float:
@@ -189,7 +189,7 @@ def _sizes(task: TaskScores) -> Array:
     return np.array([row[at] for row, at in zip(task.bytes, task.gold, strict=True)], dtype=float)
 
 
-def floor_scores(dense: TaskScores, score: Score) -> Array:
+def baseline_scores(dense: TaskScores, score: Score) -> Array:
     """Return the baseline score of each item, shape (items,); an `InputError` if it is missing."""
     if score in RIGHT_OR_WRONG:
         return np.full(len(dense.items), dense.chance)
@@ -204,28 +204,28 @@ def floor_scores(dense: TaskScores, score: Score) -> Array:
 
 
 def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -> Parts:
-    """Return the terms of retention, `retained` and `whole`, for each item."""
+    """Return the terms of retention, `kept` and `whole`, for each item."""
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
     anchored = measure not in ("right", "ratio") and (measure != "accuracy" or score not in BITS)
-    floor = floor_scores(dense, score) if anchored else None
+    baseline = baseline_scores(dense, score) if anchored else None
     # As printed: a mean, or bits per byte over all answers.
     count = _sizes(dense).sum() if score in BITS else len(before)
     shown = (
         float(before.sum() / count),
         float(after.sum() / count),
-        None if floor is None else float(floor.sum() / count),
+        None if baseline is None else float(baseline.sum() / count),
     )
     if score == "kept":
         return Parts(score, before * after, before, *shown)
-    if floor is None:
+    if baseline is None:
         retained, whole = (before, after) if score in BITS else (after, before)
         return Parts(score, retained, whole, *shown)
     if score == "smoothed":
         # Bits under an even mixture of the model and the baseline code.
-        before, after = (1.0 - np.logaddexp2(-bits, -floor) for bits in (before, after))
+        before, after = (1.0 - np.logaddexp2(-bits, -baseline) for bits in (before, after))
     sign = -1.0 if score in BITS else 1.0
-    return Parts(score, sign * (after - floor), sign * (before - floor), *shown)
+    return Parts(score, sign * (after - baseline), sign * (before - baseline), *shown)
 
 
 def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> list[float]:

@@ -146,7 +146,7 @@ def retention(
                 before.dimension,
                 scored.score,
                 len(before.items),
-                scored.floor,
+                scored.baseline,
                 scored.dense,
                 scored.pruned,
                 before.accuracy,

@@ -17,13 +17,13 @@ from calmix.errors import InputError
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.pruning.engine import Run, check_ids, check_pattern, costs_in_memory, run_through
+from calmix.pruning.file_types import check_whole
 from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.methods.ggml import Typed
 from calmix.pruning.methods.gptq import Gptq
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
-from calmix.pruning.recipes import check_whole
-from calmix.pruning.solvers.block_grid import fitting
-from calmix.pruning.solvers.ggml import TYPES, BlockType
+from calmix.pruning.solvers.ggml_scales import fitting
+from calmix.pruning.solvers.ggml_types import TYPES, BlockType
 from calmix.pruning.solvers.libggml import quantise
 
 LOSS = "loss"

@@ -58,7 +58,7 @@ from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.methods.ggml import Typed
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
-from calmix.pruning.solvers.ggml import Encoded
+from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.token_weights import POWER, Weighting, token_weights, weighting
 from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls, SharedInput, observe_block

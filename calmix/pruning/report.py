@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from calmix.models.blocks import Dense
-from calmix.pruning.solvers.ggml import Encoded
+from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid
 from calmix.shown import Shown, percent
 

@@ -21,7 +21,7 @@ from calmix.errors import InputError, SolverError
 from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
 from calmix.models.blocks import find_blocks
-from calmix.pruning.solvers.ggml import Encoded
+from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid
 
 T = TypeVar("T")

@@ -14,9 +14,9 @@ from calmix.report import words
 from calmix.study.analyse import Analysis, ConditionAnalysis
 from calmix.study.bootstrap import ALPHA
 from calmix.study.cells import TOTAL
-from calmix.study.declared import Comparison
-from calmix.study.declaring import Declaration, Declared, Key
+from calmix.study.declaration import Declaration, Declared, Key
 from calmix.study.differences import Gain
+from calmix.study.hypotheses import Comparison
 from calmix.study.ranking import leaders
 
 SEEDS = {

@@ -11,9 +11,9 @@ from calmix.evaluation.retention import retention
 from calmix.options import Measure, Settings
 from calmix.study.bootstrap import Joint, corrected, joints
 from calmix.study.cells import Cells, Condition, dimensions_of, left_out, measure_of
-from calmix.study.declared import Comparison, judge
-from calmix.study.declaring import Declared, Key
+from calmix.study.declaration import Declared, Key
 from calmix.study.differences import Difference, Gain, compare, gains
+from calmix.study.hypotheses import Comparison, judge
 from calmix.study.ranking import Ranked, leaders, rank
 from calmix.study.results import StudyResults
 

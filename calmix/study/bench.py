@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.distance_texts import builtin_readers, texts
 from calmix.calibration.resolving import resolve
-from calmix.calibration.texts import builtin_readers, texts
 from calmix.errors import InputError
 from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate, form_of

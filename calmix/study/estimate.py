@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from calmix import assets
-from calmix.calibration.texts import builtin_readers
+from calmix.calibration.distance_texts import builtin_readers
 from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import load_items

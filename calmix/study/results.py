@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field, SkipValidation
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.retention import Estimate
 from calmix.options import Strategy
-from calmix.study.declaring import Declaration, Declared
+from calmix.study.declaration import Declaration, Declared
 
 Scores = Annotated[
     Mapping[str, tuple[TaskScores, ...]], SkipValidation, Field(exclude=True, repr=False)

@@ -31,7 +31,7 @@ from calmix.models.opening import check_models, device_of, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import TrialOptions
 from calmix.study.bench import Bench
-from calmix.study.declaring import declaration, declare
+from calmix.study.declaration import declaration, declare
 from calmix.study.estimate import PROGRAM, check_memory, largest
 from calmix.study.spec import Study
 from calmix.study.store import (

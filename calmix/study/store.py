@@ -35,7 +35,7 @@ from calmix.files import (
     read_object,
     write_json,
 )
-from calmix.study.declaring import Declared
+from calmix.study.declaration import Declared
 from calmix.study.results import FailedTrial, StudyResults, Trial
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem

@@ -8,7 +8,7 @@ from calmix.evaluation.measures import TaskScores
 from calmix.options import Settings
 from calmix.report.findings import summarise
 from calmix.study.analyse import analyse
-from calmix.study.declaring import Declaration, Declared, Pair
+from calmix.study.declaration import Declaration, Declared, Pair
 from calmix.study.spec import Amends
 from tests.synthetic import Plan, study, trial
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from calmix.cli.root import VERBS
 from calmix.models.blocks import find_blocks, outer_layers
-from calmix.pruning.recipes import recipe_types
-from calmix.pruning.solvers.ggml import TYPES
+from calmix.pruning.file_types import recipe_types
+from calmix.pruning.solvers.ggml_types import TYPES
 from tests.cli.test_mistakes import COMMANDS
 
 

@@ -16,7 +16,7 @@ from calmix.compression.card import read_card
 from calmix.compression.compress import Compressed
 from calmix.compression.plan import aim, weighed
 from calmix.compression.results import read_compressed
-from calmix.compression.running import stages
+from calmix.compression.run_stages import stages
 from calmix.compression.stages import Recover, Stage
 from calmix.errors import InputError
 from calmix.evaluation.scores import describe

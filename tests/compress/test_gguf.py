@@ -12,7 +12,7 @@ from calmix.compression import card
 from calmix.compression.card import read_card
 from calmix.compression.plan import check_request
 from calmix.compression.results import read_compressed
-from calmix.compression.running import stages
+from calmix.compression.run_stages import stages
 from calmix.compression.stages import Stage
 from calmix.deploy import gguf, speed
 from calmix.errors import ModelError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calmix.compression.results import Results
-from calmix.compression.running import stages
+from calmix.compression.run_stages import stages
 from calmix.errors import InputError
 from calmix.evaluation.scores import load_scores, write_scores
 from calmix.files import sha256_file, write_json

@@ -14,7 +14,7 @@ from calmix.cli import app
 from calmix.compression.card import read_card
 from calmix.compression.compress import begin
 from calmix.compression.plan import check_request, checkpoint_bytes
-from calmix.compression.running import stages
+from calmix.compression.run_stages import stages
 from calmix.compression.stages import Stage
 from calmix.models.opening import open_model
 from calmix.options import Compression

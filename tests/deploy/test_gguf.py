@@ -18,7 +18,7 @@ from calmix.deploy.gguf import export, layout_sha256
 from calmix.errors import CalmixError
 from calmix.models.opening import open_model
 from calmix.pruning.checkpoint import prune_checkpoint
-from calmix.pruning.solvers.ggml import Encoded
+from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import read_blocks
 from calmix.specs import prune_request
 from tests.tiny import load_weights, save_tiny_model

@@ -35,7 +35,7 @@ def use_archive(monkeypatch):
     folders = ("quiz/rc_2shot", "which/rc_0shot", "mbpp/gold_0shot")
     names = [f"{module.ROOT}/{folder}/requests.jsonl.gz" for folder in folders]
     items = getattr(module._archive_items, "__wrapped__", module._archive_items)  # unwrap only once
-    monkeypatch.setattr("calmix.calibration.texts.builtin_readers", dict)
+    monkeypatch.setattr("calmix.calibration.distance_texts.builtin_readers", dict)
     monkeypatch.setattr("calmix.study.bench.builtin_readers", dict)
     monkeypatch.setattr("calmix.compression.plan.guarded", str)  # only the made-up suite
     monkeypatch.setattr(module, "_members", lambda: names)

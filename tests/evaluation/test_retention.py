@@ -9,7 +9,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation.measures import FEW as FEW_RIGHT
-from calmix.evaluation.measures import floor_scores, has_signal, item_scores, parts, score_of
+from calmix.evaluation.measures import baseline_scores, has_signal, item_scores, parts, score_of
 from calmix.evaluation.retention import estimate, flips, item_weights, resampled, retention
 from tests.evaluation.helpers import accuracy, bits, choices, written
 
@@ -216,7 +216,7 @@ def test_bits_baseline():
     assert parts(replace(DENSE, floors=()), worst, "bits").retention == pytest.approx(0.0)
     assert parts(DENSE, worst, "bits").retention < 0
     ignorant = replace(DENSE, loglikelihoods=DENSE.floors)
-    assert floor_scores(DENSE, "bits").tolist() == item_scores(ignorant, "bits").tolist()
+    assert baseline_scores(DENSE, "bits").tolist() == item_scores(ignorant, "bits").tolist()
 
 
 def test_smoothed_bits_lose_at_most_one_bit():
@@ -238,7 +238,7 @@ def test_score_per_task():
         (contexts, {"bits": "bits"}),
     ):
         assert {measure: score_of(task, measure) for measure in wanted} == wanted
-    assert floor_scores(contexts, "accuracy").tolist() == [0.5]
+    assert baseline_scores(contexts, "accuracy").tolist() == [0.5]
 
 
 def test_missing_fields_are_named():

@@ -13,8 +13,8 @@ from calmix.pruning.engine import Run, prune
 from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method, ggml
 from calmix.pruning.patterns import Blocks, as_pattern
-from calmix.pruning.solvers.block_grid import BlockGrid, solve_blocks
-from calmix.pruning.solvers.ggml import TYPES, Encoded, Levels, block_type
+from calmix.pruning.solvers.ggml_scales import BlockGrid, solve_blocks
+from calmix.pruning.solvers.ggml_types import TYPES, Encoded, Levels, block_type
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 from tests.pruning.stopper import interrupting

@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calmix.errors import InputError
 from calmix.models.blocks import find_blocks, outer_layers
 from calmix.pruning.engine import prune
+from calmix.pruning.file_types import RECIPES
 from calmix.pruning.patterns import Blocks, Recipe, as_pattern
-from calmix.pruning.recipes import RECIPES
-from calmix.pruning.solvers.block_grid import fitting
+from calmix.pruning.solvers.ggml_scales import fitting
 from tests.tiny import tiny_ids, tiny_model
 
 # By llama.cpp's quantiser (build 11739, with an importance matrix, dry run) on files of the models.

@@ -21,7 +21,7 @@ from calmix.pruning.allocation import (
 from calmix.pruning.engine import prune, run_through
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, as_pattern
-from calmix.pruning.solvers.ggml import TYPES
+from calmix.pruning.solvers.ggml_types import TYPES
 from calmix.pruning.solvers.libggml import quantise
 from tests.pruning.test_engine import input_gram
 from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model

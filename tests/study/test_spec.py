@@ -8,7 +8,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.manifest import differences
-from calmix.study.declaring import Declaration, declaration
+from calmix.study.declaration import Declaration, declaration
 from calmix.study.spec import check_study, load_study
 from calmix.study.trials import plan, resolve_all
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from calmix.evaluation.scores import write_scores
-from calmix.study.declaring import declaration
+from calmix.study.declaration import declaration
 from calmix.study.spec import load_study
 from calmix.study.store import read_results
 from calmix.study.trials import plan

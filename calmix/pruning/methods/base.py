@@ -20,7 +20,7 @@ from calmix.errors import InputError
 from calmix.options import Statistics
 from calmix.pruning.gram import OUTPUTS, Factor, Gram, Squares, Statistic, inverse_factor
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, Unstructured, clear
-from calmix.pruning.solvers.ggml import Encoded
+from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid, Symmetric, check_group
 from calmix.pruning.solvers.refit import refit
 from calmix.pruning.solvers.surgeon import solve_columns

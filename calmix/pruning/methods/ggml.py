@@ -17,12 +17,12 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from calmix.errors import InputError
+from calmix.pruning.file_types import recipe_name
 from calmix.pruning.gram import Factor, Gram, Squares, Statistic, inverse_factor
 from calmix.pruning.methods.base import DAMPING, Damping, Method, Solution, by_kind
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
-from calmix.pruning.recipes import recipe_name
-from calmix.pruning.solvers.block_grid import BlockGrid, fitting, rounded_rows, solve_blocks
-from calmix.pruning.solvers.ggml import BlockType, Encoded
+from calmix.pruning.solvers.ggml_scales import BlockGrid, fitting, rounded_rows, solve_blocks
+from calmix.pruning.solvers.ggml_types import BlockType, Encoded
 from calmix.pruning.solvers.libggml import check_library, quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 
@@ -30,7 +30,7 @@ from calmix.pruning.solvers.surgeon import solve_columns
 class Typed(Method):
     """A method that quantises to the types of a file of llama.cpp, such as Q3_K_M or IQ4_XS.
 
-    Rows that are not a multiple of 256 get another type (`calmix.pruning.solvers.block_grid`).
+    Rows that are not a multiple of 256 get another type (`calmix.pruning.solvers.ggml_scales`).
     """
 
     work = 8, 26  # factorisation; dense and rounded weights, transposed, their errors and bytes

@@ -21,7 +21,7 @@ from torch import Tensor
 from calmix.errors import InputError
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.patterns import clear
-from calmix.pruning.solvers.ggml import TYPES, Encoded
+from calmix.pruning.solvers.ggml_types import TYPES, Encoded
 
 G = TypeVar("G", "Grid", Encoded)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.machine import cores
-from calmix.pruning.solvers.ggml import TYPES, Encoded
+from calmix.pruning.solvers.ggml_types import TYPES, Encoded
 
 PACKAGE = "libggml-python"
 

@@ -109,7 +109,7 @@ def scoring(
     return Stage(names.get(file, "evaluate behaviour"), score, leaves)
 
 
-def compress(request: Request, out: Path, run: Run, say: Say) -> dict[str, float]:
+def run_stages(request: Request, out: Path, run: Run, say: Say) -> dict[str, float]:
     """Run the missing stages of OUT and return their seconds."""
     with alone(out, wait=False):
         listed, seconds = stages(request, out), dict[str, float]()

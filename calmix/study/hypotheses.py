@@ -15,7 +15,7 @@ from typing import Any, Literal
 from calmix.options import Settings
 from calmix.study.bootstrap import ALPHA, Contrast, Estimate, Joint, holm, joined
 from calmix.study.cells import Cells, shared, tables
-from calmix.study.declaring import Declaration
+from calmix.study.declaration import Declaration
 from calmix.study.results import StudyResults, Trial
 
 

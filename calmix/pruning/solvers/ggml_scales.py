@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calmix.precision import large_products
 from calmix.pruning.gram import Factor
-from calmix.pruning.solvers.ggml import TYPES, BlockType, Encoded, Levels
+from calmix.pruning.solvers.ggml_types import TYPES, BlockType, Encoded, Levels
 from calmix.pruning.solvers.grids import Rounding, inverse
 from calmix.pruning.solvers.libggml import quantise
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from calmix.calibration import texts as module
+from calmix.calibration import distance_texts as module
+from calmix.calibration.distance_texts import builtin_readers, parse_texts, texts
 from calmix.calibration.leakage import DISTINCT, WORDS
-from calmix.calibration.texts import builtin_readers, parse_texts, texts
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.distance import texts_hash
