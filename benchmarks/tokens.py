@@ -15,6 +15,7 @@ Every solver minimises a sum over tokens of the squared error of a layer's outpu
 The model is a twin (twins.py). A way is a method and its target, such as `gptq,group=128:3 bits` or
 `ggml,damping=0.1:Q3_K`. Printed is KL(dense || compressed) in nats per token on four texts of the
 data folder that no source reads, and the mean of the layers' errors, in the weights of the run.
+With `--targets own dense` layers approximate their own outputs, then also the dense model's.
 `--answers` also counts right answers on the suite `abilities`, which runs programs.
 """
 
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import os
+from itertools import product
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -103,6 +105,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=8, help="rows of each text")
     parser.add_argument("--shrunk", action="store_true", help="shrink Gram matrices")
+    parser.add_argument("--targets", nargs="+", default=["own"], choices=("own", "dense"))
     parser.add_argument("--answers", action="store_true", help="count right answers")
     parser.add_argument("--quick", action="store_true", help="of the quick slice alone")
     options = parser.parse_args()
@@ -126,13 +129,13 @@ def main() -> None:
         f"commit {commit()}, {machine()}; twin of {options.model}, {opened.model.dtype}, "
         f"{options.rows} rows of {options.length} tokens of {options.calibration}\n"
     )
-    columns = ["way", "tokens", "KL", "interval", "top-1", *texts, "error", "bits"]
+    columns = ["way", "tokens", "targets", "KL", "interval", "top-1", *texts, "error", "bits"]
     columns += ["right", "by ability, %", "lost", "gained", "same, %"] if answers else []
     print(f"| {' | '.join([*columns, 'cpu s'])} |")
     print("|---|" + "---|" * len(columns), flush=True)
     for way in options.ways:
         name, _, target = way.partition(":")
-        for kind in options.tokens:
+        for kind, targets in product(options.tokens, options.targets):
             for layer, weight in zip(layers, weights, strict=True):
                 layer.view().copy_(weight)
             began = spent()
@@ -144,13 +147,13 @@ def main() -> None:
                     as_pattern(f"{target} blocks" if name.startswith("ggml") else target)
                 )
                 run = Run(opened.model, find_blocks(opened.model), method, pattern)
-                run.weighting, run.robust = weigh, options.shrunk
+                run.weighting, run.robust, run.targets = weigh, options.shrunk, targets
             run_through(run, ids)
             seconds, result = spent() - began, distance(opened, dense)
             errors = [one.error for one in run.report.layers if one.error is not None]
             mean = sum(errors) / max(1, len(errors))
             bits = f"{run.report.bits:.3f}" if run.report.bits else ""
-            row = f"| {way} | {kind} | {cells(result)} | {mean:.4f} | {bits} | "
+            row = f"| {way} | {kind} | {targets} | {cells(result)} | {mean:.4f} | {bits} | "
             row += right_cells(answers, asked(opened, options.quick)) if answers else ""
             print(f"{row}{seconds:.0f} |", flush=True)
 

@@ -8,7 +8,8 @@ Pruning block by block holds
     the solver's workspace for the widest input
     the weights outside the blocks again, if embeddings are rounded at the end
     one micro-batch running through a block, and the activations of paused ones
-    hidden states between two blocks, as far as there is room; the rest are in files
+    hidden states between two blocks, and with targets from the dense model its states and its
+    layers' inputs in one block, as far as there is room; the rest are in files
 
 The formulas for activations and solver were fitted to the engine.
 """
@@ -46,7 +47,8 @@ class Plan:
 
     `micro_tokens` run through a block at a time; `paused` micro-batches may stay paused, None for
     all; `overlap` reads the next block in the background; `needed` is the peak in bytes,
-    `expert_bytes` and `states` the bytes for statistics of experts and hidden states.
+    `expert_bytes` and `states` the bytes for statistics of experts and hidden states, and `files`
+    those of hidden states for which there is no room.
     """
 
     micro_tokens: int
@@ -55,6 +57,7 @@ class Plan:
     needed: int
     expert_bytes: int = EXPERT_BYTES
     states: int = 0
+    files: int = 0
 
 
 def parse_memory(text: str, option: str = "--max-memory") -> int:
@@ -93,6 +96,7 @@ def plan_for(
     sequential: bool = True,
     rows_at_once: int = 0,
     embeddings: bool = False,
+    dense_targets: bool = False,
 ) -> Plan:
     """Return how to prune a model within a budget or the free memory.
 
@@ -108,6 +112,7 @@ def plan_for(
         sequential: whether pruned weights replace the dense ones before a block's end.
         rows_at_once: rows of a micro-batch in resumed work, which must not change.
         embeddings: whether embeddings are rounded at the end.
+        dense_targets: whether the dense model's states are kept too.
     """
     blocks, (rows, length) = source.blocks, shape
     kind, sizes = method.needs, blocks.sizes
@@ -115,7 +120,7 @@ def plan_for(
     accelerator = device.type != "cpu"
     # Bytes per token: hidden states, and the widest input.
     hidden = token_bytes(source.model, blocks) if rows else 0
-    inner = solver = expert = count = states = last = 0
+    inner = solver = expert = count = states = last = read = 0
     for layers in map(blocks.prunables, range(len(blocks))):  # the widest need not be the largest
         inside = [layer for layer in layers if layer.expert is not None]
         one = {layer.mixture: layer.expert for layer in inside}
@@ -123,13 +128,13 @@ def plan_for(
         experts = [layer.shape for layer in inside if layer.expert == one[layer.mixture]]
         count = max([count, *(1 + (layer.expert or 0) for layer in inside)])
         widths = [columns * source.dtype.itemsize for _, columns in (*alone, *experts)]
-        inner = max([inner, *widths])
+        inner, read = max([inner, *widths]), max(read, sum(widths[: len(alone)]))
         # The statistics of one expert's widest input: for its own tokens and for all.
         both = 0 if kind is None else max((2 * kind.memory(w) for _, w in experts), default=0)
         taken = [solver_bytes(method, some, accelerator=accelerator) for some in (alone, experts)]
         expert, solver = max(expert, both), max(solver, max(taken) + both)
     if kind is not None:
-        states = rows * length * hidden
+        states = rows * length * (2 * hidden + read if dense_targets else hidden)
         if not sequential:
             solver += block
     if embeddings:
@@ -164,14 +169,20 @@ def plan_for(
                 in_memory = min(states, room - needed)
                 limit = None if paused == wanted else paused
                 plan = Plan(
-                    tokens, limit, overlap, needed + in_memory, max(more, expert), in_memory
+                    tokens,
+                    limit,
+                    overlap,
+                    needed + in_memory,
+                    max(more, expert),
+                    in_memory,
+                    states - in_memory,
                 )
                 plans.append((paused, plan))
         if plans:
             return max(plans, key=lambda one: one[0])[1]
         if swaps:
             needed = max(first, least + min(EXPERT_BYTES, count * expert))
-            return Plan(tokens, 0, False, needed)
+            return Plan(tokens, 0, False, needed, files=states)
         if rows_at_once or at_once == 1:
             needed = int(max(first, least) / (1 - SLACK)) + 1
             raise InputError(

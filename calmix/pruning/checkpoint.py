@@ -65,12 +65,12 @@ from calmix.pruning.engine import (
     memory_errors,
 )
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
+from calmix.pruning.held_out import held_out_rows
 from calmix.pruning.methods import Look, Method
 from calmix.pruning.patterns import Mixed, Recipe, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.token_weights import token_weights
-from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 from calmix.specs import NONE, How, PruneRequest
 
@@ -152,12 +152,14 @@ class _Pruning:
         check_run(self.engine())
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
         file = self.method.importance_file
+        dense_targets = self.method.has_dense_targets(request.statistics)
         self.identity: dict[str, Any] = {
             "model": source.files.sha256,  # reads the whole model
             "tokenizer": self.tokenizer.identity,
             "dtype": dtype_name(source.dtype),
             "device": source.device.type,
             **request.record() | {"calibration": identified(request.calibration)},
+            **({"targets": "dense"} if dense_targets else {}),
             **({"imatrix": cached_sha256(Path(file))} if file else {}),
             "versions": deciding_versions(),
         }
@@ -208,6 +210,7 @@ class _Pruning:
         if method is None:
             how["sequential"] = run.propagation == "sequential"
             how["rows_at_once"] = self.work.state.get("report", {}).get("rows_at_once", 0)
+            how["dense_targets"] = run.has_dense_targets and bool(held_out_rows(shape[0]))
         how |= {"budget": self.run.max_memory, "embeddings": outer}
         return plan_for(self.source, shape, method or self.method, **how)
 
@@ -218,11 +221,8 @@ class _Pruning:
 
     def check_room(self, shape: Sequence[int]) -> None:
         """Refuse a run for which memory or disk space is too small."""
-        tokens = shape[0] * shape[1]
-        states = tokens and tokens * token_bytes(self.source.model, self.source.blocks)
-        if min(plan.states for plan in self.plans(shape)) >= states:
-            states = 0
-        what = "checkpoint and hidden states take" if tokens else "the checkpoint takes"
+        states = max(plan.files for plan in self.plans(shape))
+        what = "checkpoint and hidden states take" if states else "the checkpoint takes"
         check_free(self.output, self.checkpoint_bytes + states - self.work.bytes, what)
 
     def draw(self) -> CalibrationSet:
@@ -460,9 +460,10 @@ def take_through(
                 run.block(index)
                 yield index
             elif run.needs_ids:
-                if run.method.dense_inputs:
+                if run.method.dense_inputs or run.follows_dense:
                     source.fetch(index)
-                else:
+                    run.run_dense(index)
+                if not run.method.dense_inputs:
                     source.refill(index, work.load(done[index]))
                 run.replay(index)
             source.drop(index)

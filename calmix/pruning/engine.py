@@ -23,10 +23,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -43,6 +44,7 @@ from calmix.precision import bfloat16_products, dtype_name, narrower, reproducib
 from calmix.progress import half
 from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
 from calmix.pruning.gram import (
+    Cross,
     Gram,
     Squares,
     Statistic,
@@ -325,7 +327,10 @@ class Run:
         costs: of errors by token, `token_weights`.
         weighting: multiplies the inputs of layers before their statistic is added up.
         robust: whether Gram matrices are shrunk, and judged on rows that are not fitted.
-        states: hidden states entering the current block, by micro-batch number.
+        targets: what layers of a robust run approximate: outputs nearer to the dense model's, or
+            their own on the inputs that earlier layers leave them.
+        states: hidden states entering the current block, by micro-batch number. With targets from
+            the dense model, its states follow, and then its layers' inputs.
         types: that parameters will be stored in, by name, if narrower than in memory; pruned
             weights are rounded to them.
         changed: number of blocks up to the last one with a changed weight.
@@ -344,6 +349,7 @@ class Run:
     weighting: Weighting | None = None
     costs: Mapping[str, Tensor] = field(default_factory=dict)
     robust: bool = False
+    targets: Literal["dense", "own"] = "dense"
     expert_bytes: int = EXPERT_BYTES
     seen: Callable[[list[Prunable], Any], None] | None = None
     states: dict[int, Tensor] | States = field(default_factory=dict)
@@ -357,6 +363,7 @@ class Run:
         self.needs_ids = self._kind is not None
         self._batches: list[Batch] = []
         self._unfitted: list[int] = []  # rows held out
+        self._dense_batches: list[Batch] = []  # of the dense model, if it gives targets
         self._waiting: list[tuple[list[Prunable], list[Tensor]]] = []  # pruned weights of a block
         self.report = PruneReport(
             self.method.name,
@@ -400,9 +407,13 @@ class Run:
                 few = ids[:1, :TRACED_TOKENS].clone().to(device)
                 self._calls = calls = Calls(self.model, self.blocks, few)
                 self._few = calls.record(few)
-            for number, part in enumerate(ids.split(at_once)):
+            parts = ids.split(at_once)
+            for number, part in enumerate(parts):
                 self.states[number], batch = calls.record(part.to(device))
                 self._batches.append(batch)
+                if self.has_dense_targets and self._unfitted:
+                    self.states[len(parts) + number] = self.states[number].clone()
+                    self._dense_batches.append(copy(batch))
         self.report.seconds["prepare"] += time.perf_counter() - began
 
     def block(self, index: int) -> None:
@@ -417,13 +428,51 @@ class Run:
                 with torch.inference_mode(False):
                     inputs, dense = observe_block(self.blocks, index, batch, hidden)
                 self.report.dense += dense
+                captured = self.run_dense(index, inputs)
                 self._through(index, inputs)
+                for key in captured:
+                    del self.states[key]
             else:
                 for layer in self.blocks.prunables(index):
                     self._prune([layer], self._imported(layer))
         self._laps.read(seconds)
         rest = "forward" if self.needs_ids else "solve"
         seconds[rest] += time.perf_counter() - began - (sum(seconds.values()) - before)
+
+    @property
+    def has_dense_targets(self) -> bool:
+        """Whether layers also make up for the errors of those before them."""
+        return self.targets == "dense" and self.robust and self._kind is Gram and self.seen is None
+
+    @property
+    def follows_dense(self) -> bool:
+        """Whether the states hold the dense model's too: only rows that are not fitted say how far
+        to follow it."""
+        return bool(self._dense_batches)
+
+    def run_dense(self, index: int, inputs: Sequence[SharedInput | Routed] = ()) -> list[int]:
+        """Advance the dense model's states through a block with dense weights; return the numbers
+        under which the states hold its layers' inputs."""
+        captured, count = list[int](), len(self._batches)
+        with _at_work(self._device(index)):
+            for number, batch in enumerate(self._dense_batches):
+                with ExitStack() as hooks:
+                    for at, one in enumerate(inputs):
+                        if isinstance(one, Routed):
+                            continue
+
+                        def see(module: Any, args: Any, key: int = self._key(at, number)) -> None:
+                            self.states[key] = args[0].clone()
+                            captured.append(key)
+
+                        hooks.enter_context(one[0].module.register_forward_pre_hook(see))
+                    hidden = batch.run(index, self.states[count + number])
+                self.states[count + number] = hidden
+        return captured
+
+    def _key(self, at: int, number: int) -> int:
+        """Return where the states hold the dense model's `at`-th input of the block."""
+        return (2 + at) * len(self._batches) + number
 
     def replay(self, index: int) -> None:
         """Advance the states through a block pruned by an earlier run."""
@@ -525,8 +574,8 @@ class Run:
                 hook = partial(pause, number)
                 hooks.enter_context(owner.module.register_forward_pre_hook(hook, with_kwargs=True))
             try:
-                for one in inputs:
-                    for part in self._parts(one):
+                for at, one in enumerate(inputs):
+                    for part in self._parts(one, at):
                         work[current] = next(part)
                         for batch in batches:  # run each to that input
                             reached = tasks[batch].switch()
@@ -556,51 +605,64 @@ class Run:
             if not self.method.dense_inputs:
                 self._advance(index)
 
-    def _parts(self, one: SharedInput | Routed) -> Iterator[Iterator[Work]]:
+    def _parts(self, one: SharedInput | Routed, at: int) -> Iterator[Iterator[Work]]:
         """Yield the parts of an input that are pruned together: all its layers, or as many experts
         of a mixture's step as have room for statistics. A part yields the work to do on every
         micro-batch, then solves."""
         if not isinstance(one, Routed):
-            yield self._layers(one)
+            yield self._layers(one, at)
             return
         for step in (step for step in one.steps if step.layers):
             experts = list(step.layers)
             columns = step.layers[experts[0]][0].shape[1]
             at_once = max(1, self.expert_bytes // (2 * self._kind.memory(columns)))
-            for at in range(0, len(experts), at_once):
-                yield self._experts(one, step, experts[at : at + at_once])
+            for start in range(0, len(experts), at_once):
+                yield self._experts(one, step, experts[start : start + at_once])
 
-    def _layers(self, shared: SharedInput) -> Iterator[Work]:
+    def _layers(self, shared: SharedInput, at: int) -> Iterator[Work]:
         """Gather the statistic of an input, then prune the layers that share it."""
-        statistic: Statistic = self._kind(shared[0].shape[1], shared[0].view().device)
-        held_out = self._judge()
+        place = shared[0].shape[1], shared[0].view().device
+        statistic: Statistic = self._kind(*place)
+        cross = Cross(*place) if self.follows_dense else None
+        held_out, outputs = self._judge(), {layer.name: layer.shape[0] for layer in shared}
 
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             off = torch.autocast(args[0].device.type, enabled=False)
             with self._laps.lap("statistics"), off:
-                outputs = {layer.name: layer.shape[0] for layer in shared}
-                self._add(statistic, held_out, number, self._weighted(outputs, number, args[0]))
+                some = [args[0], *([] if cross is None else [self.states[self._key(at, number)]])]
+                weighted = [self._weighted(outputs, number, one) for one in some]
+                self._add(statistic, held_out, number, *weighted, cross=cross)
 
         yield add
         with self._laps.lap("solve"):
-            self._prune(shared, statistic, held_out)
+            self._prune(shared, statistic, held_out, cross=cross)
 
     def _judge(self) -> HeldOut:
         """Return an empty store of a layer's inputs on the rows held out."""
         tokens = len(self._unfitted) * self.report.tokens // max(1, self.report.rows)
         return HeldOut(max(1, tokens // JUDGING))
 
-    def _add(self, statistic: Statistic, held_out: HeldOut, number: int, inputs: Tensor) -> None:
-        """Add the inputs of a micro-batch to the statistic, and rows held out to their store."""
+    def _add(
+        self,
+        statistic: Statistic,
+        held_out: HeldOut,
+        number: int,
+        *inputs: Tensor,
+        cross: Cross | None = None,
+    ) -> None:
+        """Add the inputs of a micro-batch, and those of the dense model if they are known, to the
+        sums, and rows held out to their store."""
         start, rows = number * self.report.rows_at_once, self._batches[number].rows
         apart = [row - start for row in self._unfitted if start <= row < start + rows]
-        if not apart:
-            statistic.add(inputs)
-            return
-        by_row = inputs.reshape(rows, -1, inputs.shape[-1])
-        held_out.add(by_row[apart])
-        if fitted := [row for row in range(rows) if row not in apart]:
-            statistic.add(by_row[fitted])
+        if apart:
+            by_row = [one.reshape(rows, -1, one.shape[-1]) for one in inputs]
+            held_out.add(*(one[apart] for one in by_row))
+            fitted = [row for row in range(rows) if row not in apart]
+            inputs = tuple(one[fitted] for one in by_row)
+        if inputs[0].numel():
+            statistic.add(inputs[0])
+            if cross is not None:
+                cross.add(inputs[1], inputs[0])
 
     def _weighted(self, outputs: Mapping[str, int], number: int, inputs: Tensor) -> Tensor:
         """Return the inputs of a micro-batch, each token times the square root of its weight;
@@ -684,6 +746,23 @@ class Run:
         squares.sum = self.importance[layer.name].to(device)
         return squares
 
+    def _targets(
+        self,
+        weights: Sequence[Tensor],
+        gram: Tensor,
+        cross: Cross,
+        held_out: HeldOut,
+        shrinkage: float,
+    ) -> list[Tensor]:
+        """Return the weights that are to be approximated: those that make up for a share of the
+        errors of earlier layers, float32."""
+        with raised_diagonal(gram, shrinkage):
+            inverse = inverse_factor(gram).upper
+        moves = cross.moves(weights, gram, inverse)
+        if not (share := held_out.share(weights, moves)):
+            return [*weights]
+        return [weight + share * move for weight, move in zip(weights, moves, strict=True)]
+
     def _stored(self, layers: list[Prunable], weights: Sequence[Tensor]) -> list[Tensor]:
         """Return weights in the types in which they will be stored."""
         pairs = zip(layers, weights, strict=True)
@@ -704,6 +783,7 @@ class Run:
         gathered: Statistic | None,
         held_out: HeldOut | None = None,
         tokens: int | None = None,
+        cross: Cross | None = None,
     ) -> None:
         """Solve the layers of one input, write their weights and add them to the report."""
         statistic = None if gathered is None else gathered.matrix()
@@ -716,6 +796,7 @@ class Run:
             inputs = [statistic.diagonal() if square else statistic]
         _check_finite(layers, "its weights are not finite", inputs)
         weights, pattern = [layer.view() for layer in layers], self.pattern
+        targets: list[Tensor] = weights
         patterns = [
             pattern[one.name] if isinstance(pattern, Mapping) else pattern for one in layers
         ]
@@ -727,18 +808,20 @@ class Run:
             try:
                 if self.robust and isinstance(gathered, Gram):
                     shrinkage = gathered.shrinkage()
+                if statistic is not None and cross is not None and held_out is not None:
+                    targets = self._targets(weights, statistic, cross, held_out, shrinkage)
                 with raised_diagonal(statistic, shrinkage):
-                    solved = self.method.solve(weights, statistic, patterns)
+                    solved = self.method.solve(targets, statistic, patterns)
             except SolverError as failure:
                 raise SolverError(f"{layers[0].name}: {failure}") from failure
             stored = self._stored(layers, solved.weights)
             if statistic is not None and isinstance(gathered, Gram):
                 errors = [
-                    relative_error(*pair, statistic) for pair in zip(weights, stored, strict=True)
+                    relative_error(*pair, statistic) for pair in zip(targets, stored, strict=True)
                 ]
                 judged = errors
             if statistic is not None and held_out is not None and held_out.judges:
-                judged = [held_out.error(*pair) for pair in zip(weights, stored, strict=True)]
+                judged = [held_out.error(*pair) for pair in zip(targets, stored, strict=True)]
                 doubtful = [
                     at for at, one in enumerate(judged) if (one or 0) > DOUBTFUL * (errors[at] or 0)
                 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -168,6 +168,39 @@ class Gram(Statistic):
             inner, outer = part.tensor_split([to - at], dim=1)
             total += inner.sum(dtype=total.dtype) + 2 * outer.sum(dtype=total.dtype)
         return total
+
+
+class Cross:
+    """Running float32 sum of d x^T, of a layer's inputs in the dense model and its own.
+
+    Args:
+        columns: width of the input.
+        device: of the inputs.
+    """
+
+    def __init__(self, columns: int, device: torch.device) -> None:
+        self.sum = torch.zeros(columns, columns, device=device)
+
+    def add(self, dense: Tensor, inputs: Tensor) -> None:
+        """Add tokens: (..., columns), any float dtype."""
+        pair = [one.reshape(-1, one.shape[-1]) for one in (dense, inputs)]
+        exact = inputs.dtype == torch.bfloat16
+        with bfloat16_products(exact):
+            for d, x in zip(*(one.split(CONVERTED_TOKENS) for one in pair), strict=True):
+                self.sum.addmm_(d.float().T, x.float())
+
+    def moves(self, weights: Sequence[Tensor], gram: Tensor, inverse: Tensor) -> list[Tensor]:
+        """Return by how much each weight has to change, so that the layer's outputs are nearest to
+        the dense model's: W (C - G) H^-1, float32. Overwrites the sum.
+
+        Args:
+            weights: (rows, columns) of any float type.
+            gram: G, float32 (columns, columns), sum of x x^T.
+            inverse: upper factor of H^-1, H the damped G (`Factor`).
+        """
+        apart = self.sum.sub_(gram)
+        with large_products():
+            return [weight.float() @ apart @ inverse.T @ inverse for weight in weights]
 
 
 @contextmanager

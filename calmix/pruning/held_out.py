@@ -3,6 +3,10 @@
 A solver's error on its own rows says how closely it fits them: in wide layers it can be half of
 that on other text. One row in 16 is therefore left out of every Gram matrix. A layer whose
 corrected weights lose more on these rows than without correction is left uncorrected.
+
+They also say how far a layer's weights should move to make up for the errors of the layers before
+it: half of what would bring its outputs nearest to the dense model's (ours; all of it fits the
+outputs better, and the model worse).
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ JUDGING_TOKENS = 64  # that can judge a layer
 SAMPLED_OUTPUTS = 256  # outputs of a layer solved without correction, to compare
 # Error on these tokens over that on the fitted ones, from which layers are compared.
 DOUBTFUL = 1.25
+HALF = 0.5  # of the moves that would be best for a layer's outputs
 PER_INPUT = 4  # tokens for each input of a layer: twice as many lose another 5 to 12 % less (ours)
 
 
@@ -52,11 +57,14 @@ class HeldOut:
     def __init__(self, spacing: int = 1) -> None:
         self.spacing = spacing
         self._parts: list[Tensor] = []
+        self._dense: list[Tensor] = []  # the same inputs in the dense model, if they are known
 
-    def add(self, inputs: Tensor) -> None:
+    def add(self, inputs: Tensor, dense: Tensor | None = None) -> None:
         """Add tokens: inputs of shape (..., columns), any float dtype."""
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        self._parts.append(flat[:: self.spacing].clone())
+        pairs = ((self._parts, inputs), (self._dense, dense))
+        for parts, one in pairs:
+            if one is not None:
+                parts.append(one.reshape(-1, one.shape[-1])[:: self.spacing].clone())
 
     @property
     def judges(self) -> bool:
@@ -67,7 +75,7 @@ class HeldOut:
         """Return the share of the output energy on these tokens that is lost.
 
         Args:
-            weight, changed: (rows, columns), dense and replaced.
+            weight, changed: (rows, columns), wanted and stored.
         """
         lost, whole = torch.zeros(2, device=weight.device).unbind()
         dense = weight.float()
@@ -78,6 +86,37 @@ class HeldOut:
                 lost += (inputs @ change.T).square_().sum()
                 whole += (inputs @ dense.T).square_().sum()
         return float(lost / whole) if whole else 0.0
+
+    def apart(self, weight: Tensor, changed: Tensor) -> float:
+        """Return the squared distance of the outputs on these tokens from the dense model's.
+
+        Args:
+            weight, changed: (rows, columns), dense and stored.
+        """
+        lost = torch.zeros((), device=weight.device)
+        change, dense = weight.float() - changed, weight.float()
+        with bfloat16_products():
+            for at, part in enumerate(self._parts):
+                outputs = part.float() @ change.T
+                if self._dense:  # what earlier layers have changed is small: not a product's error
+                    outputs += (self._dense[at].float() - part.float()) @ dense.T
+                lost += outputs.square_().sum()
+        return float(lost)
+
+    def share(self, weights: Sequence[Tensor], moves: Sequence[Tensor]) -> float:
+        """Return which share of their moves (`Cross.moves`) layers of one input should make; 0 if
+        there are too few tokens."""
+        along, whole = torch.zeros(2, device=weights[0].device).unbind()
+        if not self.judges:
+            return 0.0
+        with bfloat16_products():
+            for part, dense in zip(self._parts, self._dense, strict=True):
+                inputs, missing = part.float(), dense.float() - part.float()
+                for weight, move in zip(weights, moves, strict=True):
+                    moved = inputs @ move.T
+                    along += (moved * (missing @ weight.float().T)).sum()
+                    whole += moved.square_().sum()
+        return HALF * min(max(float(along / whole), 0.0), 1.0) if whole else 0.0
 
 
 def uncorrected(
@@ -134,12 +173,12 @@ def checked(
         return solution, replaced
     for number, at in enumerate(doubtful):
         weight, solved = weights[at], solution.weights[at]
-        few = held_out.error(some[number], plain.weights[number])
-        if held_out.error(some[number], solved[:: steps[number]]) <= few:
+        few = held_out.apart(some[number], plain.weights[number])
+        if held_out.apart(some[number], solved[:: steps[number]]) <= few:
             continue
         alone = uncorrected(method, [weight], squares, [patterns[at]])
         assert alone is not None
-        if held_out.error(weight, solved) > held_out.error(weight, alone.weights[0]):
+        if held_out.apart(weight, solved) > held_out.apart(weight, alone.weights[0]):
             replaced.append(at)
             solution = _with_layer(solution, at, alone)
     return solution, replaced

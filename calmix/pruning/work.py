@@ -254,6 +254,13 @@ class States:
         read: Any = torch.from_numpy(np.fromfile(self.folder / str(number), np.uint8))
         return read.view(state.dtype).view(state.shape).to(self.device)
 
+    def __delitem__(self, number: int) -> None:
+        old = self._held.pop(number)
+        if old.is_meta:
+            (self.folder / str(number)).unlink()
+        else:
+            self._room += old.nbytes
+
     def __setitem__(self, number: int, hidden: Tensor) -> None:
         old = self._held.pop(number, None)
         if old is not None and not old.is_meta:

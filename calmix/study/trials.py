@@ -207,7 +207,10 @@ def resolve_all(study: Study, trials: Iterable[Planned]) -> list[Planned]:
 
 def _statistics(pruning: PruneRequest) -> str | None:
     """Return the statistics of a trial; None if they are plain, as in all older trials."""
-    return "robust" if pruning.chosen.is_robust(pruning.statistics) else None
+    if not pruning.chosen.is_robust(pruning.statistics):
+        return None
+    targets = pruning.chosen.has_dense_targets(pruning.statistics)
+    return "robust, targets of the dense model" if targets else "robust"
 
 
 def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:

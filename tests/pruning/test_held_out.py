@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from calmix.models.blocks import find_blocks
 from calmix.pruning import engine
-from calmix.pruning.engine import prune
-from calmix.pruning.gram import relative_error
-from calmix.pruning.held_out import HeldOut, checked, held_out_rows
+from calmix.pruning.engine import Run, prune, run_through
+from calmix.pruning.gram import Cross, Gram, inverse_factor, relative_error
+from calmix.pruning.held_out import HALF, HeldOut, checked, held_out_rows
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import as_pattern
+from calmix.pruning.patterns import Rate, as_pattern
 from tests.pruning.test_engine import weights_of
 from tests.tiny import tiny_ids, tiny_model
 
@@ -40,7 +41,9 @@ def test_error_is_that_of_the_tokens_given():
 
 @pytest.mark.parametrize("propagation", ["sequential", "block"])
 def test_held_out_rows_are_not_fitted(propagation, monkeypatch):
-    """Other tokens in those rows change the errors reported, and no weight."""
+    """Other tokens in those rows change the errors reported, and no weight: of what is chosen by
+    them, one share for each input is fixed here."""
+    monkeypatch.setattr(HeldOut, "share", lambda *_: 0.4)
     monkeypatch.setattr(engine, "costs_in_memory", lambda *_: {})  # their mean is over all rows
     monkeypatch.setattr(engine, "checked", lambda _, weights, solved, *__: (solved, []))
     results = []
@@ -135,3 +138,42 @@ def test_corrections_that_help_stay():
     made, replaced = checked(chosen, [weight], solved, gram.diagonal(), [pattern], judge, [0])
     assert replaced == []
     assert torch.equal(made.weights[0], solved.weights[0])
+
+
+def test_moves_bring_outputs_nearest_to_the_dense_models():
+    rng = torch.Generator().manual_seed(0)
+    inputs, weight = torch.randn(400, 12, generator=rng), torch.randn(5, 12, generator=rng)
+    dense = inputs + 0.1 * torch.randn(400, 12, generator=rng)
+    gram, cross, held_out = Gram(12, inputs.device), Cross(12, inputs.device), HeldOut()
+    gram.add(inputs[None])
+    cross.add(dense[:100], inputs[:100])
+    cross.add(dense[100:], inputs[100:])
+    whole = gram.matrix()
+    [move] = cross.moves([weight], whole, inverse_factor(whole, 1e-6).upper)
+    best = torch.linalg.lstsq(inputs, dense @ weight.T).solution.T
+    assert torch.allclose(weight + move, best, atol=1e-3)
+    assert held_out.share([weight], [move]) == 0  # too few tokens
+    held_out.add(inputs, dense)
+    assert held_out.share([weight], [move]) == pytest.approx(HALF, abs=1e-3)
+    assert held_out.share([weight], [2 * move]) == pytest.approx(HALF / 2, abs=1e-3)
+    assert held_out.share([weight], [-move]) == 0
+    exact = float(((inputs @ best.T) - dense @ weight.T).square().sum())
+    assert held_out.apart(weight, best) == pytest.approx(exact, rel=0.02)
+    assert held_out.apart(weight, best) < held_out.apart(weight, weight)
+
+
+def test_layers_make_up_for_earlier_ones():
+    """Later blocks end nearer to the dense model's states if their targets come from it."""
+    model, ids = tiny_model("llama"), tiny_ids(ROWS)
+    apart = {}
+    with torch.no_grad():
+        dense = model.model(ids).last_hidden_state
+    for targets in ("own", "dense"):
+        pruned = tiny_model("llama")
+        run = Run(pruned, find_blocks(pruned), get_method("gptq,group=32"), Rate(2))
+        run.robust, run.targets = True, targets
+        run_through(run, ids)
+        with torch.no_grad():
+            apart[targets] = float((pruned.model(ids).last_hidden_state - dense).square().mean())
+        assert not run.states.keys() - range(2 * len(run.states))  # inputs are dropped
+    assert apart["dense"] < 0.98 * apart["own"]

@@ -13,15 +13,17 @@ from transformers import AutoModelForCausalLM
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError
 from calmix.machine import out_of_memory
+from calmix.models.blocks import find_blocks
 from calmix.models.opening import open_model
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import budget
 from calmix.pruning.allocation import LossPass
 from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
-from calmix.pruning.engine import Run, prune
+from calmix.pruning.engine import Run, prune, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
+from calmix.pruning.held_out import HeldOut
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.solvers.grids import read_blocks, read_grids
@@ -443,3 +445,48 @@ def test_out_of_memory_keeps_finished_work(calmix, command, tmp_path, monkeypatc
         "fewer rows at a time (--max-memory, in Python micro_tokens), or use shorter rows"
     )
     assert "1 blocks done: resume it with --resume" in calmix(*command, tmp_path / "out").line
+
+
+@pytest.mark.parametrize("states", [0, 2 * BATCH, 10**9])
+def test_targets_of_the_dense_model_survive_a_kill(tmp_path, states):
+    """Streamed, with states in files or in memory, and resumed: the weights are those in memory."""
+    save_tiny_model(tmp_path / "model", "qwen2")
+    ids, folder = tiny_ids(32), str(tmp_path / "model")
+    expected = open_model(folder).model
+    shares = list[float]()
+    share = HeldOut.share
+
+    def seen(self, *pairs):
+        shares.append(share(self, *pairs))
+        return shares[-1]
+
+    def run_of(model, blocks):
+        run = Run(model, blocks, get_method("sparsegpt"), HALF)
+        run.robust = True
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(HeldOut, "share", seen)
+        run_through(run_of(expected, find_blocks(expected)), ids, 5 * 32)
+    assert len(shares) == 8
+    assert sum(one > 0 for one in shares) > 3
+    plan = Plan(5 * 32, None, True, 0, states=states)
+
+    def streamed(resume, progress=lambda done: None):
+        source, work = StreamedModel(folder), WorkFolder(tmp_path / "out")
+        work.claim({}, resume=resume, overwrite=not resume)
+        try:
+            prune_streamed(source, ids, run_of(source.model, source.blocks), work, plan, progress)
+            return load_weights(work.checkpoint)
+        finally:
+            source.close()
+
+    def stop(done):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        streamed(False, stop)
+    found = streamed(True)
+    check_same(found, {n: v for n, v in expected.state_dict().items() if n in found})
+    assert len(found) > 20

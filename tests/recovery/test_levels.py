@@ -123,8 +123,8 @@ def test_weights_without_stored_grid_are_fixed(calmix, place, tmp_path, case):
     dense, bits, output = (tmp_path / name for name in ("dense", "bits", "out"))
     save_tiny_model(dense, kind)
     drawn = ("--calibration", place / "text.txt", "--rows", 32, "--length", 32, "--leakage", "off")
-    calmix("prune", dense, "--method", "ecq", "--bits", 3, *drawn, "-o", bits).ok()
-    how = ("--method", method, "--epochs", 2, "--lr", 0.005)
+    calmix("prune", dense, "--method", "ecq", "--bits", 2, *drawn, "-o", bits).ok()
+    how = ("--method", method, "--epochs", 4, "--lr", 0.005)
     ended = calmix("recover", bits, "--against", dense, *drawn, *how, "-o", output).ok()
     assert "weights stay on their grid (100" in ended.out
     before, after, grids = load_weights(bits), load_weights(output), read_grids(output)

@@ -119,6 +119,10 @@ class Method(BaseModel, ABC):
         """A file with an importance matrix in place of statistics; empty if there is none."""
         return ""
 
+    def has_dense_targets(self, statistics: Statistics | None) -> bool:
+        """Whether layers also make up for the errors of those before them (`held_out`)."""
+        return self.is_robust(statistics) and self.needs is Gram
+
     def is_robust(self, statistics: Statistics | None) -> bool:
         """Whether statistics that a run asks for, robust by default, are so with this method."""
         return statistics != "plain" and self.needs is not None and not self.dense_inputs
