@@ -25,7 +25,7 @@ from calmix.machine import device_memory, tokens_at_once
 from calmix.models.blocks import outer_weights
 from calmix.models.streaming import StreamedModel
 from calmix.options import BITS_METHOD
-from calmix.pruning.engine import ROUNDED_AT_ONCE
+from calmix.pruning.engine import PER_MOVE, ROUNDED_AT_ONCE
 from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import LAYER_ENTRIES
 from calmix.pruning.methods import Method, get_method
@@ -128,7 +128,9 @@ def plan_for(
         experts = [layer.shape for layer in inside if layer.expert == one[layer.mixture]]
         count = max([count, *(1 + (layer.expert or 0) for layer in inside)])
         widths = [columns * source.dtype.itemsize for _, columns in (*alone, *experts)]
-        inner, read = max([inner, *widths]), max(read, sum(widths[: len(alone)]))
+        followed = [size for _, size in alone if rows * length >= PER_MOVE * size]
+        inner = max([inner, *widths])
+        read = max(read, sum(followed) * source.dtype.itemsize)
         # The statistics of one expert's widest input: for its own tokens and for all.
         both = 0 if kind is None else max((2 * kind.memory(w) for _, w in experts), default=0)
         taken = [solver_bytes(method, some, accelerator=accelerator) for some in (alone, experts)]

@@ -67,6 +67,7 @@ from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls, SharedInput, obser
 from calmix.pruning.work import States
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one per layer name
+PER_MOVE = 8  # tokens for each input from which layers make up for the errors of earlier ones
 BACKWARD = 4  # times fewer rows run backward than forward at a time
 ROUNDED_AT_ONCE = 2**23  # weights of an embedding rounded at a time
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch and its arguments
@@ -458,7 +459,7 @@ class Run:
             for number, batch in enumerate(self._dense_batches):
                 with ExitStack() as hooks:
                     for at, one in enumerate(inputs):
-                        if isinstance(one, Routed):
+                        if isinstance(one, Routed) or not self._follows(one):
                             continue
 
                         def see(module: Any, args: Any, key: int = self._key(at, number)) -> None:
@@ -469,6 +470,10 @@ class Run:
                     hidden = batch.run(index, self.states[count + number])
                 self.states[count + number] = hidden
         return captured
+
+    def _follows(self, shared: SharedInput) -> bool:
+        """Whether there are tokens enough to say how layers make up for earlier errors."""
+        return self.follows_dense and self.report.tokens >= PER_MOVE * shared[0].shape[1]
 
     def _key(self, at: int, number: int) -> int:
         """Return where the states hold the dense model's `at`-th input of the block."""
@@ -623,7 +628,7 @@ class Run:
         """Gather the statistic of an input, then prune the layers that share it."""
         place = shared[0].shape[1], shared[0].view().device
         statistic: Statistic = self._kind(*place)
-        cross = Cross(*place) if self.follows_dense else None
+        cross = Cross(*place) if self._follows(shared) else None
         held_out, outputs = self._judge(), {layer.name: layer.shape[0] for layer in shared}
 
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
