@@ -434,7 +434,8 @@ def read_card(out: Path) -> Card:
                 spec = load_suite(suite).tasks[one.name]
                 origin = provenance(spec)
                 if one.answers:
-                    questions |= {ask.id: ask.question for ask in load_items(spec)}
+                    whole = spec.model_copy(update={"limit": None})
+                    questions |= {ask.id: ask.question.strip() for ask in load_items(whole)}
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
