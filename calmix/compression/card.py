@@ -434,8 +434,8 @@ def read_card(out: Path) -> Card:
                 spec = load_suite(suite).tasks[one.name]
                 origin = provenance(spec)
                 if one.answers:
-                    whole = spec.model_copy(update={"limit": None})
-                    questions |= {ask.id: ask.question.strip() for ask in load_items(whole)}
+                    every = spec.model_copy(update={"limit": None})
+                    questions |= {ask.id: ask.question.strip() for ask in load_items(every)}
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
