@@ -83,8 +83,7 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
                 out.quiet = before
 
         fields: dict[str, Any] = model.model_fields
-        extras = {key: _extra(field).get("names") for key, field in fields.items()}
-        named = {key: what for key, what in extras.items() if what}
+        named = {key: what for key, one in fields.items() if (what := _extra(one).get("names"))}
         parameters = [_parameter(model, key, field) for key, field in fields.items()]
         parameters.sort(
             key=lambda one: (

@@ -33,7 +33,7 @@ from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.retention import Retention
 from calmix.evaluation.scores import load_pairs
 from calmix.evaluation.suites import load_suite, provenance
-from calmix.evaluation.tasks import load_items
+from calmix.evaluation.tasks import all_items
 from calmix.files import size_text, user_path, write_json, write_text
 from calmix.manifest import GGUF, Input, lineage, read_record, read_sealed, record
 from calmix.models.hub import builtin_models
@@ -80,7 +80,8 @@ class Card:
     recoveries: tuple[Mapping[str, Any], ...]
     pairs: Sequence[Pair]  # the scores of both models on each suite
     prompted: Pair | None  # the scores of both models on the user's prompts
-    questions: Mapping[str, str]  # of the suites, by item
+    turned: Sequence[Turned]  # answers that were lost or gained, to show
+    questions: Mapping[str, str]  # of their tasks, by item
     tasks: list[dict[str, str]]  # that were scored, with origin and licence
     hashes: list[dict[str, str]]  # of inputs and outputs
 
@@ -208,11 +209,6 @@ class Card:
     def faults(self) -> list[dict[str, Any]]:
         """The table of faults in these answers."""
         return fault_rows(self._compared) if self._compared else []
-
-    @cached_property
-    def turned(self) -> list[Turned]:
-        """Answers that were lost or gained, to show."""
-        return turned(self.pairs, SIDE_BY_SIDE)
 
     @property
     def shortly(self) -> str:
@@ -426,16 +422,16 @@ def read_card(out: Path) -> Card:
         for name, value in results.hashes(folder).items()
         if name.endswith((WEIGHTS, GGUF)) or name == "config.json"
     }
-    tasks, questions = list[dict[str, str]](), dict[str, str]()
+    shown = turned(pairs, SIDE_BY_SIDE)
+    tasks, questions, asked = list[dict[str, str]](), dict[str, str](), {one.task for one in shown}
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
         suites = ["abilities" if name == BEHAVIOUR else options["suite"] for name in names]
         for suite, (_, scored_by) in zip(suites, pairs, strict=True):
             for one in scored_by.tasks:
                 spec = load_suite(suite).tasks[one.name]
                 origin = provenance(spec)
-                if one.answers:
-                    every = spec.model_copy(update={"limit": None})
-                    questions |= {ask.id: ask.question.strip() for ask in load_items(every)}
+                if one.name in asked and one.answers:
+                    questions |= {ask.id: ask.question.strip() for ask in all_items(spec)}
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})
     known = model.startswith("builtin:") and builtin_models().get(model.removeprefix("builtin:"))
@@ -460,6 +456,7 @@ def read_card(out: Path) -> Card:
         tuple(one["recovery"] for one in reversed(trained)),
         pairs,
         load_pairs([out / PROMPTS])[0] if (out / PROMPTS).exists() else None,
+        shown,
         questions,
         tasks,
         [{"what": name, "SHA-256": value} for name, value in hashes.items()],

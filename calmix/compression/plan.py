@@ -43,6 +43,7 @@ from calmix.pruning.file_types import check_whole
 from calmix.pruning.held_out import PER_INPUT, rows_needed
 from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
+from calmix.pruning.methods.gptq import Gptq
 from calmix.pruning.patterns import Mixed, Recipe
 from calmix.sources.registry import MIXES, get_source, local_file
 from calmix.specs import LENGTH, SEED, prune_request
@@ -313,7 +314,7 @@ def bits_for(request: Target) -> float:
         tensors = wanted - overhead(request.model, request.like)
         return math.floor(800 * tensors / file_weights(_empty(request).model)) / 100
     if product_of(request) == "vllm":
-        most = 7 if request.asymmetric else 8
+        most = _most_bits(request)
         low, high = (checkpoint_bytes(request, bits) for bits in (2, most))
         if wanted < low:
             raise InputError(
@@ -362,7 +363,12 @@ def reachable(request: Target, bits: float) -> bool:
             check_bits(bits, _empty(request).model, _empty(request).blocks)
             return True
         return False
-    return not (request.asymmetric and bits > 7)
+    return bits <= _most_bits(request)
+
+
+def _most_bits(request: Target) -> int:
+    """Return the most bits of levels in a checkpoint for vLLM."""
+    return Gptq(symmetric=not request.asymmetric).choices[-1]
 
 
 class Checked(NamedTuple):

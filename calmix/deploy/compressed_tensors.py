@@ -90,23 +90,20 @@ def export(
     folder = user_path(name)
     check_folder(folder)
     manifest = read_if_there(folder / MANIFEST)
-    request: Mapping[str, Any] = next(
-        (one["request"] for one in lineage(manifest) if "pruning" in one), {}
-    )
-    if request.get("method") != "gptq":
+    quantised = next((one for one in lineage(manifest) if "pruning" in one), None)
+    if quantised is None or quantised["request"].get("method") != "gptq":
         raise InputError(
             f"{name} was not quantised by GPTQ, whose levels a compressed-tensors checkpoint "
             "holds: calmix compress MODEL --for vllm, or calmix prune MODEL --method "
             "gptq,group=128 --bits 4"
         )
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
-    symmetric = bool(request["options"].get("symmetric", True))
+    symmetric = bool(quantised["request"]["options"].get("symmetric", True))
     places = stored_tensors(folder)
     say("convert")
     with closing(StreamedModel(name)) as model:
         grids, layers, ignored = _layers(folder, model, places)
-    taken = next(one["pruning"]["layers"] for one in lineage(manifest) if "pruning" in one)
-    rates = {one["name"]: one["bits"] for one in taken}
+    rates = {one["name"]: one["bits"] for one in quantised["pruning"]["layers"]}
     bits = {key: int(rates[layer]) for key, layer in layers.items()}  # a scale takes less than one
     sizes = {places[key].shape[1] // grid.scale.shape[1] for key, grid in grids.items()}
     if len(sizes) > 1 or not sizes <= {*GROUPS}:

@@ -379,10 +379,15 @@ def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
     return texts
 
 
+def all_items(spec: TaskSpec) -> list[Any]:
+    """Return all of a task's items, even if they are not scored."""
+    return load_items(spec.model_copy(update={"limit": None}))
+
+
 def task_texts(spec: TaskSpec) -> list[str]:
     """Return the distinct questions and answers of all of a task's items in the archive, even if
     they are not scored."""
-    items = load_items(spec.model_copy(update={"limit": None}))
+    items = all_items(spec)
     requests = [one for item in items for one in item.requests]
     head = preamble([context for context, _ in requests])
     return [*{text: None for context, answer in requests for text in (context[head:], answer)}]

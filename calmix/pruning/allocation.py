@@ -226,7 +226,7 @@ class LevelPass(LossPass):
         assert isinstance(target, Mixed)
         counts = {layer.name: math.prod(layer.shape) for layer in self.blocks.layers}
         choices = {
-            " ".join(names): [
+            names[0]: [
                 (
                     bits * sum(counts[name] for name in names),
                     math.fsum(self.losses[name][str(bits)] for name in names),
@@ -239,12 +239,9 @@ class LevelPass(LossPass):
         least = self.quantiser.choices[0]  # also where no input is
         unseen = sum(count for name, count in counts.items() if name not in self.losses)
         budget = int(target.bits * sum(counts.values())) - least * unseen
-        chosen = {
-            name: Rate(int(bits))
-            for names, bits in cheapest(choices, budget).items()
-            for name in names.split()
-        }
-        return {name: chosen.get(name, Rate(least)) for name in counts}
+        chosen = cheapest(choices, budget)
+        bits = {name: int(chosen[names[0]]) for names in self._together for name in names}
+        return {name: Rate(bits.get(name, least)) for name in counts}
 
 
 def loss_pass(model: nn.Module, blocks: DecoderBlocks, method: Method) -> LossPass:

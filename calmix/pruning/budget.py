@@ -25,9 +25,10 @@ from calmix.machine import device_memory, tokens_at_once
 from calmix.models.blocks import outer_weights
 from calmix.models.streaming import StreamedModel
 from calmix.options import BITS_METHOD
-from calmix.pruning.engine import PER_MOVE, ROUNDED_AT_ONCE
+from calmix.pruning.engine import ROUNDED_AT_ONCE
 from calmix.pruning.experts import EXPERT_BYTES
 from calmix.pruning.gram import LAYER_ENTRIES
+from calmix.pruning.held_out import may_move
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.trace import token_bytes
 
@@ -128,7 +129,7 @@ def plan_for(
         experts = [layer.shape for layer in inside if layer.expert == one[layer.mixture]]
         count = max([count, *(1 + (layer.expert or 0) for layer in inside)])
         widths = [columns * source.dtype.itemsize for _, columns in (*alone, *experts)]
-        followed = [size for _, size in alone if rows * length >= PER_MOVE * size]
+        followed = [columns for _, columns in alone if may_move(columns, rows * length)]
         inner = max([inner, *widths])
         read = max(read, sum(followed) * source.dtype.itemsize)
         # The statistics of one expert's widest input: for its own tokens and for all.

@@ -52,7 +52,14 @@ from calmix.pruning.gram import (
     raised_diagonal,
     relative_error,
 )
-from calmix.pruning.held_out import DOUBTFUL, SHARE, HeldOut, checked, held_out_rows
+from calmix.pruning.held_out import (
+    DOUBTFUL,
+    SHARE,
+    HeldOut,
+    checked,
+    held_out_rows,
+    may_move,
+)
 from calmix.pruning.held_out import STORED_TOKENS as JUDGING
 from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import Method, get_method
@@ -67,7 +74,6 @@ from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls, SharedInput, obser
 from calmix.pruning.work import States
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one per layer name
-PER_MOVE = 8  # tokens for each input from which layers make up for the errors of earlier ones
 BACKWARD = 4  # times fewer rows run backward than forward at a time
 ROUNDED_AT_ONCE = 2**23  # weights of an embedding rounded at a time
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch and its arguments
@@ -454,26 +460,24 @@ class Run:
     def run_dense(self, index: int, inputs: Sequence[SharedInput | Routed] = ()) -> list[int]:
         """Advance the dense model's states through a block with dense weights; return the numbers
         under which the states hold its layers' inputs."""
-        captured, count = list[int](), len(self._batches)
-        with _at_work(self._device(index)):
+        captured, number, count = list[int](), 0, len(self._batches)
+
+        def see(at: int, module: nn.Module, args: tuple[Any, ...]) -> None:
+            captured.append(self._key(at, number))
+            self.states[captured[-1]] = args[0].clone()
+
+        with _at_work(self._device(index)), ExitStack() as hooks:
+            for at, one in enumerate(inputs):
+                if not isinstance(one, Routed) and self._follows(one):
+                    hook = partial(see, at)
+                    hooks.enter_context(one[0].module.register_forward_pre_hook(hook))
             for number, batch in enumerate(self._dense_batches):
-                with ExitStack() as hooks:
-                    for at, one in enumerate(inputs):
-                        if isinstance(one, Routed) or not self._follows(one):
-                            continue
-
-                        def see(module: Any, args: Any, key: int = self._key(at, number)) -> None:
-                            self.states[key] = args[0].clone()
-                            captured.append(key)
-
-                        hooks.enter_context(one[0].module.register_forward_pre_hook(see))
-                    hidden = batch.run(index, self.states[count + number])
-                self.states[count + number] = hidden
+                self.states[count + number] = batch.run(index, self.states[count + number])
         return captured
 
     def _follows(self, shared: SharedInput) -> bool:
-        """Whether there are tokens enough to say how layers make up for earlier errors."""
-        return self.follows_dense and self.report.tokens >= PER_MOVE * shared[0].shape[1]
+        """Whether the layers of an input make up for the errors of earlier ones."""
+        return self.follows_dense and may_move(shared[0].shape[1], self.report.tokens)
 
     def _key(self, at: int, number: int) -> int:
         """Return where the states hold the dense model's `at`-th input of the block."""

@@ -32,7 +32,8 @@ JUDGING_TOKENS = 64  # that can judge a layer
 SAMPLED_OUTPUTS = 256  # outputs of a layer solved without correction, to compare
 # Error on these tokens over that on the fitted ones, from which layers are compared.
 DOUBTFUL = 1.25
-HALF = 0.5  # of the moves that would be best for a layer's outputs
+MOVE_SHARE = 0.5  # of the moves that would be best for a layer's outputs
+PER_MOVE = 8  # tokens for each input from which layers make up for the errors of earlier ones
 PER_INPUT = 4  # tokens for each input of a layer: twice as many lose another 5 to 12 % less (ours)
 
 
@@ -40,6 +41,11 @@ def held_out_rows(rows: int, sources: Sequence[str] = ()) -> list[int]:
     """Return the rows held out, spread over the sources; none of fewer than 16."""
     order = sorted(range(rows), key=lambda row: sources[row]) if sources else [*range(rows)]
     return sorted(order[SHARE // 2 :: SHARE]) if rows >= SHARE else []
+
+
+def may_move(columns: int, tokens: int) -> bool:
+    """Whether there are tokens enough for a layer to make up for the errors of earlier ones."""
+    return tokens >= PER_MOVE * columns
 
 
 def rows_needed(columns: int, length: int, per_input: int = PER_INPUT) -> int:
@@ -61,8 +67,7 @@ class HeldOut:
 
     def add(self, inputs: Tensor, dense: Tensor | None = None) -> None:
         """Add tokens: inputs of shape (..., columns), any float dtype."""
-        pairs = ((self._parts, inputs), (self._dense, dense))
-        for parts, one in pairs:
+        for parts, one in ((self._parts, inputs), (self._dense, dense)):
             if one is not None:
                 parts.append(one.reshape(-1, one.shape[-1])[:: self.spacing].clone())
 
@@ -93,12 +98,12 @@ class HeldOut:
         Args:
             weight, changed: (rows, columns), dense and stored.
         """
-        lost = torch.zeros((), device=weight.device)
-        change, dense = weight.float() - changed, weight.float()
+        lost, dense = torch.zeros((), device=weight.device), weight.float()
+        change = dense - changed
         with bfloat16_products():
             for at, part in enumerate(self._parts):
                 outputs = part.float() @ change.T
-                if self._dense:  # what earlier layers have changed is small: not a product's error
+                if self._dense:  # subtracted first: products are rounded
                     outputs += (self._dense[at].float() - part.float()) @ dense.T
                 lost += outputs.square_().sum()
         return float(lost)
@@ -116,7 +121,7 @@ class HeldOut:
                     moved = inputs @ move.T
                     along += (moved * (missing @ weight.float().T)).sum()
                     whole += moved.square_().sum()
-        return HALF * min(max(float(along / whole), 0.0), 1.0) if whole else 0.0
+        return MOVE_SHARE * min(max(float(along / whole), 0.0), 1.0) if whole else 0.0
 
 
 def uncorrected(

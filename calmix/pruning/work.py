@@ -255,16 +255,18 @@ class States:
         return read.view(state.dtype).view(state.shape).to(self.device)
 
     def __delitem__(self, number: int) -> None:
-        old = self._held.pop(number)
-        if old.is_meta:
+        if self._release(number).is_meta:
             (self.folder / str(number)).unlink()
-        else:
-            self._room += old.nbytes
+
+    def _release(self, number: int) -> Tensor:
+        """Forget a state and return it; its file, if it has one, stays."""
+        old = self._held.pop(number)
+        self._room += 0 if old.is_meta else old.nbytes
+        return old
 
     def __setitem__(self, number: int, hidden: Tensor) -> None:
-        old = self._held.pop(number, None)
-        if old is not None and not old.is_meta:
-            self._room += old.nbytes
+        if number in self._held:
+            self._release(number)
         if hidden.nbytes <= self._room:
             self._room -= hidden.nbytes
         else:

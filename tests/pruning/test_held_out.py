@@ -7,7 +7,7 @@ from calmix.models.blocks import find_blocks
 from calmix.pruning import engine
 from calmix.pruning.engine import Run, prune, run_through
 from calmix.pruning.gram import Cross, Gram, inverse_factor, relative_error
-from calmix.pruning.held_out import HALF, HeldOut, checked, held_out_rows
+from calmix.pruning.held_out import MOVE_SHARE, HeldOut, checked, held_out_rows
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Rate, as_pattern
 from tests.pruning.test_engine import weights_of
@@ -154,8 +154,8 @@ def test_moves_bring_outputs_nearest_to_the_dense_models():
     assert torch.allclose(weight + move, best, atol=1e-3)
     assert held_out.share([weight], [move]) == 0  # too few tokens
     held_out.add(inputs, dense)
-    assert held_out.share([weight], [move]) == pytest.approx(HALF, abs=1e-3)
-    assert held_out.share([weight], [2 * move]) == pytest.approx(HALF / 2, abs=1e-3)
+    assert held_out.share([weight], [move]) == pytest.approx(MOVE_SHARE, abs=1e-3)
+    assert held_out.share([weight], [2 * move]) == pytest.approx(MOVE_SHARE / 2, abs=1e-3)
     assert held_out.share([weight], [-move]) == 0
     exact = float(((inputs @ best.T) - dense @ weight.T).square().sum())
     assert held_out.apart(weight, best) == pytest.approx(exact, rel=0.02)
