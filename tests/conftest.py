@@ -130,3 +130,58 @@ def write_text_file(path):
 def text_file(tmp_path):
     """A text file of some ten thousand tokens under the tiny tokenizer."""
     return write_text_file(tmp_path / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def made(tiny_folder, tmp_path_factory):
+    """A folder with a result of every kind, made from a user's own text `mine`."""
+    from calmix.cli import app
+    from calmix.pruning.engine import Run
+    from tests import synthetic
+    from tests.pruning.stopper import interrupting
+    from tests.tiny import save_tiny_model
+
+    base, small = tmp_path_factory.mktemp("made"), ("--rows", 8, "--length", 32, "--leakage", "off")
+    own = ("--sources", "own.yaml")
+    write_text_file(base / "text.txt")
+    other = " ".join(f"other words {number}" for number in range(800))
+    (base / "more.txt").write_text(other, encoding="utf-8")
+    (base / "own.yaml").write_text(
+        "mine: {licence: MIT, dimension: code, reader: {type: file, path: text.txt}}\n", "utf-8"
+    )
+    save_tiny_model(base / "mixture", "qwen3_moe")
+
+    def calmix(*arguments):
+        app([str(one) for one in arguments], standalone_mode=False)
+
+    def prune(output, *more):
+        calmix("prune", tiny_folder, "-o", output, "--calibration", "mine", *own, *small, *more)
+
+    def calibrate(output, text, *more):
+        calmix("calibrate", text, "-m", tiny_folder, "-o", output, *small, *more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(base)
+        prune("pruned", "--sparsity", 0.5, "--seed", 3)
+        for share in (0.4, 0.5):
+            how = ("--calibration", "self-cal", *small, "--sparsity", share)
+            calmix("prune", tiny_folder, "-o", f"several/sparsegpt-{share}", *how)
+        # A pruning run without text must not get a warning of few tokens after a recovery.
+        calmix("prune", tiny_folder, "-o", "bare", "--sparsity", 0.5, "--method", "magnitude")
+        how = ("--method", "blocks", "--epochs", 1, "--calibration", "mine", *own, *small)
+        calmix("recover", "bare", "--against", tiny_folder, *how, "-o", "recovered")
+        text = ("--calibration", "text.txt", *small)
+        calmix("prune", "mixture", *text, "--drop-experts", 0.25, "-o", "dropped")
+        how = (*text, "--bits", 3.5, "--embeddings", 5, "--skip", "*.o_proj")
+        calmix("prune", tiny_folder, *how, "-o", "quantised")
+        (base / "pruned" / "README.md").write_text("a card", encoding="utf-8")
+        (base / "other.json").write_text('{"kind": "other"}', encoding="utf-8")
+        calmix("export", "--to", "pack", "pruned", "-o", "pack")
+        calmix("export", "--to", "pack", tiny_folder, "-o", "dense-pack")
+        calibrate("set", "mine:0.3,more.txt:0.7", *own, "--packing", "concat")
+        calibrate("written", "self-written")
+        patch.setattr(Run, "block", interrupting(Run.block))
+        prune("cut", "--sparsity", 0.5)
+    few = synthetic.Plan(seeds=(0,), sources=("a", "b", "c", "d"), dimensions=("general", "code"))
+    synthetic.save(synthetic.study(few), base / "results")
+    return base

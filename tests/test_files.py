@@ -104,11 +104,15 @@ def test_leftovers_of_dead_processes_are_removed(tmp_path, make):
     assert names(tmp_path) == ["out"]
 
 
-def test_kill_between_renames_restores_the_folder(tmp_path):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "old").touch()
+@pytest.fixture
+def output(tmp_path):
+    """A folder with an older result."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").touch()
+    return tmp_path / "out"
 
+
+def test_kill_between_renames_restores_the_folder(tmp_path, output):
     def act():
         rename = Path.rename
 
@@ -129,17 +133,8 @@ def test_kill_between_renames_restores_the_folder(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_current_folder_is_refused(tmp_path, monkeypatch):
-    here = tmp_path / "here"
-    (here / "sub").mkdir(parents=True)
-    monkeypatch.chdir(here)
-    for output in (".", "..", "sub/.."):
-        with pytest.raises(InputError, match="contains the current folder"):
-            check_output_folder(Path(output), overwrite=True)
-
-
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_output_overlapping_an_input_is_refused(tmp_path, overwrite):
+def test_output_overlapping_an_input_is_refused(tmp_path, monkeypatch, overwrite):
     model = tmp_path / "models" / "a"
     model.mkdir(parents=True)
     for name in ("calmix.json", "config.json"):  # such a folder --overwrite would replace
@@ -164,6 +159,10 @@ def test_output_overlapping_an_input_is_refused(tmp_path, overwrite):
     check_output_folder(tmp_path / "models" / "b", **how)
     check_apart(tmp_path, ["builtin:smollm2-135m", tmp_path / "none"])
     check_output_file(tmp_path / "texts" / "scores.json", **how)
+    monkeypatch.chdir(model.parent)
+    for name in (".", "..", "a/.."):
+        with pytest.raises(InputError, match="contains the current folder"):
+            check_output_folder(Path(name), overwrite=True)
 
 
 def test_overwrite_replaces_only_results(tmp_path):
@@ -218,10 +217,7 @@ def test_files_are_synced_before_rename(tmp_path, synced):
 
 
 @pytest.mark.parametrize("before", ["the old one goes", "the new one comes"])
-def test_interrupted_rename_keeps_the_old_folder(tmp_path, monkeypatch, before):
-    output = tmp_path / "out"
-    output.mkdir()
-    (output / "old").touch()
+def test_interrupted_rename_keeps_the_old_folder(tmp_path, output, monkeypatch, before):
     rename = Path.rename
 
     def interrupted(path, to):

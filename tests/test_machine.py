@@ -29,33 +29,20 @@ def groups(tmp_path, monkeypatch):
     return make
 
 
+FREE = {"memory.max": "max", "memory.current": 5, "cpu.max": "max 100000"}
+FULL = {"memory.max": 96 * MIB, "memory.current": 48 * MIB, "cpu.max": "100000 100000"}
+CACHED = {"memory.current": 64 * MIB, "memory.stat": f"anon 1\ninactive_file {16 * MIB}\nfile 7"}
+NESTED = {f"a/b/{name}": value for name, value in FREE.items()}
+NESTED |= {f"a/{name}": value for name, value in FULL.items()}
+
+
 @pytest.mark.parametrize(
     ("own", "files", "limited"),
     [
-        (
-            "0::/\n",
-            {
-                "memory.max": 96 * MIB,
-                "memory.current": 64 * MIB,
-                "cpu.max": "50000 100000",
-                "memory.stat": f"anon 1\ninactive_file {16 * MIB}\nactive_file 7",
-            },
-            True,
-        ),
-        (
-            "0::/a/b\n",
-            {  # a group within a limited one
-                "a/b/memory.max": "max",
-                "a/b/memory.current": 5,
-                "a/b/cpu.max": "max 100000",
-                "a/memory.max": 96 * MIB,
-                "a/memory.current": 48 * MIB,
-                "a/cpu.max": "100000 100000",
-            },
-            True,
-        ),
+        ("0::/\n", FULL | CACHED | {"cpu.max": "50000 100000"}, True),
+        ("0::/a/b\n", NESTED, True),  # a group within a limited one
         ("", {}, False),
-        ("0::/\n", {"memory.max": "max", "memory.current": 5, "cpu.max": "max 100000"}, False),
+        ("0::/\n", FREE, False),
         ("nonsense\n0::/../..\n", {"memory.max": "what", "cpu.max": ""}, False),
     ],
 )

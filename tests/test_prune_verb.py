@@ -19,12 +19,8 @@ SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 def test_pruned_checkpoint_and_manifest(calmix, tiny_folder, text_file, tmp_path):
     """And the processor files of a vision-language model, which is opened as a text model."""
     source, output = shutil.copytree(tiny_folder, tmp_path / "model"), tmp_path / "pruned"
-    beside = (
-        "preprocessor_config.json",
-        "processor_config.json",
-        "video_preprocessor_config.json",
-        "chat_template.json",
-    )
+    kinds = ("preprocessor", "processor", "video_preprocessor")
+    beside = (*(f"{kind}_config.json" for kind in kinds), "chat_template.json")
     for name in beside:
         (source / name).write_text(f'{{"is": "{name}"}}', encoding="utf-8")
     command = ("prune", source, "--calibration", text_file, *SMALL, "--sparsity", 0.5)
@@ -117,27 +113,17 @@ def test_failed_write_keeps_the_old_folder(calmix, tiny_folder, tmp_path, monkey
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("llama", ("--sparsity", "0.4")),
-        ("mixtral", ("--drop-experts", 0.25)),
-        ("mixtral", ("--drop-experts", 0.25, "--sparsity", 0.5)),
-    ],
-)
-def test_prune_dry_run(calmix, tmp_path, text_file, kind, more):
-    model = save_tiny_model(tmp_path / "model", kind)
+@pytest.mark.parametrize("more", [("--sparsity", "0.4"), ("--drop-experts", 0.25)])
+def test_prune_dry_run(calmix, tmp_path, text_file, more):
+    model = save_tiny_model(tmp_path / "model", "mixtral" if "--drop-experts" in more else "llama")
     before = sorted(tmp_path.iterdir())
     data = ("--calibration", text_file, *SMALL, *more)
     command = ("prune", model, *data, "--dry-run", "-o", tmp_path / "out")
-    ended = calmix(*command, "--json").ok()
-    data = json.loads(ended.out)
-    assert [one["stage"] for one in data] == ["prune"]
+    (one,) = json.loads(calmix(*command, "--json").ok().out)
     stored = (model / "model.safetensors").stat().st_size
-    for one in data:
-        assert one["work"] == "6 rows of 32 tokens"
-        assert one["memory"] > 0.2e9
-        assert 0.9 * stored < one["disk"] < stored
+    assert (one["stage"], one["work"]) == ("prune", "6 rows of 32 tokens")
+    assert one["memory"] > 0.2e9
+    assert 0.9 * stored < one["disk"] < stored
     assert "cannot hold one block" in calmix(*command, "--max-memory", "1MiB").line
     assert sorted(tmp_path.iterdir()) == before
 

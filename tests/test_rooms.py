@@ -2,6 +2,7 @@
 package is a declared dependency."""
 
 import ast
+import functools
 import re
 import shutil
 import subprocess
@@ -25,18 +26,20 @@ def floors():
     return {name.removesuffix(".py"): floor for floor, row in enumerate(rows) for name in row}
 
 
+@functools.cache
 def imports(path):
-    """Yield line and name of what of calmix a file imports anywhere."""
+    """Return line and name of what a file imports anywhere."""
+    results = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            yield from ((node.lineno, one.name) for one in node.names)
+            results += [(node.lineno, one.name) for one in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{path}: a relative import"
-            here = node.module == "calmix"
-            yield from (
-                (node.lineno, f"calmix.{one.name}" if here else str(node.module))
-                for one in node.names
-            )
+            names = [str(node.module)]
+            if node.module == "calmix":
+                names = [f"calmix.{one.name}" for one in node.names]
+            results += [(node.lineno, name) for name in names]
+    return results
 
 
 def test_imports_follow_the_layers():

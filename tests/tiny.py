@@ -48,8 +48,6 @@ MIXTURES = (
     "granitemoe",
     "llama4_text",
 )
-
-
 SIZES = {
     0: "pad_token_id",
     1: "n_shared_experts first_k_dense_replace bos_token_id",
@@ -80,19 +78,10 @@ OWN = {
     "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gemma4_text": GEMMA4,
-    "gemma3n_text": GEMMA4
-    | {  # four streams between its blocks
-        "intermediate_size": [64] * 4,
-        "activation_sparsity_pattern": [0.0] * 4,
-        "laurel_rank": 8,
-    },
-    "mamba2": {  # whose blocks return float32
-        "state_size": 8,
-        "num_heads": 4,
-        "head_dim": 16,
-        "n_groups": 1,
-        "chunk_size": 16,
-    },
+    "gemma3n_text": GEMMA4  # four streams between its blocks
+    | {"intermediate_size": [64] * 4, "activation_sparsity_pattern": [0.0] * 4, "laurel_rank": 8},
+    # Whose blocks return float32.
+    "mamba2": {"state_size": 8, "num_heads": 4, "head_dim": 16, "n_groups": 1, "chunk_size": 16},
     "zamba": {  # two of its blocks share a transformer
         "num_hidden_layers": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,

@@ -71,7 +71,7 @@ def runs(documents):
 
 @pytest.mark.real
 @pytest.mark.long
-def test_distance_texts_overlap_no_source():
+def test_builtin_texts_overlap_no_source_and_fill_eight_rows():
     """No document of any offline source shares thirteen words or is the same."""
     documents = [d for readers in builtin_readers().values() for r in readers for d in r.read()]
     stored = runs(documents)
@@ -82,11 +82,6 @@ def test_distance_texts_overlap_no_source():
     lambada = builtin_readers()["general"][1]
     odd = runs(lambada.model_copy(update={"items": "odd"}).read())  # the check can fail
     assert odd & runs(offline_sources()["books"].documents())
-
-
-@pytest.mark.real
-@pytest.mark.long
-def test_builtin_texts_have_eight_rows_per_dimension():
     rows = texts(open_tokenizer("builtin:smollm2-135m"))
     assert list(rows) == ["general", "commonsense", "code", "math"]
     assert {ids.shape for ids in rows.values()} == {(8, 256)}

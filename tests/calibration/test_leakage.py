@@ -15,7 +15,6 @@ from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
 from calmix.calibration.resolving import resolve
 from calmix.errors import InputError, SourceError
-from calmix.evaluation.suites import template
 from tests.calibration.conftest import write_rows
 from tests.evaluation.helpers import new_suite
 from tests.tiny import quick
@@ -42,8 +41,8 @@ def test_leak_search_matches_brute_force(items, document, n):
     assert actual is None or actual[1] in shares
 
 
-def wrapped(columns):
-    return lambda text: "\n".join(textwrap.wrap(text, columns))
+def wrapped(columns, end="\n"):
+    return lambda text: end.join(textwrap.wrap(text, columns))
 
 
 def numbered(form, first=1):
@@ -72,7 +71,7 @@ def wide(text):
         numbered("> {}. {}", 9),
         numbered("{:6}\t{}", 98),
         numbered("Line {}: {}"),
-        lambda text: json.dumps("\u2028".join(textwrap.wrap(text, 40))),
+        lambda text: json.dumps(wrapped(40, "\u2028")(text)),
         lambda text: json.dumps(json.dumps({"text": numbered("{}) {}")(text)})),
         lambda text: ascii(text.replace(" ", "\xa0")),
         lambda text: "<br>".join(textwrap.wrap(html.escape(text), 40)),
@@ -102,17 +101,15 @@ def test_reflowed_text_is_found(reflowed):
 
 def test_runs_of_single_characters_are_not_items():
     digits = "0 1 2 3 4 5 6 7 8 9 a b c d e f"
-    index = ItemIndex(
-        [("a", "0", f"Which of these are primes: {digits}?"), ("a", "1", digits[:15])]
-    )
+    index = ItemIndex([("a", "0", f"Which are primes: {digits}?"), ("a", "1", digits[:15])])
     table = "\n".join(f'    {i}: "{digit}",' for i, digit in enumerate(digits.split()))
     assert index.find(digits) is None
     assert index.find(table) is None
 
 
-@pytest.mark.parametrize("part", ["\\", "<a ", "&amp;", "\n ", "\\u00e", "1\n"])
-def test_time_is_linear_in_the_text(part):
-    assert ItemIndex([("a", "0", ITEM)]).find(part * 300_000) is None
+def test_time_is_linear_in_the_text():
+    for part in ("\\", "<a ", "&amp;", "\n ", "\\u00e", "1\n"):
+        assert ItemIndex([("a", "0", ITEM)]).find(part * 100_000) is None
 
 
 def test_scripts_without_spaces_and_short_items():
@@ -187,33 +184,34 @@ def test_short_overlap_passes_and_leaking_source_is_refused(tmp_path, tiny, guar
 @pytest.mark.real
 @pytest.mark.parametrize(
     "case",
-    quick([("gsm8k", 3)], [("gsm8k", 10), ("humaneval", 10), ("arc_easy", 3), ("pattern", 3)]),
+    quick(
+        [("smoke,mine.yaml", "winogrande")],
+        [("offline", task) for task in ("gsm8k", "humaneval", "arc_easy", "pattern")],
+    ),
 )
-def test_planted_item_of_offline_suite_is_dropped(case, calmix, tmp_path):
-    task, leaks = case
-    item = next(i for i in suite_items("offline") if i[0] == task and len(i[2]) > 60)
+def test_planted_item_of_real_suites_is_dropped(case, calmix, tiny_folder, tmp_path, monkeypatch):
+    suite, task = case
+    monkeypatch.chdir(new_suite(tmp_path))
+    items = suite_items(suite)
+    if "," in suite:
+        assert [name for name, *_ in items[-2:]] == ["my_numbers", "my_programs"]
+        with pytest.raises(InputError, match="unknown suite 'abilites': did you mean abilities"):
+            suite_items("smoke,abilites")
+    item = next(one for one in items if one[0] == task and len(one[2]) > 60)
     rng, words = random.Random(0), ("river", "stone", "under", "bright", "seven", "north", "quiet")
     rows = [" ".join(rng.choices(words, k=60)) for _ in range(120)]
-    for number in range(5, 5 + 12 * leaks, 12):
-        rows[number] = f"{rows[number]}\n\n{item[2]}\n\n{rows[number]}"
-    own, out = tmp_path / "own.jsonl", tmp_path / "out"
-    write_rows(own, rows)
-    how = ("--rows", 110, "--length", 50, "--packing", "window")
-    ended = calmix("calibrate", own, "--model", "builtin:smollm2-135m", *how, "-o", out)
-    if leaks == 10:
-        assert f"source {own} leaks" in ended.line
-        assert f"with task {task}" in ended.line
-        assert not out.exists()
-        return
-    dropped = CalibrationSet.open(out).manifest["leakage"]["dropped"][str(own)]
-    assert {entry["task"] for entry in dropped} == {task}
-    assert 1 <= len(dropped) <= 3
-
-
-@pytest.mark.real
-def test_leakage_check_against_several_suites(tmp_path):
-    both = suite_items(f"smoke,{new_suite(tmp_path) / 'mine.yaml'}")
-    assert [task for task, *_ in both[-2:]] == ["my_numbers", "my_programs"]
-    assert both[0][0] not in template("mine")["mine.yaml"]
-    with pytest.raises(InputError, match="unknown suite 'abilites': did you mean abilities"):
-        suite_items("smoke,abilites")
+    how = ("--rows", 110, "--length", 50, "--packing", "window", "--leakage", suite)
+    for leaks in (3, 10):
+        for number in range(5, 5 + 12 * leaks, 12):
+            rows[number] = f"{rows[number]}\n\n{item[2]}\n\n{rows[number]}"
+        own, out = f"own-{leaks}.jsonl", tmp_path / f"out-{leaks}"
+        write_rows(tmp_path / own, rows)
+        ended = calmix("calibrate", own, "--model", tiny_folder, *how, "-o", out)
+        if leaks == 10:
+            assert f"source {own} leaks" in ended.line
+            assert f"with task {task}" in ended.line
+            assert not out.exists()
+            return
+        dropped = CalibrationSet.open(out).manifest["leakage"]["dropped"][own]
+        assert {entry["task"] for entry in dropped} == {task}
+        assert 1 <= len(dropped) <= 3

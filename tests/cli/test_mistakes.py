@@ -59,7 +59,6 @@ VERBS = {
 COMPRESS = "compress {model} -o {out} "
 LONG = "error: length 9999 is beyond the model's context of 256 tokens"
 SAID = {
-    COMPRESS + "--keep cod=1": "the calibration set has no dimension 'cod': did you mean",
     COMPRESS + "--keep code=0": "all weights are 0",
     COMPRESS + "--keep code=1 --no-corpus": "--keep has no effect with --no-corpus",
     COMPRESS + "--no-corpus --calibration news": "--calibration has no effect with --no-corpus",
@@ -68,14 +67,9 @@ SAID = {
     COMPRESS + "--calibration {text} --sparsity 0.6 --max-memory 0.5GiB": "0.50 GiB of memory are",
     COMPRESS + "--prompts {blank}": "is empty: it has no text",
     COMPRESS + "--prompts {notes}": "is a folder: name a file of prompts",
-    COMPRESS + "--for storage --size 900GB": "is out of reach",
     COMPRESS + "--size apples": "--size 'apples' is not a size: write",
-    COMPRESS + "--size 12": "12 is above 1: did you mean 0.12?",
-    COMPRESS + "--size 0.3 --bits 3": "--bits has no effect with --size",
     COMPRESS + "--size 0.3 --keep-at-least code=0.4": "--size has no effect with --keep-at-least",
     COMPRESS + "--bits 9": "--bits 9: must be less than or equal to 8",
-    COMPRESS + "--bits 2.5 --sparsity 0.5": "bits 2.5: kept weights take whole bits from 2 to 8",
-    COMPRESS + "--keep-at-least 1.2": "did you mean 0.012",
     COMPRESS + "--keep-at-least code=0.4 --sparsity 0.5": "--sparsity has no effect with",
     COMPRESS + "--keep-at-least cod=0.4": "is not scored: did you mean code",
     COMPRESS + "--keep-at-least code=0.4 --within 2d": "is not a time, such as 90m or 2h",
@@ -91,7 +85,6 @@ SAID = {
     "check {set} {scores} --keep-at-least 0.9": "a folder is checked alone",
     "check {scores} --keep-at-least 0.9": "without a dense model: evaluate again with --against",
     "check {scores} --keep-at-least 0.9 --confidence 0.5": "--confidence",
-    "compare {results}": "has neither scores.json nor abilities.json",
     "compare {scores}": "was scored without a dense model",
     "compare {half} {x/half} --against {scores}": "two files are called half:",
     "compare {half} {foreign} --against {scores}": "foreign.json was scored against other, not",

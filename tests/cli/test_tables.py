@@ -7,12 +7,7 @@ import pytest
 from calmix.evaluation.scores import CapabilityScores
 from tests.evaluation.helpers import bits, choices
 
-
-@pytest.fixture(params=[80, 40])
-def columns(request, monkeypatch):
-    """The width of the terminal."""
-    monkeypatch.setenv("COLUMNS", str(request.param))
-    return int(request.param)
+KL = ("kl_mean", "kl_low", "kl_high", "kl_median", "kl_p99")
 
 
 def check(printed, columns, *whole):
@@ -59,17 +54,7 @@ def scores(model, nats):
             bits([nats * 4] * 20, [4] * 20, name="text", dimension="commonsense"),
             bits([nats * 3] * 20, [4] * 20, name="other", dimension="mathematics"),
         ),
-        distance={
-            "dimensions": {},
-            "total": {
-                "kl_mean": 1.7954,
-                "kl_low": 1.6581,
-                "kl_high": 1.9252,
-                "kl_median": 1.234,
-                "kl_p99": 12.34,
-                "top1": 0.412,
-            },
-        },
+        distance={"dimensions": {}, "total": {**dict.fromkeys(KL, 1.7954), "top1": 0.412}},
     )
 
 

@@ -42,3 +42,8 @@ def quantised(tmp_path_factory):
             request = prune_request(**asked, **drawn)
             prune_checkpoint(str(folder / "tiny.gguf"), folder / name, request)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_cache(quantised, monkeypatch):
+    monkeypatch.setenv("CALMIX_CACHE", str(quantised / "cache"))

@@ -3,6 +3,7 @@ and those of other tools."""
 
 import json
 import shutil
+from functools import partial
 from importlib.util import find_spec
 
 import pytest
@@ -19,11 +20,6 @@ from calmix.models.shards import write_model
 from tests.tiny import load_weights, save_tiny_model
 
 LAYER = "model.layers.1.mlp.up_proj"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(quantised, monkeypatch):
-    monkeypatch.setenv("CALMIX_CACHE", str(quantised / "cache"))
 
 
 def by_hand(tensors, layer, bits):
@@ -47,10 +43,8 @@ def test_a_checkpoint_decodes_to_the_levels(quantised, name, bits, symmetric, tm
     assert (made["bits"], made["group"], made["symmetric"]) == (bits, 32, symmetric)
     assert made["matrices"] == 14
     assert made["bytes"] < made["before"]
-    before, after = (
-        load_weights(quantised / name),
-        load_file(tmp_path / "out" / "model.safetensors"),
-    )
+    before = load_weights(quantised / name)
+    after = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(by_hand(after, LAYER, bits), before[f"{LAYER}.weight"])
     assert f"{LAYER}.weight" not in after
     opened = open_model(tmp_path / "out")
@@ -98,10 +92,8 @@ def checkpoint(folder, scale, **more):
         **{f"{LAYER}.{name}": value for name, value in more.items()},
     }
     save_file(tensors, file, metadata={"format": "pt"})
-    settings = quantization_config({4: [LAYER]}, 32, True, [])
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"quantization_config": settings})
-    )
+    settings = {"quantization_config": quantization_config({4: [LAYER]}, 32, True, [])}
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
     return levels.float()
 
 
@@ -109,19 +101,15 @@ def test_checkpoints_of_other_tools_open(tmp_path):
     """Scales by row or for the whole matrix, plain zero points, groups out of order."""
     rows, order = torch.rand(64, 1) + 0.5, torch.randint(2, (32,))
     pairs, zeros = torch.rand(64, 2) + 0.5, torch.randint(-8, 8, (64, 2), dtype=torch.int8)
-    for name, scale, more, expected in (
-        ("rows", rows, {}, lambda levels: (levels - 8) * rows),
-        ("whole", torch.tensor([0.5]), {}, lambda levels: (levels - 8) / 2),
-        (
-            "order",
-            pairs,
-            {"weight_zero_point": zeros, "weight_g_idx": order},
-            lambda levels: (levels - 8 - zeros[:, order]) * pairs[:, order],
-        ),
+    more = {"weight_zero_point": zeros, "weight_g_idx": order}
+    for name, factor, zero, scale, beside in (
+        ("rows", rows, 8, rows, {}),
+        ("whole", 0.5, 8, torch.tensor([0.5]), {}),
+        ("order", pairs[:, order], 8 + zeros[:, order], pairs, more),
     ):
-        levels = checkpoint(tmp_path / name, scale, **more)
+        levels = checkpoint(tmp_path / name, scale, **beside)
         opened = open_model(tmp_path / name).model.get_parameter(f"{LAYER}.weight")
-        assert torch.equal(opened, expected(levels))
+        assert torch.equal(opened, (levels - zero) * factor)
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
@@ -170,9 +158,8 @@ def test_what_has_no_levels_of_one_scheme_is_refused(quantised, tmp_path, monkey
 
 
 def test_large_checkpoints_have_several_files(quantised, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        compressed_tensors, "write_model", lambda *args: write_model(*args, most=20_000)
-    )
+    small = partial(write_model, most=20_000)
+    monkeypatch.setattr(compressed_tensors, "write_model", small)
     export(str(quantised / "four"), tmp_path / "out")
     files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
     assert len(files) > 2

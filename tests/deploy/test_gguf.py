@@ -4,6 +4,7 @@ import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -23,10 +24,7 @@ from calmix.pruning.solvers.grids import read_blocks
 from calmix.specs import prune_request
 from tests.tiny import load_weights, save_tiny_model
 
-
-@pytest.fixture(autouse=True)
-def own_cache(quantised, monkeypatch):
-    monkeypatch.setenv("CALMIX_CACHE", str(quantised / "cache"))
+QUERY = "model.layers.0.self_attn.q_proj"
 
 
 @pytest.mark.parametrize(
@@ -57,9 +55,8 @@ def test_gguf_has_the_levels_of_the_grid(quantised, name, kind, count, ours, tmp
             assert reader.get_field(field.name).contents() == field.contents()
     up = next(one for one in reader.tensors if one.name == "blk.1.ffn_up.weight")
     found = quants.dequantize(up.data, up.tensor_type)
-    np.testing.assert_allclose(
-        found, weights["model.layers.1.mlp.up_proj.weight"].float().numpy(), rtol=1e-3, atol=1e-6
-    )
+    expected = weights["model.layers.1.mlp.up_proj.weight"].float().numpy()
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-6)
 
 
 def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
@@ -71,10 +68,7 @@ def test_blocks_are_written_as_solved(calmix, quantised, tmp_path):
     up = blocks["model.layers.1.mlp.up_proj.weight"]
     assert (tensors["blk.1.ffn_up.weight"].data == up.data.numpy()).all()
     assert GGUFReader(out).get_field("general.file_type").contents() == LlamaFileType.MOSTLY_Q4_K_M
-    query, own = (
-        tensors["blk.0.attn_q.weight"].data,
-        blocks["model.layers.0.self_attn.q_proj.weight"],
-    )
+    query, own = tensors["blk.0.attn_q.weight"].data, blocks[f"{QUERY}.weight"]
     assert (query != own.data.numpy()).any()
     assert sorted(map(bytes, query)) == sorted(map(bytes, own.data.numpy()))
     shutil.copytree(quantised / "blocks", tmp_path / "changed")
@@ -221,17 +215,11 @@ def test_unseen_inputs_have_no_importance(calmix, text_file, tmp_path, monkeypat
     model, out = str(save_tiny_model(tmp_path / "mamba", "mamba")), tmp_path / "imatrix.gguf"
     drawn = resolve(str(text_file), open_model(model), rows=2, length=32, leakage="off")
     drawn.save(tmp_path / "set")
-    seen = []
-    monkeypatch.setattr(
-        gguf,
-        "open_tokenizer",
-        lambda name, *, trust_remote_code: (seen.append(trust_remote_code), open_tokenizer(name))[
-            1
-        ],
-    )
+    opening = Mock(side_effect=lambda name, **how: open_tokenizer(name))
+    monkeypatch.setattr(gguf, "open_tokenizer", opening)
     asked = ("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out)
     told = calmix(*asked, "--trust-remote-code").ok().out
-    assert seen == [True]
+    opening.assert_called_once_with(model, trust_remote_code=True)
     assert f"of {len(GGUFReader(out).tensors) // 2} matrices" in told
 
 

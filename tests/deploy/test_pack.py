@@ -48,6 +48,12 @@ def test_pack_round_trip(pruned, tmp_path, calmix, monkeypatch):
         line = calmix(*words, "-o", tmp_path / "no").line
         assert f"again is a pack: run 'calmix export {tmp_path / 'again'} --to model" in line
     assert tree(tmp_path / "dense") == tree(pruned)
+    # To transformers, whose plain configuration would give a model of random weights.
+    with pytest.raises(ValueError, match="model type `calmix-pack`"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pack")
+    for config in (None, AutoConfig.from_pretrained(pruned)):
+        with pytest.raises(OSError, match=r"does not appear to have a file|no file named"):
+            LlamaForCausalLM.from_pretrained(tmp_path / "pack", config=config)
 
 
 def test_pack_restores_all_files_or_refuses(pruned, tmp_path):
@@ -72,16 +78,6 @@ def test_pack_restores_all_files_or_refuses(pruned, tmp_path):
             pack(model, tmp_path / "out")
         (model / link).unlink()
     assert not (tmp_path / "out").exists()
-
-
-def test_transformers_refuses_a_pack(pruned, tmp_path):
-    """A plain configuration would give a model of random weights and a warning."""
-    pack(pruned, tmp_path / "pack")
-    with pytest.raises(ValueError, match="model type `calmix-pack`"):
-        AutoModelForCausalLM.from_pretrained(tmp_path / "pack")
-    for config in (None, AutoConfig.from_pretrained(pruned)):
-        with pytest.raises(OSError, match=r"does not appear to have a file|no file named"):
-            LlamaForCausalLM.from_pretrained(tmp_path / "pack", config=config)
 
 
 def test_older_pack_format(pruned, tmp_path):
@@ -133,48 +129,40 @@ def test_damaged_packs_are_one_line(pruned, tmp_path):
                 act()
         assert not list(tmp_path.glob("*out*")), "nothing is left"
 
-    altered = "does not have its original content"
-    for at in range(0, len(whole), len(whole) // 40):
+    altered, outside = "does not have its original content", "names a file outside the pack"
+    for at in range(0, len(whole), len(whole) // 12):
         refused(altered, whole[:at] + bytes([whole[at] ^ 8]) + whole[at + 1 :])
     for at in (0, 7, len(whole) // 2, len(whole) - 1):
         refused(altered, whole[:at])
     for match, manifest in (
         ("is a pack of format 6, but this calmix reads up to 5", {"format": 6}),
-        ("names a file outside the pack", {"files": {"a/../../evil": "0"}}),
-        ("names a file outside the pack", {"files": {"/evil": "0"}}),
+        (outside, {"files": {"a/../../evil": "0"}}),
+        (outside, {"files": {"/evil": "0"}}),
+        (outside, {"weights": {"model.safetensors": {"file": "../model"}}}),
+        (outside, {"weights": {"../x": {"file": "packed-model.safetensors"}}}),
+        (outside, {"weights": {"a\0b": {"file": "packed-model.safetensors"}}}),
         ("lacks sub/model.safetensors", {"weights": {"sub/model.safetensors": {}}}),
         ("lacks gone.txt, which is part of the pack", {"files": {"gone.txt": "0"}}),
         (altered, {"files": {"config.json": "0"}}),
         (altered, {"weights": {"packed-model.safetensors": {"packed": "0"}}}),
-        ("names a file outside", {"weights": {"model.safetensors": {"file": "../model"}}}),
-        ("names a file outside", {"weights": {"../x": {"file": "packed-model.safetensors"}}}),
-        ("names a file outside", {"weights": {"a\0b": {"file": "packed-model.safetensors"}}}),
-        *(
-            ("is damaged", {key: value})
-            for key, value in (
-                ("weights", 3),
-                ("weights", ["model.safetensors"]),
-                ("files", [["a"]]),
-                ("names", ["a"]),
-                ("config", 3),
-            )
-        ),
+        ("is damaged", {"weights": 3}),
+        ("is damaged", {"weights": ["model.safetensors"]}),
+        ("is damaged", {"files": [["a"]]}),
+        ("is damaged", {"names": ["a"]}),
+        ("is damaged", {"config": 3}),
     ):
         refused(match, **manifest)
     (tmp_path / "pack" / PACK).write_text("[" * 10**6)
     with pytest.raises(InputError, match="is damaged"):
         unpack(tmp_path / "pack", tmp_path / "out")
-
-
-def test_pack_bomb_is_refused(tmp_path):
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text("{}")
+    (tmp_path / "zeros").mkdir()  # a bomb
+    (tmp_path / "zeros" / "config.json").write_text("{}")
     zeros = {"zeros": torch.zeros(2**20, 40, dtype=torch.bfloat16)}
-    save_file(zeros, tmp_path / "model" / "model.safetensors")
-    pack(tmp_path / "model", tmp_path / "pack")
-    assert (tmp_path / "pack" / "packed-model.safetensors").stat().st_size < 10_000
-    with pytest.raises(InputError, match="does not have its original content"):
-        unpack(tmp_path / "pack", tmp_path / "out")
+    save_file(zeros, tmp_path / "zeros" / "model.safetensors")
+    pack(tmp_path / "zeros", tmp_path / "bomb")
+    assert (tmp_path / "bomb" / "packed-model.safetensors").stat().st_size < 10_000
+    with pytest.raises(InputError, match=altered):
+        unpack(tmp_path / "bomb", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["ecq", "eight", "joint"])
@@ -193,25 +181,19 @@ def test_levels_round_trip(quantised, name, tmp_path, monkeypatch):
     assert all(torch.equal(dense[key], value) for key, value in loaded.items())
 
 
-def test_levels_with_other_file_names(quantised, tmp_path):
+def test_levels_of_changed_models(quantised, tmp_path):
+    """With other names in the files, and with weights off the grid."""
     model = shutil.copytree(quantised / "ecq", tmp_path / "model")
     for file in model.glob("*.safetensors"):
         weights = {name.removeprefix("model."): value for name, value in load_file(file).items()}
         save_file(weights, file, metadata={"format": "pt"})
     index = model / "model.safetensors.index.json"
-    names = json.loads(index.read_text())
-    names["weight_map"] = {
-        key.removeprefix("model."): name for key, name in names["weight_map"].items()
-    }
-    index.write_text(json.dumps(names))
+    index.write_text(index.read_text().replace('"model.', '"'))
     comes_back(model, tmp_path)
     manifest = json.loads((tmp_path / "pack" / PACK).read_text())
-    tensors = [one for file in manifest["weights"].values() for one in file["tensors"].items()]
-    assert sum("levels" in entry for _, entry in tensors) == 14 == len(manifest["names"])
-
-
-def test_weights_off_the_grid_are_refused(quantised, tmp_path):
-    model = shutil.copytree(quantised / "ecq", tmp_path / "model")
+    tensors = [one for file in manifest["weights"].values() for one in file["tensors"].values()]
+    assert sum("levels" in entry for entry in tensors) == 14 == len(manifest["names"])
+    model = shutil.copytree(quantised / "ecq", tmp_path / "other")
     for number, file in enumerate(sorted(model.glob("*.safetensors"))):
         weights = load_file(file)
         for value in weights.values():

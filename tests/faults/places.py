@@ -22,18 +22,8 @@ from tests.tiny import save_tiny_model
 
 RUN = ("calmix-run.json",)  # holds date and seconds
 SMALL = ("--rows", 8, "--length", 64, "--leakage", "off")
-NAMES = (
-    "prune sparsegpt",
-    "prune wanda",
-    "prune magnitude",
-    "prune block",
-    "recover distill",
-    "recover blocks",
-    "calibrate",
-    "generate",
-    "evaluate",
-    "study",
-)
+PRUNES = ("prune sparsegpt", "prune wanda", "prune magnitude", "prune block")
+NAMES = (*PRUNES, "recover distill", "recover blocks", "calibrate", "generate", "evaluate", "study")
 CACHED = ("generate", "evaluate", "study")  # commands that use the cache
 
 
@@ -63,15 +53,16 @@ def verbs(files):
 
     calmix.evaluate(str(files / "model"), files / "suite.yaml", limit=1)  # imports all
 
-    def kept(verb, *options, resume=("--resume",), read=True):
+    def kept(verb, *options, resume=("--resume",)):
         return Verb(
             lambda at: (verb, *options, "-o", at / "out", *resume),
             partial(tree, without=RUN),
-            (lambda at: ("doctor", "inspect", at / "out")) if read else None,
+            lambda at: ("doctor", "inspect", at / "out"),
         )
 
     own = ("--calibration", text, *SMALL)
     recovered = (files / "pruned", "--against", model, "--calibration", files / "set")
+    scored = (files / "model", "--suite", files / "suite.yaml")
     actual = {
         "prune sparsegpt": kept("prune", model, *own, "--sparsity", 0.5),
         "prune wanda": kept("prune", model, *own, "--method", "wanda", "--pattern", "2:4"),
@@ -81,17 +72,7 @@ def verbs(files):
         "recover blocks": kept("recover", *recovered, "--method", "blocks", "--epochs", 1),
         "calibrate": kept("calibrate", text, "-m", model, *SMALL, resume=()),
         "generate": kept("calibrate", "self-cal", "-m", model, *SMALL, resume=()),
-        "evaluate": Verb(
-            lambda at: (
-                "evaluate",
-                files / "model",
-                "--suite",
-                files / "suite.yaml",
-                "-o",
-                at / "out.json",
-            ),
-            _scores,
-        ),
+        "evaluate": Verb(lambda at: ("evaluate", *scored, "-o", at / "out.json"), _scores),
         "study": Verb(lambda at: ("study", "run", study, "-o", at / "out"), _study, anew=()),
     }
     assert tuple(actual) == NAMES

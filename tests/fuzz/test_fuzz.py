@@ -27,12 +27,12 @@ class HangError(BaseException):
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory):
+def files(made, tmp_path_factory):
     """A folder of good files, with its own cache."""
     folder = tmp_path_factory.mktemp("fuzz")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CALMIX_CACHE", str(folder / "cache"))
-        make(folder)
+        make(folder, made)
         yield folder
 
 

@@ -9,7 +9,7 @@ from calmix.models.streaming import StreamedModel
 from calmix.recovery import checkpoint
 from calmix.recovery.memory import make_plan
 from tests.forks import stopped
-from tests.recovery.test_recover import METHODS, arm, command, manifest
+from tests.recovery.conftest import METHODS, arm, command, manifest
 from tests.tiny import hashes, quick, save_tiny_model
 
 
@@ -46,18 +46,21 @@ def test_tied_head_counts_once(tmp_path):
 
 @pytest.mark.parametrize("method", quick(["blocks"], METHODS))
 def test_resume_keeps_rows_per_step(calmix, place, tmp_path, monkeypatch, method):
-    monkeypatch.setattr(
-        checkpoint, "make_plan", lambda *of: make_plan(*of[:-1], 0)
-    )  # as if none were free
-    within = ("--epochs", 1, "--max-memory", "64GiB")
-    assert calmix(*command(place, tmp_path / "whole", method, *within)).code == 0
-    first = {"blocks": 1, "distill": 4}[method]  # where something is kept first
-    stopped(partial(arm, "counted", first), *command(place, tmp_path / "cut", method, *within))
-    monkeypatch.setattr(checkpoint, "make_plan", make_plan)
-    calmix(*command(place, tmp_path / "cut", method, *within[:2], "--resume")).ok()
+    drawn = ("--calibration", place / "text.txt", "--rows", 12, "--length", 32, "--leakage", "off")
+
+    def request(name, *more):
+        return command(place, tmp_path / name, method, *drawn, "--epochs", 1, *more)
+
+    within = ("--max-memory", "64GiB")
+    with monkeypatch.context() as patched:  # as if none were free
+        patched.setattr(checkpoint, "make_plan", lambda *of: make_plan(*of[:-1], 0))
+        calmix(*request("whole", *within)).ok()
+        first = {"blocks": 1, "distill": 2}[method]  # where something is kept first
+        stopped(partial(arm, "counted", first), *request("cut", *within))
+    calmix(*request("cut", "--resume")).ok()
     assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
     # The same but for the order of sums; without a bound as many run at a time as may.
-    assert calmix(*command(place, tmp_path / "plenty", method, *within[:2])).code == 0
+    calmix(*request("plenty")).ok()
     few, many = (manifest(tmp_path / name)["recovery"] for name in ("cut", "plenty"))
     assert few["rows_at_once"] == 1 < many["rows_at_once"]
     assert few["after"] == pytest.approx(many["after"], rel=0.02)

@@ -1,7 +1,6 @@
 """Recovery from checkpoint to checkpoint: zeros, held-out rows, interruption, every mistake."""
 
 import errno
-import functools
 import json
 import shutil
 from functools import partial
@@ -12,17 +11,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calmix as api
-from calmix.cli import app
 from calmix.errors import disk_errors
 from calmix.pruning.work import WorkFolder
 from calmix.recovery import blocks as by_block
 from calmix.recovery import distill
 from calmix.recovery.distill import Student
 from tests.forks import stopped
-from tests.pruning import stopper
+from tests.recovery.conftest import METHODS, arm, command, manifest
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
-
-METHODS = ("distill", "blocks")
 
 
 def kl(models, place, told):
@@ -33,52 +29,11 @@ def kl(models, place, told):
     return [float((p.exp() * (p - one)).sum(-1).mean()) for one in others]
 
 
-def manifest(folder):
-    return json.loads((folder / "calmix.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module")
-def whole(place):
-    """What either way gives undisturbed, made once."""
-
-    @functools.cache
-    def made(method):
-        output = place / f"whole-{method}"
-        app([str(one) for one in command(place, output, method)], standalone_mode=False)
-        return output
-
-    return made
-
-
-def command(place, output, method, *more, pruned="half", dense="dense"):
-    data = ("--against", place / dense, "--calibration", place / "set")
-    return (
-        "recover",
-        place / pruned,
-        *data,
-        "--method",
-        method,
-        "--lr",
-        0.006,
-        *more,
-        "-o",
-        output,
-    )
-
-
-def arm(moment, number):
-    """Kill this process after `number` blocks or steps; distillation saves every state."""
-    distill.SAVING = 0
-    stopper.arm(moment, number - 1)
-
-
 @pytest.mark.parametrize(
     ("method", "pruned"), [("distill", "half"), ("blocks", "half"), ("distill", "2of4")]
 )
-def test_recovery_keeps_zeros_and_improves(calmix, place, tmp_path, method, pruned):
-    output = tmp_path / "out"
-    ended = calmix(*command(place, output, method, pruned=pruned)).ok()
-    assert "held-out rows (2 of 32)" in ended.out
+def test_recovery_keeps_zeros_and_improves(place, whole, method, pruned):
+    output = whole(method, pruned)
     before, after = map(load_weights, (place / pruned, output))
     assert before.keys() == after.keys()
     nonzero = trained = 0
@@ -95,11 +50,8 @@ def test_recovery_keeps_zeros_and_improves(calmix, place, tmp_path, method, prun
             nonzero += int((~zero).sum())
             trained += int((value != before[name]).sum())
     assert trained > 0.75 * nonzero  # what is rounded to bfloat16 moves less often
-    recorded = manifest(output)
-    recovery, drawn = (
-        recorded["recovery"],
-        json.loads((place / "set" / "manifest.json").read_text()),
-    )
+    recorded, drawn = manifest(output), json.loads((place / "set/manifest.json").read_text())
+    recovery = recorded["recovery"]
     assert recovery["after"] < 0.95 * recovery["before"]
     assert recovery["zeros"] == recovery["weights"] // 2
     assert recorded["kind"] == "recovered checkpoint"
@@ -111,18 +63,11 @@ def test_recovery_keeps_zeros_and_improves(calmix, place, tmp_path, method, prun
         assert gaps == pytest.approx([recovery["before"], recovery["after"]], rel=0.05)
 
 
-@pytest.mark.parametrize(
-    "case",
-    quick(
-        [("distill", "written", 8)],
-        [
-            ("blocks", "written", 2),
-            ("distill", "counted", 8),
-            ("distill", "renamed", 0),
-            ("blocks", "counted", 1),
-        ],
-    ),
-)
+MOMENTS = [("blocks", "written", 2), ("blocks", "counted", 1)]
+MOMENTS += [("distill", "counted", 8), ("distill", "renamed", 0)]
+
+
+@pytest.mark.parametrize("case", quick([("distill", "written", 8)], MOMENTS))
 def test_killed_recovery_resumes_to_the_same_bytes(calmix, place, whole, tmp_path, case):
     method, moment, number = case
     stopped(partial(arm, moment, number), *command(place, tmp_path / "cut", method))
@@ -165,10 +110,9 @@ def test_full_disk_leaves_resumable_work(calmix, place, whole, tmp_path, monkeyp
     ("method", "where"), [("distill", "at step 3 of 14"), ("blocks", "in block 1 at step 2 of 16")]
 )
 def test_non_finite_loss_stops(calmix, place, tmp_path, monkeypatch, method, where):
-    module, name, last = (
-        (distill, "divergence", 3) if method == "distill" else (by_block, "relative_error", 18)
-    )
-    loss, seen = getattr(module, name), []
+    distils = method == "distill"
+    module, name = (distill, "divergence") if distils else (by_block, "relative_error")
+    loss, seen, last = getattr(module, name), [], 3 if distils else 18
 
     def broken(hidden, *args):
         seen.append(torch.is_grad_enabled())
@@ -203,7 +147,8 @@ def test_different_head(calmix, place, tmp_path):
     weights = load_weights(dense)
     weights["model.embed_tokens.weight"] *= 1.05
     save_file(weights, dense / "model.safetensors", {"format": "pt"})
-    calmix(*command(place, tmp_path / "out", "distill", dense=dense)).ok()
+    ended = calmix(*command(place, tmp_path / "out", "distill", dense=dense)).ok()
+    assert "held-out rows (2 of 32)" in ended.out
     recovery = manifest(tmp_path / "out")["recovery"]
     assert recovery["curve"]["shared_head"] is False
     assert recovery["after"] < recovery["before"]

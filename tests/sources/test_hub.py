@@ -38,14 +38,13 @@ HUB = sorted(name for name, one in builtin_sources().items() if one.reader.origi
 
 def put(root, identifier, rows, subsets=(None,), split="train"):
     """Write a folder shaped like a data set on the hub."""
-    folder = root / identifier
-    configs = []
+    folder, configs = root / identifier, []
     for subset in subsets:
-        place = subset or "data"
-        (folder / place).mkdir(parents=True)
+        path = f"{subset or 'data'}/{split}.jsonl"
+        (folder / path).parent.mkdir(parents=True)
         lines = "".join(json.dumps(row) + "\n" for row in rows)
-        (folder / place / f"{split}.jsonl").write_text(lines, encoding="utf-8")
-        files = [{"split": split, "path": f"{place}/{split}.jsonl"}]
+        (folder / path).write_text(lines, encoding="utf-8")
+        files = [{"split": split, "path": path}]
         configs.append({"config_name": subset or "default", "data_files": files})
     card = f"---\nconfigs: {json.dumps(configs)}\n---\n"
     (folder / "README.md").write_text(card, encoding="utf-8")
@@ -90,7 +89,9 @@ def test_hub_entries_are_read_and_cached(mirror):
             assert [d.text for d in documents] == [wanted] * (3 * len(reader.subsets)), name
 
 
-def test_damaged_cache_is_reported(tmp_path, monkeypatch):
+def test_damaged_cache_and_hub_refusals_are_reported(tmp_path, monkeypatch):
+    import datasets
+
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     reader = HubText(type="hub", id="a/c")
     shares, lines = reader.cache_path(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
@@ -100,12 +101,6 @@ def test_damaged_cache_is_reported(tmp_path, monkeypatch):
         shares.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(SourceError, match="is damaged: delete it"):
             list(reader.read())
-
-
-def test_hub_refusal_is_not_reported_as_offline(tmp_path, monkeypatch):
-    import datasets
-
-    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     for error, line in (
         (datasets.exceptions.DatasetNotFoundError("'a/b' is a gated dataset"), "read: 'a/b' is a"),
         (RuntimeError("Dataset scripts are no longer supported"), "read: Dataset scripts"),
@@ -127,12 +122,10 @@ def test_stream_stops_at_the_budget_and_errors_name_the_row(mirror, tmp_path):
     assert [d.text for d in HubText(type="hub", id="a/content").read()] == ["x"]
     put(mirror, "a/other", [{"body": "x"}])
     put(mirror, "a/b", [{"text": "x"}], ["en"])
+    misspelt = r"a/other row 0: there is no field 'txet' \(has: body"
     for reader, line in (
         ({"id": "a/other"}, r"no field 'text' or 'content' \(has: body\)"),
-        (
-            {"id": "a/other", "template": "{txet}"},
-            r"a/other row 0: there is no field 'txet' \(has: body",
-        ),
+        ({"id": "a/other", "template": "{txet}"}, misspelt),
         ({"id": "a/b", "subset": "de"}, r"a/b \(de, train\) cannot be read: .*Available"),
         ({"id": "a/b", "subset": "en", "split": "test"}, "cannot be read: .*Available"),
     ):

@@ -79,22 +79,9 @@ def test_invalid_files(tmp_path, name, content, message):
         texts(tmp_path / name)
 
 
-def test_unreadable_file_is_named(tmp_path, monkeypatch):
-    def refuse(self, *_, **__):
-        raise PermissionError(errno.EACCES, "Permission denied", str(self))
-
-    monkeypatch.setattr(Path, "open", refuse)
-    for name in ("a.txt", "b.jsonl"):
-        (tmp_path / name).touch()
-        with pytest.raises(SourceError, match=rf"cannot read .*{name}: Permission denied"):
-            texts(tmp_path / name)
-
-
-def test_rows_and_fields_of_every_file_type(tmp_path):
-    rows = [
-        {"prompt (en)": "a, b\nc", "the.answer": 'say "d"'},
-        {"prompt (en)": "é", "the.answer": "f"},
-    ]
+def test_rows_and_fields_of_every_file_type(tmp_path, monkeypatch):
+    first, second = ("a, b\nc", 'say "d"'), ("é", "f")
+    rows = [dict(zip(("prompt (en)", "the.answer"), row, strict=True)) for row in (first, second)]
     for name in ("r.json", "r.jsonl", "r.parquet", "r.csv", "semi.csv", "r.tsv"):
         path = write(tmp_path, {name: rows}) / name
         for field, read in (
@@ -119,6 +106,14 @@ def test_rows_and_fields_of_every_file_type(tmp_path):
         "ends.csv": 'text\n"hello, world; again",\n',
     }.items():
         assert texts(write(tmp_path, {name: content}) / name) == ["hello, world; again"]
+
+    def refuse(self, *_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    for name in ("crlf.txt", "r.jsonl"):
+        with pytest.raises(SourceError, match=rf"cannot read .*{name}: Permission denied"):
+            texts(tmp_path / name)
 
 
 def test_chat_formats(tmp_path):
@@ -152,16 +147,11 @@ def test_chat_formats(tmp_path):
     assert one.text.startswith("user: Hi?\n\nassistant: [{")
     assert one.messages[2]["tool_calls"] == [{"type": "function", **calls[0]}]
     mixed = [{"text": "plain", "messages": None}, {"text": None, "messages": CHAT}]
+    write(tmp_path, {"mixed.parquet": mixed, "mixed.jsonl": mixed})
+    write(tmp_path, {"mixed.csv": [mixed[0], {"text": None, "messages": json.dumps(CHAT)}]})
     for name in ("mixed.parquet", "mixed.jsonl", "mixed.csv"):
-        rows = (
-            [row | {"messages": row["messages"] and json.dumps(row["messages"])} for row in mixed]
-            if name.endswith("csv")
-            else mixed
-        )
-        write(tmp_path, {name: rows})
         assert texts(tmp_path / name) == ["plain", "user: Hi?\n\nassistant: Ho."]
-    write(tmp_path, {"both.jsonl": [{"text": "plain", "messages": CHAT}]})
-    both = tmp_path / "both.jsonl"
+    both = write(tmp_path, {"both.jsonl": [{"text": "plain", "messages": CHAT}]}) / "both.jsonl"
     assert [(d.text, d.messages) for d in get_source(str(both)).documents()] == [("plain", None)]
     assert texts(both, template="{messages.*.content}") == ["Hi?\n\nHo."]
 
@@ -176,16 +166,9 @@ def test_chat_formats(tmp_path):
         ),
         ({"a.md": "first " * 9}, {"a.md/0": "first " * 9}, ""),
         (
-            {
-                "src/b.py": "x = 1\n" * 50,
-                "a.rs": "x" * 300,
-                "data.jsonl": "{}",
-                "notes.txt": "x" * 300,
-                "short.py": "x",
-                ".git/c.py": "x" * 300,
-                "node_modules/d.js": "x" * 300,
-                "latin.py": b"\xff" * 300,
-            },
+            dict.fromkeys((".git/c.py", "node_modules/d.js", "notes.txt", "a.rs"), "x" * 300)
+            | {"src/b.py": "x = 1\n" * 50, "data.jsonl": "{}", "short.py": "x"}
+            | {"latin.py": b"\xff" * 300},
             {"a.rs": "x" * 300, "src/b.py": "x = 1\n" * 50},
             "files other than source code (2)",
         ),
@@ -215,35 +198,31 @@ def test_folder_of_text_or_code(tmp_path, tiny_folder, files, read, left):
     assert texts(short / "short.py") == ["x"]
 
 
-@pytest.mark.parametrize(
-    "reader",
-    [
+def test_installed_text():
+    package = {"type": "package", "package": "networkx", "files": ["algorithms/*.py"]}
+    for reader in (
         PythonText(type="python-stdlib"),
         PythonText(type="python-docs"),
-        PackageFiles(type="package", package="networkx", files=["algorithms/*.py"]),
-    ],
-)
-def test_installed_text(reader):
-    names = [document.id for document, _ in zip(reader.read(), range(20), strict=False)]
-    assert len(names) == 20
-    assert names == sorted(set(names))
-    assert not any("test" in name.split("/") for name in names)
-    assert reader.availability == "offline"
-    assert reader.version[-1].isdigit()
-    if isinstance(reader, PackageFiles):
-        gone = reader.model_copy(update={"package": "no_such_package"})
-        assert gone.availability == "needs the package no_such_package"
-        with pytest.raises(SourceError, match="no_such_package is not installed"):
-            list(gone.read())
-
-
-def test_unknown_package_or_generator():
-    for name, line in (("no.such", "is not installed"), ("typing_extensions", "single module")):
+        PackageFiles(**package),
+    ):
+        names = [document.id for document, _ in zip(reader.read(), range(20), strict=False)]
+        assert len(names) == 20
+        assert names == sorted(set(names))
+        assert not any("test" in name.split("/") for name in names)
+        assert reader.availability == "offline"
+        assert reader.version[-1].isdigit()
+    gone = PackageFiles(**package | {"package": "no.such"})
+    assert gone.availability == "needs the package no.such"
+    outside = "is no pattern of files inside networkx"
+    for change, line in (
+        ({"package": "no.such"}, "no.such is not installed"),
+        ({"package": "typing_extensions"}, "single module"),
+        ({"files": ["/etc/*.conf"]}, outside),
+        ({"files": ["../*.py"]}, outside),
+        ({"files": [""]}, outside),
+    ):
         with pytest.raises(SourceError, match=line):
-            list(PackageFiles(type="package", package=name, files=["*.py"]).read())
-    for pattern in ("/etc/*.conf", "../*.py", ""):
-        with pytest.raises(SourceError, match="is no pattern of files inside pytest"):
-            list(PackageFiles(type="package", package="pytest", files=[pattern]).read())
+            list(PackageFiles(**package | change).read())
     with pytest.raises(SourceError, match="'gdc' not registered"):
         list(ReasoningGym(type="reasoning-gym", datasets=["gdc"], documents=2).read())
 

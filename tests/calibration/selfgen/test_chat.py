@@ -46,8 +46,9 @@ def test_row_is_a_conversation_in_the_chat_template(talker, opened, tiny, source
 
 def test_chats_as_part_of_a_mix(talker, opened, sources, tmp_path):
     lower = sources["lower"]
+    mixed = {lower: 6, "chat": 2}
     for text, rest, counts in (
-        (f"chat:0.25,{lower}:0.75", lower, {lower: 6, "chat": 2}),
+        (f"chat:0.25,{lower}:0.75", lower, mixed),
         ("self-written", "self-written,chat=0", None),
     ):
         drawn_set = drawn(text, talker)
@@ -78,21 +79,13 @@ def test_set_without_chats_warns(talker, opened, sources, tmp_path, monkeypatch)
     for text in (f"chat:0.5,{lower}:0.5", "self-written", str(written)):
         drawn(text, talker, note=lines.append)
     drawn(lower, opened, note=lines.append)
-    unended = TEMPLATE.replace("</s>{% endfor", "{% endfor")
-    monkeypatch.setattr(talker.tokenizer, "chat_template", unended)
-    assert chat_turns(talker.tokenizer) is None
     bare = "{% for m in messages %}{{ m.content }}</s>\n{% endfor %}"
-    monkeypatch.setattr(talker.tokenizer, "chat_template", bare)
-    assert chat_turns(talker.tokenizer) is None  # nothing begins a chat
-    monkeypatch.setattr(talker.tokenizer, "chat_template", unended)
+    for template in (bare, TEMPLATE.replace("</s>{% endfor", "{% endfor")):
+        monkeypatch.setattr(talker.tokenizer, "chat_template", template)
+        assert chat_turns(talker.tokenizer) is None  # nothing begins a chat, or ends a turn
     drawn(lower, talker, note=lines.append)
-    for line, said in zip(
-        lines,
-        (
-            f"{lower} has no row in this model's chat format",
-            f"{tmp_path / 'set'} has no row in this model's chat format",
-            "this model's chat template has no token that ends a turn",
-        ),
-        strict=True,
-    ):
-        assert line.startswith(f"warning: {said}")
+    none = "has no row in this model's chat format"
+    unended = "this model's chat template has no token that ends a turn"
+    said = [f"{lower} {none}", f"{tmp_path / 'set'} {none}", unended]
+    told = zip(lines, said, strict=True)
+    assert all(line.startswith(f"warning: {part}") for line, part in told)

@@ -29,7 +29,7 @@ def made(opened, monkeypatch, tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("x: [{text: a}, {text: bc}]\ny: [{text: d}]\n", encoding="utf-8")
 
-    def run(name="self-written", fill=None, rows=8, length=32, guard=None, own=None, **settings):
+    def run(name="self-written", fill=lambda ids, nll: None, settings=None, **how):
         run.requests = []
 
         def write(opened, request, **how):
@@ -38,25 +38,15 @@ def made(opened, monkeypatch, tmp_path):
             generator = torch.Generator().manual_seed(len(run.requests))
             ids = torch.randint(10, 200, shape, generator=generator)
             nll = torch.rand(shape, generator=generator) + 1
-            sampled = torch.ones(shape, dtype=torch.bool)
-            sampled[:, 0] = False
-            if fill is not None:
-                fill(ids, nll)
+            fill(ids, nll)
             run.ids = ids
-            return Written(ids, nll, sampled)
+            return Written(ids, nll, torch.arange(shape[1]).expand(shape) > 0)
 
         monkeypatch.setattr(generators, "write", write)
-        if name in ("self-written", "igsp"):
-            settings = {"prompts": path, "piece": 16} | settings
-        return generate(
-            GENERATORS[name](**settings),
-            opened,
-            rows=rows,
-            length=length,
-            seed=0,
-            guard=guard,
-            own=own or {},
-        )
+        own = {"prompts": path, "piece": 16} if name in ("self-written", "igsp") else {}
+        generator = GENERATORS[name](**own | (settings or {}))
+        plain = {"rows": 8, "length": 32, "seed": 0, "guard": None, "own": {}}
+        return generate(generator, opened, **plain | how)
 
     return run
 
@@ -66,10 +56,11 @@ def pieces(found, size=16):
 
 
 def test_row_holds_pieces_of_one_dimension(made, opened):
-    generated = made(temperature=0.7, top_k=5, top_p=0.9, repetition_penalty=1.1)
+    settings = {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.1}
+    generated = made(settings=settings | {"temperature": 0.7})
     (request,) = made.requests
     assert (request.length, len(request.openers)) == (16, 16)
-    assert (request.top_k, request.top_p, request.repetition_penalty) == (5, 0.9, 1.1)
+    assert settings.items() <= vars(request).items()
     assert set(request.temperatures) == {0.7}
     firsts = {tuple(row[0]) for row in request.openers[0::2]}
     assert firsts == {tuple(opened.tokenizer(text)["input_ids"]) for text in ("a", "bc")}
@@ -95,7 +86,7 @@ def test_looping_pieces_are_rewritten(made):
     assert LOOP not in pieces(generated)
     counts = generated.manifest["pieces"]
     assert (counts["refused"], counts["passed_over"], counts["looping"]) == (0, 7, 0)
-    assert pieces(made(fill=fill, repeats=1.0)).count(LOOP) == 7
+    assert pieces(made(fill=fill, settings={"repeats": 1.0})).count(LOOP) == 7
     assert len(made.requests) == 1
 
 
@@ -123,18 +114,18 @@ def test_igsp_selects_by_j(made):
     def plant(ids, nll):  # some loop, end in punctuation or copy another
         ids[0:4], ids[4:8], ids[8:12] = torch.tensor(LOOP), 7, ids[12:16].clone()
 
-    generated = made("igsp", fill=plant, candidates=2.5)
+    generated = made("igsp", plant, {"candidates": 2.5})
     assert len(made.requests[0].openers) == 40
     assert not {LOOP, (7,) * 16} & set(pieces(generated))
     assert len(set(pieces(generated))) == 16
-    assert generated.manifest["J"] < made("self-written", fill=plant, repeats=1.0).manifest["J"]
+    assert generated.manifest["J"] < made(fill=plant, settings={"repeats": 1.0}).manifest["J"]
     made("igsp")
     assert len(made.requests[0].openers) == 48  # three times as many by default
 
 
 def test_self_cal_starts_from_prompts_or_token(made, opened):
     for start, token in (("auto", 1), ("separator", 2)):
-        generated = made("self-cal", start=start)
+        generated = made("self-cal", settings={"start": start})
         (request,) = made.requests
         assert request.openers == [[[token]]] * 8
         assert (request.length, set(request.temperatures), request.top_k) == (32, {1.0}, None)
@@ -160,11 +151,10 @@ def test_sgs_continues_documents_and_drops_a_fifth(made, text_file, opened, monk
         nll[[0, 1]] += 5  # one of each dimension
         ids[[0, 1]] = 9
 
-    generated = made("sgs", fill=fill, seeds="three", own=sources)
+    generated = made("sgs", fill, {"seeds": "three"}, own=sources)
     (request,) = made.requests
     assert len(request.openers) == 10  # 8 rows, and the fifth that is dropped
-    prefix = opened.tokenizer(text_file.read_text())["input_ids"][:2]
-    assert request.openers[0][0] == prefix
+    assert request.openers[0][0] == opened.tokenizer(text_file.read_text())["input_ids"][:2]
     settings = (request.top_k, request.top_p, request.repetition_penalty, request.temperatures[0])
     assert settings == (50, 0.95, 1.2, 0.6)
     assert generated.counts == {"code": 4, "math": 4}
@@ -192,7 +182,7 @@ def chat_tokenizer(template, bos, eos, *others):
     return tokenizer
 
 
-def test_start_token_is_not_from_the_chat_template():
+def test_start_token_is_not_from_the_chat_template(monkeypatch, tmp_path):
     for tokens, auto, separator in (
         ((CHATML, "<|im_start|>", "<|im_end|>", "<|endoftext|>"), "<|endoftext|>", "<|endoftext|>"),
         ((CHATML, "<|im_start|>", "</s>"), "</s>", "</s>"),
@@ -204,9 +194,6 @@ def test_start_token_is_not_from_the_chat_template():
         assert start_token(tokenizer) == tokenizer.convert_tokens_to_ids(auto)
         assert start_token(tokenizer, "bos") == tokenizer.bos_token_id
         assert start_token(tokenizer, "separator") == tokenizer.convert_tokens_to_ids(separator)
-
-
-def test_missing_start_token_is_an_error(monkeypatch, tmp_path, opened):
     monkeypatch.setattr(prompts, "END_OF_TEXT", ())
     chat = chat_tokenizer(CHATML, "<|im_start|>", "<|im_end|>")
     assert start_token(chat) == chat.bos_token_id
@@ -220,7 +207,7 @@ def test_missing_start_token_is_an_error(monkeypatch, tmp_path, opened):
         beginnings(path, bare)
 
 
-def test_prompts_use_the_chat_template(tmp_path):
+def test_prompts_use_the_chat_template_or_are_refused(tmp_path):
     path = tmp_path / "prompts.yaml"
     path.write_text("only: [{ask: Tell me.}, {text: 'Once'}]", encoding="utf-8")
     tokenizer = tiny_tokenizer()
@@ -232,10 +219,6 @@ def test_prompts_use_the_chat_template(tmp_path):
     )
     chat = beginnings(path, tokenizer)["only"]
     assert [tokenizer.decode(ids) for ids in chat] == ["Tell me.\nassistant: ", "Once"]
-
-
-def test_invalid_prompts(tmp_path):
-    path = tmp_path / "prompts.yaml"
     for text, message in (
         ("general: []", "line 1: general: List should have at least 1 item"),
         ("{}", "names no dimension"),
@@ -277,32 +260,23 @@ def defined(ids, rows, groups, nll, tokens):
     return aggregation(ids[list(rows)], 4) + float(np.var(logs))
 
 
-def pool(seed, symbols=4, size=(12, 30)):
-    rng = np.random.default_rng(seed)
-    ids = rng.integers(0, symbols, size)
-    tokens = rng.integers(8, 13, size[0])
-    return ids, np.array(["a"] * 6 + ["b"] * 6), rng.uniform(1.8, 2.6, size[0]) * tokens, tokens
-
-
 def test_selection_matches_exhaustive_search():
-    quota = {"a": 3, "b": 2}
-    equal, gaps = 0, []
+    quota, gaps = {"a": 3, "b": 2}, []
+    groups = np.array(["a"] * 6 + ["b"] * 6)
     for seed in range(20):
-        ids, groups, nll, tokens = pool(seed)
-        generated = select_rows(ids, groups, nll, tokens, quota)
-        assert generated == select_rows(ids, groups, nll, tokens, quota)
+        rng = np.random.default_rng(seed)
+        ids, tokens = rng.integers(0, 4, (12, 30)), rng.integers(8, 13, 12)
+        pool = ids, groups, rng.uniform(1.8, 2.6, 12) * tokens, tokens
+        generated = select_rows(*pool, quota)
+        assert generated == select_rows(*pool, quota)
         assert sorted(groups[row] for row in generated) == ["a"] * 3 + ["b"] * 2
         assert len(set(generated)) == 5
-        exact = defined(ids, generated, groups, nll, tokens)
-        assert objective(*(part[generated] for part in (ids, groups, nll, tokens))) == (
-            pytest.approx(exact)
-        )
+        exact = defined(ids, generated, *pool[1:])
+        assert objective(*(part[generated] for part in pool)) == pytest.approx(exact)
         pairs = itertools.product(
             itertools.combinations(range(6), 3), itertools.combinations(range(6, 12), 2)
         )
-        best = min(defined(ids, [*a, *b], groups, nll, tokens) for a, b in pairs)
-        gaps.append(exact - best)
-        equal += gaps[-1] < 1e-9
-    assert equal >= 8
+        gaps.append(exact - min(defined(ids, [*a, *b], *pool[1:]) for a, b in pairs))
+    assert sum(gap < 1e-9 for gap in gaps) >= 8
     assert max(gaps) < 0.04
     assert np.mean(gaps) < 0.01

@@ -52,8 +52,6 @@ def test_sampling_matches_transformers_distribution():
             scores = warpers[name](value)(None, scores)
         torch.testing.assert_close(actual, scores.softmax(-1)[0], atol=3e-4, rtol=0)
 
-
-def test_zero_probability_token_is_never_sampled():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(4, -1)
     uniform = torch.tensor([0.0, 0.4999999, 0.5, 1 - 2**-53], dtype=torch.float64)
     assert sample(logits, torch.ones(4), uniform).tolist() == [1, 1, 3, 3]
@@ -71,8 +69,9 @@ def ending(opened, bias):
     return opened.model.get_output_embeddings().register_forward_hook(more)
 
 
-def test_rows_start_with_openers_and_record_likelihood(opened):
-    drawn_set = write(opened, request(temperature=0.7, repetition_penalty=1.5))
+def test_rows_start_with_openers_and_record_likelihood(opened, monkeypatch):
+    asked = request(temperature=0.7, repetition_penalty=1.5)
+    drawn_set = write(opened, asked)
     assert drawn_set.ids.shape == (6, 24)
     assert drawn_set.ids[:, :3].tolist() == [[10 + i, 20 + i, 30 + i] for i in range(6)]
     assert not drawn_set.sampled[:, :3].any()
@@ -81,16 +80,12 @@ def test_rows_start_with_openers_and_record_likelihood(opened):
     nll = F.cross_entropy(logits, drawn_set.ids[:, 1:].flatten(), reduction="none").view(6, -1)
     torch.testing.assert_close(drawn_set.nll[:, 1:], nll, atol=1e-4, rtol=1e-4)
     assert drawn_set.nll[:, 0].isnan().all()
-
-
-def texts_of(made, row):
-    """The texts of a row: a new one begins where an opener's token follows a sampled one."""
-    texts, sampled = [[]], made.sampled[row].tolist()
-    for at, token in enumerate(made.ids[row].tolist()):
-        if at and sampled[at - 1] and not sampled[at]:
-            texts.append([])
-        texts[-1].append(token)
-    return texts
+    forget()
+    config = type(opened.model.generation_config)  # which is ignored, and stays
+    changed = config(repetition_penalty=9.0, temperature=0.1, top_k=1, eos_token_id=[2])
+    monkeypatch.setattr(opened.model, "generation_config", changed)
+    assert torch.equal(write(opened, asked).ids, drawn_set.ids)
+    assert opened.model.generation_config is changed
 
 
 def test_next_opener_follows_the_end_token(opened):
@@ -98,7 +93,12 @@ def test_next_opener_follows_the_end_token(opened):
         drawn_set = write(opened, request(rows=8, length=48))
     restarts = 0
     for i in range(8):
-        turns, texts = [[10 + i, 20 + i, 30 + i], [40 + i]], texts_of(drawn_set, i)
+        turns, texts = [[10 + i, 20 + i, 30 + i], [40 + i]], [[]]
+        sampled = drawn_set.sampled[i].tolist()
+        for at, token in enumerate(drawn_set.ids[i].tolist()):
+            if at and sampled[at - 1] and not sampled[at]:  # a new text begins
+                texts.append([])
+            texts[-1].append(token)
         for number, content in enumerate(texts):
             opener = turns[number % 2]
             assert content[: len(opener)] == opener[: len(content)]
@@ -120,27 +120,17 @@ def test_rows_are_independent_of_batch_size(opened, kind):
     assert all(torch.equal(parts[0].ids, part.ids) for part in parts)
 
 
-def test_generation_config_is_ignored(opened, monkeypatch):
-    plain = write(opened, request(seed=8)).ids
-    forget()
-    config = type(opened.model.generation_config)
-    changed = config(repetition_penalty=9.0, temperature=0.1, top_k=1, eos_token_id=[2])
-    monkeypatch.setattr(opened.model, "generation_config", changed)
-    assert torch.equal(write(opened, request(seed=8)).ids, plain)
-    assert opened.model.generation_config is changed
-
-
 def test_interrupted_writing_resumes(opened):
     whole = write(opened, request(seed=5), batch=2)
     forget()
     notes = []
 
-    def stop(done, total):
+    def interrupt(done, total):
         if done > 2 * 2 * 24:  # within the third part
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write(opened, request(seed=5), batch=2, progress=stop)
+        write(opened, request(seed=5), batch=2, progress=interrupt)
     assert len(kept()) == 2
     again = write(opened, request(seed=5), batch=4, progress=lambda *of: notes.append(of))
     assert notes[:2] == [(2 * 24, 6 * 24), (4 * 24, 6 * 24)]  # from the cache
@@ -174,9 +164,8 @@ def test_batches_shrink_when_memory_is_short(opened, monkeypatch):
     said, warnings = [], []
     how = {"note": notes.append, "progress": lambda *of: warnings.append(of)}
     for line in (
-        "CUDA out of memory",
         "DefaultCPUAllocator: can't allocate memory",
-        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling it",
     ):
         said.append(line)
         forget()
