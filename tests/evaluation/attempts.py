@@ -1,6 +1,6 @@
 """Programs that try to leave the sandbox, or to have a wrong answer count as right.
 
-python -m tests.evaluation.attempts    # tries all of them and prints which succeed
+python -m tests.evaluation.attempts    # tries every deed and prints which succeed
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
+from calmix.evaluation import judge
 from calmix.evaluation.sandbox import failure
 
 MODULES = [
@@ -24,17 +25,17 @@ MODULES = [
     *("signal", "socket", "struct", "subprocess", "sys", "threading", "time"),
 ]
 X86 = platform.machine() == "x86_64"
-# System calls by their number on x86-64.
-CALL = """
+# Each program begins so. System calls are by their number on x86-64.
+BEGIN = f"""
+import {", ".join(MODULES)}
 def call(number, *arguments):
     result = ctypes.CDLL(None).syscall(number, *arguments)
     assert result >= 0
 def call_of_32_bits():
     memory = mmap.mmap(-1, 4096, prot=7)
     memory.write(b"\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3")  # getpid
-    ctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(memory)))()
-"""
-FRAMES = """
+    function = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert ctypes.CFUNCTYPE(ctypes.c_int)(function)() >= 0
 def frames():
     frame = sys._getframe()
     while frame := frame.f_back:
@@ -53,7 +54,7 @@ def answering(payload: str, length: int | None = None) -> str:
             return 0"""
 
 
-# Each is one line of a function that returns whether it ran without an error.
+# Each is one expression that ends without an error if it succeeds.
 DEEDS = {
     "file: write": "open(FOLDER + '/x', 'w').close()",
     "file: write, relative": "open('x', 'w').close()",
@@ -126,10 +127,7 @@ FORGERIES = {
             __eq__ = lambda self, other: True
             __int__ = lambda self: self
         f = lambda x: Any(0)""",
-    "exit at once": "os._exit(0)",
-    "exit by an exception": "raise SystemExit(0)",
     "exit when called": "f = lambda x: os._exit(0)",
-    "exit when called, by an exception": "f = lambda x: sys.exit(0)",
     "exit handler": "atexit.register(os._exit, 0)\nf = lambda x: sys.exit(1)",
     "assertions that raise nothing": """
         builtins.AssertionError = None
@@ -139,14 +137,13 @@ FORGERIES = {
     "no error is an error": """
         builtins.Exception = builtins.BaseException = ()
         def f(x): assert False""",
-    "a name of the test is replaced": "len = abs = lambda x: 0\nf = lambda x: 0",
     "an error that says it passed": "def f(x): raise type('+', (Exception,), {})('+')",
     "an error that ends the judge": "def f(x): raise KeyboardInterrupt",
     "a verdict to all files": """
         for file in range(32):
             try: os.write(file, b'+')
             except OSError: pass
-        f = lambda x: 0""",
+        os._exit(0)""",
     "more answers than questions": """
         for frame in frames():
             if 'packed' in frame.f_globals:
@@ -155,9 +152,6 @@ FORGERIES = {
             try: own['send'](file, own['packed'](True, None, '') + own['packed'](True, 0, '') * 9)
             except OSError: pass
         f = lambda x: 0""",
-    "an answer that runs code": answering("(I01\ncposix\n_exit\n(I0\ntRV\nt."),
-    "an answer that runs code of builtins": answering("(I01\ncbuiltins\nexec\n(V0\ntRV\nt."),
-    "an answer that reaches the judge": answering("(I01\nc__main__\nJUDGE\nV\nt."),
     "an answer that changes a class": answering(
         "(I01\ncfractions\nFraction\n(N(V__sub__\nPs\ndtb0cfractions\nFraction\n(I0\ntRV\nt."
     )
@@ -165,17 +159,13 @@ FORGERIES = {
     "an answer without end": answering("", length=1 << 40),
     "an answer that fills memory": answering("(I01\ncbuiltins\nbytes\n(I99999999999\ntRV\nt."),
     "no more answers": "os.closerange(3, 32)\nf = lambda x: 0",
-    "frames": """
+    "frames and objects": """
         def f(x):
             wanted = '== )02('
-            for frame in frames():
-                for value in [*frame.f_locals.values(), *frame.f_globals.values()]:
-                    if wanted[::-1] in str(value): return 21
-            return 0""",
-    "objects": """
-        def f(x):
-            wanted = '== )02('
-            return 21 if any(wanted[::-1] in str(one) for one in gc.get_objects()) else 0""",
+            known = [one for frame in frames() for one in (frame.f_locals, frame.f_globals)]
+            values = [value for names in known for value in names.values()]
+            values += gc.get_objects()
+            return 21 if any(wanted[::-1] in str(one) for one in values) else 0""",
     "an answer of itself": """
         loop = []
         loop.append(loop)
@@ -211,30 +201,50 @@ def surroundings() -> Iterator[str]:
             victim.kill()
 
 
-def succeeds(name: str, begin: str) -> bool:
-    """Whether an attempt does what it tries, or has a wrong answer count as right."""
-    if name in FORGERIES:
-        text, tests = textwrap.dedent(FORGERIES[name]), TESTS
-    else:
-        text, tests = f"def f():\n    {DEEDS[name]}\n    return True\n", "assert f() is True\n"
-    reason = failure(beginning(text, begin) + text, tests, names=["f"], seconds=2)
-    assert not reason.startswith(("SyntaxError", "NameError", "ImportError", "AttributeError"))
-    return not reason
+@contextmanager
+def blocked_calls_fail() -> Iterator[None]:
+    """Have blocked system calls fail instead of ending the program, so that it can try many."""
+    text = Path(judge.__file__).read_text(encoding="utf-8")
+    action = f"KILL, ERRNO, ALLOW = {judge.KILL:#x}"
+    assert action in text
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "judge.py")
+        path.write_text(text.replace(action, "KILL, ERRNO, ALLOW = 0x50001"), encoding="utf-8")
+        with mock.patch.object(judge, "__file__", str(path)):
+            yield
 
 
-def beginning(text: str, begin: str) -> str:
-    """Return what an attempt needs: its surroundings, functions and modules."""
-    begin += CALL if "call" in text else FRAMES if "frames" in text else ""
-    used = [module for module in MODULES if f"{module}." in begin + text]
-    return f"import {', '.join(used or ['sys'])}\n{begin}"
+def successes(names: Iterable[str], begin: str) -> str:
+    """Try deeds in one process. Return those that succeed, or do not fail as they should."""
+    deeds = "".join(f"    {name!r}: lambda: {DEEDS[name]},\n" for name in names)
+    program = f"""{BEGIN}{begin}
+DEEDS = {{
+{deeds}}}
+def f():
+    done = []
+    assert list(frames()) and open(os.__file__).read()  # these can be done
+    if {X86}: call(39)
+    for name, deed in DEEDS.items():
+        try: deed()
+        except (OSError, ValueError, RuntimeError, AssertionError): continue
+        except BaseException as error: name += f": {{type(error).__name__}}"
+        done.append(name)
+    return done
+"""
+    return failure(program, "done = f()\nassert not done, done", names=["f"], seconds=60)
 
 
-def survey() -> list[str]:
-    """Return which deeds succeed."""
-    with surroundings() as begin, ThreadPoolExecutor(2) as pool:
-        results = pool.map(lambda name: succeeds(name, begin), DEEDS)
-        return [name for name, result in zip(DEEDS, results, strict=True) if result]
+def forgery(name: str) -> str:
+    """Return why a forgery does not pass, or "" if it does."""
+    program = BEGIN + textwrap.dedent(FORGERIES[name])
+    return failure(program, TESTS, names=["f"], seconds=60)
+
+
+def survey() -> str:
+    """Try every deed, and return those that succeed."""
+    with surroundings() as begin, blocked_calls_fail():
+        return successes(DEEDS, begin)
 
 
 if __name__ == "__main__":
-    sys.exit(", ".join(survey()) or None)
+    sys.exit(survey() or None)

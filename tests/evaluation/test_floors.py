@@ -34,28 +34,29 @@ def judged(text, dense, pruned):
     return judge(parse_floors(text), [(dense, pruned)])
 
 
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("90%", {"": 0.9}),
-        ("code=0.9, general=80%", {"code": 0.9, "general": 0.8}),
-        ("0.8,code=0.9", {"": 0.8, "code": 0.9}),
-        ("60", "60 is above 1: did you mean 0.6"),
-        ("code=0", "between 0 and 1"),
-        ("nan", "between 0 and 1"),
-        ("much", "'much' is not a share"),
-        ("code=", "not of the form"),
-        ("=0.9", "not of the form"),
-        ("code=0.9,code=0.8", "code is given twice"),
-        ("0.9,0.8", "the floor of all abilities is given twice"),
-    ],
-)
-def test_floor_parsing(text, found):
-    if isinstance(found, dict):
-        assert parse_floors(text) == pytest.approx(found)
-        return
-    with pytest.raises(InputError, match=found):
-        parse_floors(text)
+FLOORS = {
+    "90%": {"": 0.9},
+    "code=0.9, general=80%": {"code": 0.9, "general": 0.8},
+    "0.8,code=0.9": {"": 0.8, "code": 0.9},
+}
+MISTAKES = {
+    "60": "60 is above 1: did you mean 0.6",
+    "code=0": "between 0 and 1",
+    "nan": "between 0 and 1",
+    "much": "'much' is not a share",
+    "code=": "not of the form",
+    "=0.9": "not of the form",
+    "code=0.9,code=0.8": "code is given twice",
+    "0.9,0.8": "the floor of all abilities is given twice",
+}
+
+
+def test_floor_parsing():
+    for text, floors in FLOORS.items():
+        assert parse_floors(text) == pytest.approx(floors)
+    for text, says in MISTAKES.items():
+        with pytest.raises(InputError, match=says):
+            parse_floors(text)
 
 
 def test_exact_bounds_and_provable_floors():
@@ -216,14 +217,12 @@ def test_answer_counts_and_worst_ability():
         not_run=("humaneval",),
     )
     found = behaviour((dense, pruned))
-    assert found.choices is not None
     assert (found.choices.pruned, found.at_chance) == (10, ("coin",))
     assert [(one.name, one.lost, one.gained, one.ratio) for one in found.abilities] == [
         ("general", 3, 2, 11 / 12),
         ("math", 10, 0, 0.0),
         ("chat", 3, 0, None),
     ]
-    assert found.right is not None
     assert found.right.total.value == pytest.approx(11 / 24)  # of two abilities with enough
     assert pruned.retention(dense, resamples=2000) == found.right
     first, kept, code, accurate, *rest = words.summary_lines(
@@ -242,15 +241,11 @@ def test_answer_counts_and_worst_ability():
         "25.0 %); left out, because the dense model is at chance: coin."
     )
     assert not rest  # nothing here is scored by likelihood
-    guesses = behaviour((scored(guessed), scored(guessed)))
-    assert (
-        words.summary_lines(guesses, None, "x")[1]
-        == "Accuracy: the dense model is at chance (coin)."
-    )
+    guesses = words.summary_lines(behaviour((scored(guessed), scored(guessed))), None, "x")
+    assert guesses[1] == "Accuracy: the dense model is at chance (coin)."
     lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the unigram code
-    assert words.summary_lines(found, likelihood(lost, lost), "x")[-1].startswith(
-        "Likelihood: the dense"
-    )
+    unlikely = words.summary_lines(found, likelihood(lost, lost), "x")
+    assert unlikely[-1].startswith("Likelihood: the dense")
     silent = replace(found, answers=replace(found.answers, dense=0, kept=0))
     assert words.summary_lines(silent, None, "")[0].startswith("The dense model gets none of 32")
     formed = words.summary_lines(replace(found, form="worked examples"), None, "")[1]
@@ -317,53 +312,44 @@ def test_right_only_behaviour():
         behaviour((few, pruned))
 
 
-@pytest.mark.parametrize(("lost", "gained"), [(12, 11), (0, 0), (5, 0), (700, 600), (1, 3)])
-def test_mcnemar_p(lost, gained):
-    wanted = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-    assert mcnemar(lost, gained) == mcnemar(gained, lost) == pytest.approx(wanted)
+def test_mcnemar_p():
+    for lost, gained in ((12, 11), (0, 0), (5, 0), (700, 600), (1, 3)):
+        wanted = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+        assert mcnemar(lost, gained) == mcnemar(gained, lost) == pytest.approx(wanted)
 
 
 def test_dense_repeat():
+    texts = tuple(map(str, range(20)))
     dense = scored(
-        *(
-            replace(one, answers=tuple(map(str, range(20))))
-            for one in (
-                written("qa", "general", [1] * 12 + [0] * 8),
-                written("sums", "math", [1] * 10 + [0] * 10),
-            )
-        ),
+        replace(written("qa", "general", [1] * 12 + [0] * 8), answers=texts),
+        replace(written("sums", "math", [1] * 10 + [0] * 10), answers=texts),
         accuracy([1.0] * 20, "quiz", "general"),
     )
     again = tuple(
-        replace(one, values=(0.0, *one.values[1:18], 1.0, 1.0), answers=("other", *one.answers[1:]))
+        replace(one, values=(0.0, *one.values[1:18], 1.0, 1.0), answers=("other", *texts[1:]))
         for one in dense.tasks[:2]
     )
     pruned = scored(*(replace(one, values=(0.0,) * 20) for one in dense.tasks))
-    found = behaviour((replace(dense, repeat=again), pruned)).repeat
-    assert found is not None
-    assert found.answers is not None
+    dense = replace(dense, repeat=again)
+    found = behaviour((dense, pruned)).repeat
     assert (found.answers.lost, found.answers.gained, found.answers.same) == (2, 4, 38 / 40)
-    assert found.right is not None
     assert found.right.total.value == pytest.approx((13 / 12 + 11 / 10) / 2)
     assert (found.choices, found.repeat) == (None, None)
-    only = replace(pruned, right_only=True)  # says nothing of the dense model's own
-    for small in (pruned, only):
-        lines = words.summary_lines(behaviour((replace(dense, repeat=again), small)), None, "")
-        assert any(
-            line.startswith("The dense model against itself, in other batches: 109.2 [")
-            and line.endswith(
-                "2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical."
-            )
-            for line in lines
+    for small in (pruned, replace(pruned, right_only=True)):  # says nothing of the dense model
+        (line,) = [
+            line
+            for line in words.summary_lines(behaviour((dense, small)), None, "")
+            if line.startswith("The dense model against itself, in other batches: 109.2 [")
+        ]
+        assert line.endswith(
+            "2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical."
         )
 
 
-@pytest.mark.parametrize(
-    ("right", "of", "low", "high"), [(0, 13, 0.0, 0.228), (13, 48, 0.166, 0.410), (5, 5, 0.566, 1)]
-)
-def test_wilson_interval(right, of, low, high):
-    found = proportion(right, of)
-    assert (found.low, found.high) == (pytest.approx(low, abs=1e-3), pytest.approx(high, abs=1e-3))
+def test_wilson_interval():
+    for right, of, low, high in ((0, 13, 0.0, 0.228), (13, 48, 0.166, 0.410), (5, 5, 0.566, 1)):
+        found = proportion(right, of)
+        assert (found.low, found.high) == pytest.approx((low, high), abs=1e-3)
     assert proportion(0, 0).value is None
 
 
@@ -392,11 +378,11 @@ def test_likelihood_bound_on_skewed_losses(draw, times, items, tasks):
     assert np.median(bounds) > 0.7
 
 
-@pytest.mark.parametrize(("kept", "of"), [(20, 20), (45, 60), (3, 7), (290, 300)])
-def test_bound_of_a_mean_is_exact_for_items_kept_or_lost(kept, of):
-    values = np.array([[1.0] * kept + [0.0] * (of - kept)])
-    (bound,) = lower_mean([(values, np.ones_like(values))], [np.ones(1)])
-    assert bound == pytest.approx(lower_bound(kept, of), abs=0.01)
+def test_bound_of_a_mean_is_exact_for_items_kept_or_lost():
+    for kept, of in ((20, 20), (45, 60), (3, 7), (290, 300)):
+        values = np.array([[1.0] * kept + [0.0] * (of - kept)])
+        (bound,) = lower_mean([(values, np.ones_like(values))], [np.ones(1)])
+        assert bound == pytest.approx(lower_bound(kept, of), abs=0.01)
 
 
 def test_one_more_item_is_lost_where_it_does_most_harm():

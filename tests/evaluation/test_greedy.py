@@ -20,16 +20,13 @@ QUICK = ("gemma3_text", "opt", "mamba")
 
 @pytest.mark.parametrize("kind", quick(QUICK, (*ARCHITECTURES, "rwkv", "deepseek_v3")))
 def test_batched_answers_match_single_ones(tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(greedy, "ROWS", 4)  # so that most rows start in the place of a finished one
+    monkeypatch.setattr(greedy, "ROWS", 3)  # so that most rows start in the place of a finished one
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
     rng = random.Random(19)
     head = [rng.randrange(5, 300) for _ in range(10)]
     asked = [
-        Prompt(
-            head + [rng.randrange(5, 300) for _ in range(rng.randrange(1, 24))],
-            rng.choice([4, 12, 20]),
-        )
-        for _ in range(19)
+        Prompt(head + rng.choices(range(5, 300), k=rng.randrange(1, 20)), rng.choice([3, 8, 12]))
+        for _ in range(10)
     ]
     for one, (text, _) in zip(asked, answers(opened, asked), strict=True):
         ids = torch.tensor([one.ids])
@@ -121,19 +118,15 @@ def test_nan_logits_are_refused(kind):
 
 
 def test_answer_length_limit(monkeypatch):
-    rooms, model = [], opened()
-    monkeypatch.setattr(greedy._Writer, "answer", lambda _, rows: rooms.extend(rows))
+    rows, model = [], opened()
+    monkeypatch.setattr(greedy._Writer, "answer", lambda _, some: rows.extend(some))
     monkeypatch.setattr(OpenModel, "context", 100)
     answers(model, [Prompt([7] * 20, 90), Prompt([8] * 300, 90), Prompt([9] * 60, 9)])
-    assert {(row.ids[0], len(row.ids), row.tokens) for row in rooms} == {
-        (7, 20, 80),
-        (8, 50, 50),
-        (9, 60, 9),
-    }
+    sizes = {(row.ids[0], len(row.ids), row.tokens) for row in rows}
+    assert sizes == {(7, 20, 80), (8, 50, 50), (9, 60, 9)}
 
 
 def test_looping_answer_is_cut():
     assert loops([1, 2] + [7, 8, 9] * 22)
     assert not loops([7, 8, 9] * 20)  # too short to be sure
-    assert not loops(list(range(64)))
     assert not loops([*range(20)] * 5)  # periods this long occur in lists of similar lines

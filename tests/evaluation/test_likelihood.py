@@ -123,7 +123,7 @@ def whole(dense, pruned, ids):
     return (p.exp() * (p - q)).sum(-1).numpy(), float(same.double().mean())
 
 
-@pytest.mark.parametrize("kind", ["llama", "gemma2", "granite", "gpt_neox", "modernbert-decoder"])
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "modernbert-decoder"])
 def test_distance_matches_full_logits(kind, monkeypatch):
     monkeypatch.setattr(module, "POSITIONS", 7)
     monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
@@ -149,10 +149,9 @@ def test_distance_matches_full_logits(kind, monkeypatch):
     assert total["kl_low"] < total["kl_mean"] < total["kl_high"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_distance_to_itself_is_zero(dtype):
+def test_distance_to_itself_is_zero():
     dense, _ = pair()
-    dense.model.to(dtype)
+    dense.model.to(torch.bfloat16)
     found = distance(dense, reference(dense, TEXTS | {"code": TEXTS["code"][:1]}))
     assert [list(one.values())[1:] for one in (*found["dimensions"].values(), found["total"])] == [
         [0, 0, 0, 1, None, None],

@@ -186,10 +186,7 @@ LN2 = math.log(2)
 
 
 def test_scores_by_hand():
-    for score, wanted in {
-        "bits": [1 / LN2, 2 / LN2],
-        "accuracy": [1, 1],
-    }.items():
+    for score, wanted in {"bits": [1 / LN2, 2 / LN2], "accuracy": [1, 1]}.items():
         assert item_scores(DENSE, score).tolist() == pytest.approx(wanted), score
 
 

@@ -1,7 +1,9 @@
 """Generated programs: what a right one may do, that anything else fails, and that none gets out."""
 
 import contextlib
+import io
 import os
+import pickle
 import resource
 import shutil
 import struct
@@ -22,27 +24,22 @@ ROOT = Path(__file__).parents[2]
 LINUX = sys.platform == "linux"
 
 FORKS = "import os\nwhile True:\n  try:\n    os.fork()\n  except OSError:\n    pass"
-PROCESS, FILE = "start a process", "write a file"
+IMPORTS = "import bz2, fractions, os, sys\nprint('x')\nassert sys.dont_write_bytecode\n"
+PROCESS = "start a process"
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("import math, re, heapq, collections\nprint('x')\nassert math.gcd(4, 6) == 2", None),
-        ("import fractions, sys\nassert sys.dont_write_bytecode", None),  # some have no .pyc
-        ("import bz2, os\nassert 'SECRET_OF_THE_USER' not in os.environ", None),
-        ("while True:\n    pass", "still running"),
+        (IMPORTS + "assert 'SECRET_OF_THE_USER' not in os.environ", None),
         (FORKS, PROCESS),
-        ("import subprocess\nsubprocess.run(['true'])", PROCESS),
         ("import os\nos.kill(os.getppid(), 0)", PROCESS),
-        ("x = []\nwhile True:\n    x.append(bytearray(1 << 20))", "MemoryError"),
-        ("import os\nos.open('out', os.O_CREAT | os.O_WRONLY)", FILE),
-        ("try:\n    open('out.txt', 'w')\nexcept BaseException:\n    pass", FILE),
+        ("bytearray(1 << 30)", "MemoryError"),
+        ("try:\n    open('out.txt', 'w')\nexcept BaseException:\n    pass", "write a file"),
         ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "use the network"),
         ("import os\nos._exit(0)", "ended early with exit code 0"),
-        ("raise SystemExit(3)", "exit code 3"),
+        ("raise SystemExit(0)", "exit code 0"),
         ("import os\nos.abort()", "exit code -6"),
-        ("assert 1 == 2", "AssertionError"),
         ("def f(:", "SyntaxError"),
         ("input()", "RuntimeError"),
         ("raise ValueError('\\ud800')", ""),
@@ -50,8 +47,7 @@ PROCESS, FILE = "start a process", "write a file"
 )
 def test_only_right_programs_pass(source, reason, monkeypatch):
     monkeypatch.setenv("SECRET_OF_THE_USER", "x")
-    # Programs that end by themselves get enough time even on a busy machine.
-    found = failure(source, seconds=0.3 if reason == "still running" else 30)
+    found = failure(source, seconds=60)
     assert bool(found) == (reason is not None)
     assert (reason or "") in found
     assert "\n" not in found
@@ -59,7 +55,7 @@ def test_only_right_programs_pass(source, reason, monkeypatch):
 
 def test_set_order_is_fixed():
     source = "raise ValueError(''.join({*'abcdefghij'}))"
-    assert len({failure(source) for _ in range(4)}) == 1
+    assert failure(source, seconds=60) == failure(source, seconds=60)
 
 
 def test_no_leftovers_and_bounded_output(tmp_path, monkeypatch):
@@ -67,102 +63,100 @@ def test_no_leftovers_and_bounded_output(tmp_path, monkeypatch):
     failure(f"open({str(tmp_path / 'target.txt')!r}, 'w').write('x')")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     endless = "import sys\nwhile True: sys.stderr.write('x' * 100_000)"
-    assert failure(endless, seconds=1) == "still running after 1 s"
+    assert failure(endless, seconds=0.5) == "still running after 0.5 s"
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
     assert list(tmp_path.iterdir()) == []
 
 
-RIGHT = {  # a program and its test
-    "types": (
-        "from typing import *\ndef f(x: List[int]) -> Optional[int]: return max(x)",
-        "f([1, 3]) == 3",
-    ),
-    "modules": (
-        "import collections, heapq, itertools, math, re, random, string, json, functools\n"
-        "import dataclasses, datetime, decimal, enum, fractions, statistics, subprocess\n"
-        "def f(x): return re.sub('a', 'b', x), math.pi > 3",
-        "f('aa') == ('bb', True)",
-    ),
-    "deep recursion": (
-        "import sys\nsys.setrecursionlimit(20_000)\ndef f(n): return n and 1 + f(n - 1)",
-        "f(9_000) == 9_000",
-    ),
-    "a long loop": ("def f(n):\n    for i in range(n): pass\n    return i", "f(4_000_000) > 9"),
-    "its own main": ("def f(): return 1\nif __name__ == '__main__': f()", "f() == 1"),
-    "data of all kinds": (
-        "import collections, datetime, fractions\n"
-        "class Pair(collections.namedtuple('Pair', 'a b')): pass\n"
-        "def f(): return [None, True, 2**70, -.5, 1j, 'ä\\ud800', b'x', {1: {2}}, Pair(1, 2),\n"
-        "    collections.Counter('aa'), fractions.Fraction(1, 2), datetime.date(2024, 2, 29)]",
-        "f() == [None, True, 2**70, -.5, 1j, 'ä\\ud800', b'x', {1: {2}}, (1, 2), {'a': 2}, .5,"
-        " datetime.date(2024, 2, 29)]",
-    ),
-    "not a number": ("def f(): return float('nan')", "math.isnan(f())"),
-    "a generator": (
-        "def f(n):\n    while True:\n        yield n\n        n += 1",
-        "[one for one, _ in zip(f(3), 'ab')] == [3, 4]",
-    ),
-    "a class": (
-        "class f:\n    def __init__(self): self.items = []\n"
-        "    def push(self, x): self.items.append(x)\n    def __len__(self): return 7",
-        "(s := f(), s.push(3), s.items, len(s))[2:] == ([3], 7)",
-    ),
-    "a function of the test": ("def f(g, x): return g(g(x))", "f(lambda x, n=2: x * n, 3) == 12"),
-    "an error that is expected": ("def f(x): raise ValueError('no')", "raises(ValueError, f, 1)"),
-    "copies of arguments": ("def f(x): x.clear()", "(lambda x: (f(x), x))([1]) == (None, [1])"),
-}
+PROGRAM = """
+import collections, heapq, itertools, math, re, random, string, json, functools, sys
+import dataclasses, datetime, decimal, enum, fractions, statistics, subprocess
+from typing import *
+sys.setrecursionlimit(20_000)
+class Pair(collections.namedtuple('Pair', 'a b')): pass
+class Stack:
+    def __init__(self): self.items = []
+    def push(self, x): self.items.append(x)
+    def __len__(self): return 7
+def largest(x: List[int]) -> Optional[int]: return max(x)
+def substituted(x): return re.sub('a', 'b', x), math.pi > 3
+def depth(n): return n and 1 + depth(n - 1)
+def looped(n):
+    for i in range(n): pass
+    return i
+if __name__ == '__main__': ran = 1
+def as_main(): return ran
+def data():
+    return [None, True, 2**70, -.5, 1j, 'ä\\ud800', b'x', {1: {2}}, Pair(1, 2),
+    collections.Counter('aa'), fractions.Fraction(1, 2), datetime.date(2024, 2, 29)]
+def nan(): return float('nan')
+def count(n):
+    while True:
+        yield n
+        n += 1
+def twice(g, x): return g(g(x))
+def wrong(x): raise ValueError('no')
+def stopped(x): raise StopIteration
+def cleared(x): x.clear()
+"""
+NAMES = [one.split("(")[0].split()[1] for one in PROGRAM.splitlines() if one.startswith("def ")]
 HEAD = """
 def raises(kind, f, *args):
     try: f(*args)
     except kind: return True
 """
+RIGHT = [
+    "largest([1, 3]) == 3",
+    "substituted('aa') == ('bb', True)",
+    "depth(9_000) == 9_000",
+    "looped(4_000_000) > 9",
+    "as_main() == 1",
+    "data() == [None, True, 2**70, -.5, 1j, 'ä\\ud800', b'x', {1: {2}}, (1, 2), {'a': 2}, .5,"
+    " datetime.date(2024, 2, 29)]",
+    "math.isnan(nan())",
+    "[one for one, _ in zip(count(3), 'ab')] == [3, 4]",
+    "(s := Stack(), s.push(3), s.items, len(s))[2:] == ([3], 7)",
+    "twice(lambda x, n=2: x * n, 3) == 12",
+    "raises(ValueError, wrong, 1)",
+    "raises(RuntimeError, lambda: all(map(lambda x: stopped(x) == 1, [0])))",
+    "(lambda x: (cleared(x), x))([1]) == (None, [1])",
+    "raises(NameError, missing)",
+]
 
 
-@pytest.mark.parametrize("name", RIGHT)
-def test_archive_programs(name):
-    program, test = RIGHT[name]
-    assert not failure(program, f"assert {test}", names=["f"], head=HEAD, seconds=60)
-    assert failure(program, f"assert not ({test})", names=["f"], head=HEAD, seconds=60)
+def test_archive_programs():
+    tests = "\n".join(f"assert ({test}) is True, {test!r}" for test in RIGHT)
+    assert not failure(PROGRAM, tests, names=[*NAMES, "Stack", "missing"], head=HEAD, seconds=60)
 
 
 def test_test_names_are_hidden_from_programs():
     """A function that checks comes from the head or from Python."""
     program = "def f(): return 0\ndef same(*_): return True\nabs = lambda _: 0"
     head = "def same(x, y): return x == y"
-    for test in ("same(f(), 1)", "abs(f() - 1) < 0.5", "math.isclose(f(), 1)"):
-        assert failure(program, f"assert {test}", names=["f"], head=head)
-    for test, name in (("other()", "f"), ("g()", "g")):
-        reason = failure(program, f"assert {test}", names=[name], seconds=60)
-        assert reason.startswith("NameError: name '")
+    tests = "assert same(f(), 1) or abs(f() - 1) < 0.5 or math.isclose(f(), 1)"
+    assert failure(program, tests, names=["f"], head=head, seconds=60) == "AssertionError"
+    found = failure(program, "assert other()", names=["f"], seconds=60)
+    assert found.startswith("NameError: name '")
 
 
-def test_program_error_inside_a_test_loop():
-    program, test = "def f(x): raise StopIteration", "assert all(map(lambda x: f(x) == 1, [0]))"
-    assert failure(program, test, names=["f"], seconds=60).startswith("RuntimeError")
-
-
-@pytest.fixture(scope="module")
-def begin():
-    with attempts.surroundings() as text:
-        yield text
+def test_answers_that_are_not_data_are_refused():
+    for name in ("posix\ngetpid", "builtins\nexec", "__main__\nJUDGE"):
+        with pytest.raises(pickle.UnpicklingError, match="is not data"):
+            judge.Answer(io.BytesIO(f"c{name}\n.".encode())).load()
 
 
 @pytest.mark.skipif(not LINUX, reason="the attempts are those of Linux")
-@pytest.mark.parametrize("name", [*attempts.DEEDS, *attempts.FORGERIES])
-def test_escape_attempts_fail(name, begin):
-    assert not attempts.succeeds(name, begin)
+def test_escape_attempts_fail():
+    assert attempts.survey() == ""
 
 
 @pytest.mark.skipif(not LINUX, reason="the attempts are those of Linux")
-@pytest.mark.parametrize(
-    "call", ["", "frames()", "call(39)" * attempts.X86, "open(os.__file__).read()"]
-)
-def test_attempts_succeed_without_confinement(call, begin):
-    """They fail by what they do, and not by how they begin."""
-    text = f"def f(x):\n    {call}\n    return x + 1"
-    assert not failure(
-        attempts.beginning(text, begin) + text, attempts.TESTS, names=["f"], seconds=60
-    )
+@pytest.mark.parametrize("name", attempts.FORGERIES)
+def test_forgeries_fail(name):
+    reason = attempts.forgery(name)
+    errors = ("SyntaxError", "NameError", "ImportError", "AttributeError", "still running")
+    assert reason
+    assert not reason.startswith(errors)
 
 
 def readable_python():
@@ -175,35 +169,27 @@ def readable_python():
 
 
 @pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="only root can become another user")
-@pytest.mark.parametrize("user", ["root", "nobody"])
-def test_escape_attempts_fail_as_another_user(user):
+def test_escape_attempts_fail_as_another_user():
     python = readable_python()
     if python is None or not shutil.which("setpriv"):
         pytest.skip("no other Python, or no setpriv")
-    files = [
-        "calmix/errors.py",
-        "calmix/evaluation/judge.py",
-        "calmix/evaluation/sandbox.py",
-        "tests/evaluation/attempts.py",
-    ]
+    nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    files = ("errors.py", "evaluation/judge.py", "evaluation/sandbox.py")
+    program = (
+        "from calmix.evaluation.sandbox import *; check_sandbox();"
+        "print(failure('import os; assert 0, os.getuid()', seconds=60))"
+    )
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
+        for file in (*(f"calmix/{one}" for one in files), "tests/evaluation/attempts.py"):
+            Path(name, file).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / file, Path(name, file))
         subprocess.run(["chmod", "-R", "a+rX", name], check=True)
-        command = [
-            python,
-            "-c",
-            "from calmix.evaluation.sandbox import *; check_sandbox();"
-            "print(failure('import os; assert 0, os.getuid()', seconds=60))",
-        ]
-        if user == "nobody":
-            who = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", python]
-            command = [*who, "-m", "tests.evaluation.attempts"]
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stderr) == (0, "")
-    assert found.stdout.strip() == ("AssertionError: 65534" if user == "root" else "")
+        for command, output in (
+            ([python, "-c", program], "AssertionError: 65534"),  # as root
+            ([*nobody, python, "-m", "tests.evaluation.attempts"], ""),
+        ):
+            found = subprocess.run(command, cwd=name, capture_output=True, text=True, check=False)
+            assert (found.returncode, found.stderr, found.stdout.strip()) == (0, "", output)
 
 
 @pytest.fixture
@@ -215,11 +201,11 @@ def without_landlock(monkeypatch):
 
 
 @pytest.mark.skipif(not LINUX or not shutil.which("bwrap"), reason="needs bubblewrap")
-def test_bubblewrap_replaces_landlock(without_landlock, begin):
+def test_bubblewrap_replaces_landlock(without_landlock):
     check_sandbox.__wrapped__()
-    for name in attempts.DEEDS:
-        if name.startswith("read"):
-            assert not attempts.succeeds(name, begin)
+    with attempts.surroundings() as begin:
+        reads = [name for name in attempts.DEEDS if name.startswith("read")]
+        assert attempts.successes(reads, begin) == ""
 
 
 def test_no_program_runs_unconfined(without_landlock, monkeypatch):
@@ -265,37 +251,22 @@ def filtered(machine, number, *arguments, architecture=None):
 )
 def test_seccomp_filter_allows_computation(machine, calls):
     reading, opening, cloning, killing, raising, limiting, control = calls
-    at, write = 100, os.O_WRONLY
-    assert [
-        filtered(machine, *one)
-        for one in (
-            (reading,),
-            (opening, at, 0, os.O_CLOEXEC),
-            (opening, at, 0, write),
-            (cloning,),
-            (killing,),
-            (raising, 7),
-            (raising, 8),
-            (limiting, 0),
-            (limiting, 8),
-            (control, 3, 3),
-            (control, 3, 8),
-            (434,),
-        )
-    ] == [
-        "allow",
-        "allow",
-        "kill",
-        "kill",
-        "kill",
-        "allow",
-        "kill",
-        "allow",
-        "kill",
-        "allow",
-        "kill",
-        "error",
-    ]
+    at = 100
+    actions = {
+        (reading,): "allow",
+        (opening, at, 0, os.O_CLOEXEC): "allow",
+        (opening, at, 0, os.O_WRONLY): "kill",
+        (cloning,): "kill",
+        (killing,): "kill",
+        (raising, 7): "allow",
+        (raising, 8): "kill",
+        (limiting, 0): "allow",
+        (limiting, 8): "kill",
+        (control, 3, 3): "allow",
+        (control, 3, 8): "kill",
+        (434,): "error",
+    }
+    assert {call: filtered(machine, *call) for call in actions} == actions
     assert filtered(machine, reading, architecture=1) == "kill"
     with pytest.raises(OSError, match="the processor sparc is none of x86_64"):
         judge.filter_program("sparc", 1)

@@ -95,47 +95,38 @@ def test_selection_hashes(tmp_path):
             load_suite(wrong)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "line", "says"),
-    [
-        ("limit: 10", "limt: 10", 11, "dimensions.general.sciq.limt: unknown key: did you mean"),
-        ("code:\n    mbpp: ", "code: {}\n  math:\n    mbpp: ", 14, "dimensions.code: Dictionary"),
-        ("version: 3", "versoin: 3", 2, "versoin: unknown key: did you mean version"),
-        ("      metric: acc_norm\n", "", 6, "dimensions.general.sciq: lacks 'metric'"),
-        ("      chance: choices\n", "", 6, "needs 'chance'"),
-        ("shots: 5", "shots: 5\n      score: kept", 6, "'score' of such a task is smoothed or"),
-        ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
-        ("  general:", f"  {TOTAL}:", 1, f"'{TOTAL}' is a reserved name"),
-        ("  general:", f"  {WORST}:", 1, f"'{WORST}' is a reserved name"),
-        *(
-            (MBPP, task, 15, says)
-            for task, says in (
-                ("{file: a.jsonl}", "a task with 'file' needs 'kind'"),
-                (
-                    "{file: a.jsonl, kind: answers, archive: x}",
-                    "needs one of 'archive', 'asked' and",
-                ),
-                (
-                    "{file: a.jsonl, kind: answers, metric: acc}",
-                    "'metric' of such a task is as_asked",
-                ),
-                ("{file: a.jsonl, kind: choices, shots: 3}", "'shots' has no effect on choices"),
-                (
-                    "{file: a.jsonl, kind: programs, shots: 1}",
-                    "'shots' has no effect on such a task",
-                ),
-                ("{asked: sums, metric: as_asked, shots: 2}", "'shots' has no effect"),
-                ("{asked: nothing, metric: as_asked}", "unknown asked task 'nothing'"),
-            )
-        ),
-    ],
-)
-def test_suite_errors_name_line_and_key(old, new, line, says):
-    assert old in GOOD
-    with pytest.raises(InputError) as caught:
-        parse_model(Suite, GOOD.replace(old, new, 1), "mine.yaml")
-    told = str(caught.value)
-    assert (f"mine.yaml line {line}: " in told, says in told, "\n" in told) == (True, True, False)
+MISTAKES = {  # a part of the suite and what replaces it: the line, and the error
+    ("limit: 10", "limt: 10"): (11, "dimensions.general.sciq.limt: unknown key: did you mean"),
+    ("code:\n", "code: {}\n  math:\n"): (14, "dimensions.code: Dictionary"),
+    ("version: 3", "versoin: 3"): (2, "versoin: unknown key: did you mean version"),
+    ("      metric: acc_norm\n", ""): (6, "dimensions.general.sciq: lacks 'metric'"),
+    ("      chance: choices\n", ""): (6, "needs 'chance'"),
+    ("shots: 5", "shots: 5\n      score: kept"): (6, "'score' of such a task is smoothed or"),
+    ("    mbpp: ", "    sciq: "): (1, "task 'sciq' is in 'general' and in 'code'"),
+    ("  general:", f"  {TOTAL}:"): (1, f"'{TOTAL}' is a reserved name"),
+    ("  general:", f"  {WORST}:"): (1, f"'{WORST}' is a reserved name"),
+}
+TASKS = {  # of which none is valid: the error
+    "file: a.jsonl": "a task with 'file' needs 'kind'",
+    "file: a.jsonl, kind: answers, archive: x": "needs one of 'archive', 'asked' and",
+    "file: a.jsonl, kind: answers, metric: acc": "'metric' of such a task is as_asked",
+    "file: a.jsonl, kind: choices, shots: 3": "'shots' has no effect on choices",
+    "file: a.jsonl, kind: programs, shots: 1": "'shots' has no effect on such a task",
+    "asked: sums, metric: as_asked, shots: 2": "'shots' has no effect",
+    "asked: nothing, metric: as_asked": "unknown asked task 'nothing'",
+}
+
+
+def test_suite_errors_name_line_and_key():
+    tasks = {(MBPP, f"{{{task}}}"): (15, says) for task, says in TASKS.items()}
+    for (old, new), (line, says) in (MISTAKES | tasks).items():
+        assert old in GOOD
+        with pytest.raises(InputError) as caught:
+            parse_model(Suite, GOOD.replace(old, new, 1), "mine.yaml")
+        message = str(caught.value)
+        assert message.startswith(f"mine.yaml line {line}: ")
+        assert says in message
+        assert "\n" not in message
 
 
 CITY = {"question": "What is the capital of France? Answer with one word.", "answer": "Paris"}
@@ -239,32 +230,32 @@ def test_new_suite_overwrites_nothing(calmix, tmp_path):
     assert "cannot name a suite" in calmix("evaluate", "suite", tmp_path / "a b", "--new").line
 
 
-@pytest.mark.parametrize(
-    ("kind", "row", "said"),
-    [
-        ("choices", "{", "not valid JSON"),
-        ("choices", "[" * 9999, "not valid JSON"),
-        ("programs", {"question": "x", "head": "f(x)", "tests": ["-" * 3000 + "1"]}, "expressions"),
-        ("programs", {"question": "x", "head": "f(x)", "tests": ["-" * 9999 + "1"]}, "expressions"),
-        ("choices", "[1]", "not a JSON object"),
-        ("choices", {"question": "x", "choices": ["a"], "answer": 0}, "two or more different"),
-        ("choices", {"question": "x", "choices": ["a", "b", "b "], "answer": 0}, "different"),
-        ("choices", {"question": "x", "choices": ["a", "b"], "answer": 2}, "the index of"),
-        ("answers", {"question": "x", "answer": []}, "a text, or a list"),
-        ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
-        ("numbers", '{"question": "x", "answer": NaN}', "must be a number"),
-        ("numbers", {"question": "x", "answer": 10**400}, r"must be a number below 1e\+15"),
-        ("programs", {"question": "x", "head": "f", "tests": ["f(1)"]}, "e.g. double"),
-        ("programs", {"question": "x", "head": "f(x)", "tests": "a"}, "list of expressions"),
-        ("programs", {"question": "x", "head": "f(x)", "tests": ["f(1), f(2)"]}, "expressions"),
-    ],
-)
-def test_invalid_rows_name_their_line(tmp_path, kind, row, said):
+ROWS = [  # a kind of task, an invalid row of it, and the error
+    ("choices", "{", "not valid JSON"),
+    ("choices", "[" * 9999, "not valid JSON"),
+    ("choices", "[1]", "not a JSON object"),
+    ("choices", {"choices": ["a"], "answer": 0}, "two or more different"),
+    ("choices", {"choices": ["a", "b", "b "], "answer": 0}, "different"),
+    ("choices", {"choices": ["a", "b"], "answer": 2}, "the index of"),
+    ("answers", {"answer": []}, "a text, or a list"),
+    ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
+    ("numbers", '{"question": "x", "answer": NaN}', "must be a number"),
+    ("numbers", {"answer": 10**400}, r"must be a number below 1e\+15"),
+    ("programs", {"head": "f", "tests": ["f(1)"]}, "e.g. double"),
+    ("programs", {"head": "f(x)", "tests": "a"}, "list of expressions"),
+    ("programs", {"head": "f(x)", "tests": ["f(1), f(2)"]}, "expressions"),
+    ("programs", {"head": "f(x)", "tests": ["-" * 3000 + "1"]}, "expressions"),
+    ("programs", {"head": "f(x)", "tests": ["-" * 9999 + "1"]}, "expressions"),
+]
+
+
+def test_invalid_rows_name_their_line(tmp_path):
     path = tmp_path / "rows.jsonl"
-    text = row if isinstance(row, str) else json.dumps(row)
-    path.write_text(template("x")[f"x-{kind}.jsonl"] + text + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=f"line 2: .*{said}"):
-        read_rows(str(path), kind)
+    for kind, row, message in ROWS:
+        text = row if isinstance(row, str) else json.dumps({"question": "x"} | row)
+        path.write_text(template("x")[f"x-{kind}.jsonl"] + text + "\n", encoding="utf-8")
+        with pytest.raises(InputError, match=f"line 2: .*{message}"):
+            read_rows(str(path), kind)
 
 
 def test_rows_with_any_text_and_long_numbers(folder):
@@ -300,14 +291,8 @@ def test_other_prompt_forms_are_refused_first(folder, calmix, tiny_folder, tmp_p
 
 
 def test_progress_spans_both_passes_of_a_repeat(folder, tiny_folder):
-    steps = []
-    evaluate(
-        tiny_folder,
-        str(folder / "mine.yaml"),
-        tasks=["my_answers"],
-        repeat=True,
-        progress=lambda done, total: steps.append((done, total)),
-    )
+    steps, how = [], {"tasks": ["my_answers"], "repeat": True}
+    evaluate(tiny_folder, folder / "mine.yaml", progress=lambda *of: steps.append(of), **how)
     (total,) = {total for _, total in steps}
     assert steps == sorted(steps)
     assert (steps[0][0] < total / 2, steps[-1][0]) == (True, total)

@@ -74,26 +74,25 @@ def test_passage_scoring(monkeypatch):
 
 
 @pytest.mark.usefixtures("archive")
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
+def test_missing_archive_entries():
+    for fields, says in (
         ({"archive": "quizz/rc"}, "no 'quizz/rc' with 2 shots: did you mean quiz/rc_2shot"),
         ({"form": "contexts", "metric": "acc"}, "item quiz/0 of the archive is not of form 'con"),
         ({"archive": "which/rc", "shots": 0}, "item which/0 of the archive is not of form 'quest"),
-    ],
-)
-def test_missing_archive_entries(fields, says):
-    with pytest.raises(InputError, match=says):
-        load_items(spec(**fields))
+    ):
+        with pytest.raises(InputError, match=says):
+            load_items(spec(**fields))
 
 
 @pytest.mark.real
 def test_real_archive_items():
-    for task in load_suite("offline").tasks.values():
+    suite = load_suite("offline")
+    for name in ("mmlu", "gsm8k", "math500", "mbpp"):
+        task = suite.tasks[name]
         items = load_items(task)
         assert len({item.id for item in items}) == len(items) == task.limit
         assert task.items == "all" or all(item.number % 2 == 0 for item in items)
-    mmlu = load_items(load_suite("offline").tasks["mmlu"])
+    mmlu = load_items(suite.tasks["mmlu"])
     assert set(Counter(item.id.rpartition("/")[0] for item in mmlu).values()) == {3}
     texts = [text for _, _, text in suite_items(choose("offline", tasks=["gsm8k"]))]
     assert texts[0].startswith("Question: Janet’s ducks")
@@ -166,14 +165,10 @@ def test_programs_need_permission():
             runnable(refused, allowed=False, whole=whole)
 
 
-@pytest.mark.real
-def test_other_wordings():
-    known = {item.id: item for item in load_asked("triviaqa")}
-    lady = known["triviaqa/2046"]
-    assert verdict(lady, " The Bank of England")
-    assert not verdict(lady, " The Old Lady of Threadneedle Street")
-    phone = {item.id: item for item in load_asked("common_knowledge")}["common_knowledge/1068"]
-    assert [verdict(phone, one) for one in ("a telephone", " phone.", "fax")] == [True, True, False]
+WORDINGS = {  # tasks with several right answers: an item, answers that match it, one that does not
+    "triviaqa": ("2046", [" The Bank of England"], " The Old Lady of Threadneedle Street"),
+    "common_knowledge": ("1068", ["a telephone", " phone."], "fax"),
+}
 
 
 @pytest.mark.real
@@ -190,6 +185,11 @@ def test_archive_items_have_right_answers(name):
         right = f"so the answer is {item.right}" if item.check == "number" else doc["solution"]
     assert verdict(item, right)
     assert not verdict(item, "pass")
+    if name in WORDINGS:
+        number, good, bad = WORDINGS[name]
+        (item,) = [one for one in others if one.id == f"{name}/{number}"]
+        assert all(verdict(item, one) for one in good)
+        assert not verdict(item, bad)
 
 
 CALLED = (

@@ -45,15 +45,7 @@ def test_text_is_escaped():
     evil = "<script>alert('x')</script> $\\frac{1}{2}$ & \"quotes\" 漢字"
     shares = {"general": 0.5, evil: 0.4}
     trials = tuple(
-        trial(
-            f"{name}{evil}",
-            "single",
-            "sparsegpt",
-            "60%",
-            0,
-            shares,
-            model=evil,
-        )
+        trial(f"{name}{evil}", "single", "sparsegpt", "60%", 0, shares, model=evil)
         for name in "abcde"
     )
     page = page_of(study(Plan(), trials=trials, name=evil, text=evil), default=f"a{evil}")
@@ -68,14 +60,7 @@ ODD = {
     "of few sets": Plan(sources=("a", "b", "c"), seeds=(0,), dimensions=("general", "math")),
     "without values": (
         *(
-            trial(
-                f"s{n}",
-                "single",
-                "sparsegpt",
-                "60%",
-                seed,
-                {"general": 0.5, "math": None},
-            )
+            trial(f"s{n}", "single", "sparsegpt", "60%", seed, {"general": 0.5, "math": None})
             for n in range(5)
             for seed in (0, 1)
         ),
