@@ -1,7 +1,6 @@
 """Whole experts dropped: scores by definition, smaller checkpoints that load, what is refused."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -15,11 +14,9 @@ from calmix.pruning.expert_pruning import ScorePass, chosen_experts, cut
 from calmix.pruning.experts import Routed
 from calmix.pruning.report import Dropped
 from calmix.specs import prune_request
-from tests.forks import stopped
-from tests.pruning.stopper import arm
 from tests.pruning.test_engine import given_to
 from tests.pruning.toy import SMALL, pruning_of
-from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 
 @pytest.mark.parametrize("kind", quick(["gpt_oss"], ["mixtral", "qwen2_moe"]))
@@ -117,21 +114,6 @@ def test_router_biases_are_cut():
     }
     name = "a.gate.moe_statics.e_score_correction_bias"
     assert torch.equal(made[name], tensors[name][:, one.kept])
-
-
-def test_resumed_drop_keeps_router_biases(calmix, tmp_path, text_file):
-    """No pass over the model has read them from its files."""
-    folder = save_tiny_model(tmp_path / "model", "deepseek_v3", n_routed_experts=8)
-    held = load_weights(folder)
-    biases = [name for name in held if name.endswith("correction_bias")]
-    held |= {name: torch.linspace(0, 1, 8) for name in biases}
-    save_file(held, folder / "model.safetensors", {"format": "pt"})
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    calmix(*drop(folder, text_file, whole)).ok()
-    stopped(partial(arm, "scored", 0), *drop(folder, text_file, cut))
-    calmix(*drop(folder, text_file, cut), "--resume").ok()
-    assert all(load_weights(whole)[name].any() for name in biases)
-    assert hashes(cut) == hashes(whole)
 
 
 def test_lowest_scores_per_group_are_dropped():

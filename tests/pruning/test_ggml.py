@@ -9,7 +9,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
 from calmix.errors import InputError
 from calmix.models.blocks import find_blocks
-from calmix.pruning.engine import Run, prune
+from calmix.pruning.engine import prune
 from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method, ggml
 from calmix.pruning.patterns import Blocks, as_pattern
@@ -17,9 +17,7 @@ from calmix.pruning.solvers.ggml_scales import BlockGrid, solve_blocks
 from calmix.pruning.solvers.ggml_types import TYPES, Encoded, Levels, block_type
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
-from tests.pruning.stopper import interrupting
-from tests.pruning.toy import SMALL
-from tests.tiny import save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import tiny_ids, tiny_model
 
 BY_COLUMN = [name for name, kind in TYPES.items() if kind.group]
 
@@ -271,17 +269,3 @@ def test_llama_rounds_by_the_dense_models_inputs(flat, monkeypatch):
         plain = quantise(dict(dense.named_parameters())[name], None, name="Q8_0")
         assert torch.equal(report.grids[name].data, plain.data)
     assert report.outer
-
-
-def test_llama_resumes_on_dense_inputs(calmix, text_file, tmp_path, monkeypatch):
-    folder = save_tiny_model(tmp_path / "model", "llama")
-    command = ("prune", folder, "--calibration", text_file, *SMALL, "--method", "llama")
-    command += ("--pattern", "Q4_0 blocks", "-o")
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    calmix(*command, whole).ok()
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "block", interrupting(Run.block))
-        assert calmix(*command, cut).code == 130
-    calmix(*command, cut, "--resume").ok()
-    for file in whole.rglob("*.safetensors"):
-        assert file.read_bytes() == (cut / file.relative_to(whole)).read_bytes()

@@ -1,5 +1,5 @@
 """Half-precision models are computed in float32 where the CPU is slow with them, and stored as they
-were."""
+were; `test_streamed.py` has one that is resumed."""
 
 import json
 
@@ -9,14 +9,11 @@ import torch
 from calmix.models.opening import open_model
 from calmix.models.shards import weight_bytes
 from calmix.pruning.checkpoint import write_checkpoint
-from calmix.pruning.engine import Run, prune
+from calmix.pruning.engine import prune
 from calmix.pruning.solvers.grids import read_grids
 from calmix.specs import prune_request
-from tests.pruning.stopper import interrupting
 from tests.pruning.toy import SMALL
-from tests.tiny import hashes, load_weights, save_tiny_model, tiny_ids, tiny_model
-
-WAYS = {"pruned": ("--sparsity", 0.5), "rounded": ("--bits", 4, "--embeddings", 5)}
+from tests.tiny import load_weights, save_tiny_model, tiny_ids
 
 
 @pytest.fixture(autouse=True)
@@ -24,49 +21,48 @@ def slow_with_half_precision(monkeypatch):
     monkeypatch.setattr("calmix.precision.capabilities", dict)
 
 
-def save_half(folder, half, kind="llama"):
-    save_tiny_model(folder, kind)
-    model = tiny_model(kind).to(half)
-    model.config.dtype = half
-    model.save_pretrained(folder)
-    return folder
-
-
 def logits(opened):
     with torch.no_grad():
         return opened.model(tiny_ids(2)).logits
 
 
-@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("half", "way"),
+    [("float16", ("--sparsity", 0.5)), ("bfloat16", ("--bits", 4, "--embeddings", 5))],
+)
 def test_half_model_is_stored_in_its_own_type(calmix, text_file, tmp_path, half, way):
-    model, out = save_half(tmp_path / "model", half), tmp_path / "out"
-    calmix("prune", model, "--calibration", text_file, *SMALL, *WAYS[way], "-o", out).ok()
-    before, after = load_weights(model), load_weights(out)
-    assert {name: value.dtype for name, value in after.items()} == dict.fromkeys(before, half)
+    """Pruned and recovered, or rounded with levels that its weights still have."""
+    model, out = save_tiny_model(tmp_path / "model", dtype=half), tmp_path / "out"
+
+    def stored(folder):
+        manifest = json.loads((folder / "calmix.json").read_text())
+        assert manifest["stored_dtype"] == half
+        weights = load_weights(folder)
+        types = {name: value.dtype for name, value in weights.items()}
+        assert types == dict.fromkeys(load_weights(model), getattr(torch, half))
+        return manifest, weights
+
+    calmix("prune", model, "--calibration", text_file, *SMALL, *way, "-o", out).ok()
+    manifest, after = stored(out)
     assert weight_bytes(out) < 1.1 * weight_bytes(model)
-    manifest = json.loads((out / "calmix.json").read_text())
-    assert (manifest["dtype"], manifest["stored_dtype"]) == ("float32", str(half)[6:])
-    assert json.loads((out / "config.json").read_text())["dtype"] == str(half)[6:]
+    assert manifest["dtype"] == "float32"
+    assert json.loads((out / "config.json").read_text())["dtype"] == half
     grids = read_grids(out)
-    assert bool(grids) == (way == "rounded")
+    assert bool(grids) == ("--bits" in way)
     for name, grid in grids.items():
-        assert torch.equal(grid.values(grid.levels(after[name])).to(half), after[name])
-    if way == "rounded":
+        assert torch.equal(grid.values(grid.levels(after[name])).to(after[name]), after[name])
+    if grids:
         return
     data = ("--calibration", text_file, "--rows", 16, "--length", 32, "--leakage", "off")
-    more = ("--batch", 4, "--epochs", 1, "--dtype", "float32")
-    again = tmp_path / "again"
-    calmix("recover", out, "--against", model, *data, *more, "-o", again).ok()
-    recovered = load_weights(again)
-    assert {name: value.dtype for name, value in recovered.items()} == dict.fromkeys(before, half)
+    more = ("--batch", 4, "--epochs", 1, "--dtype", "float32", "-o", tmp_path / "again")
+    calmix("recover", out, "--against", model, *data, *more).ok()
+    _, recovered = stored(tmp_path / "again")
     assert any(not torch.equal(recovered[name], after[name]) for name in after)
-    assert json.loads((again / "calmix.json").read_text())["stored_dtype"] == str(half)[6:]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_pruning_in_memory_matches_the_stored_model(tmp_path, kind):
-    opened = open_model(str(save_half(tmp_path / "model", torch.float16, kind)))
+    opened = open_model(str(save_tiny_model(tmp_path / "model", kind, dtype="float16")))
     assert (opened.model.dtype, opened.stored_dtype) == (torch.float32, torch.float16)
     report = prune(opened, tiny_ids(), pattern="2:4")
     request = prune_request(pattern="2:4", calibration="none.txt")
@@ -74,18 +70,6 @@ def test_pruning_in_memory_matches_the_stored_model(tmp_path, kind):
     stored = load_weights(tmp_path / "out")
     assert stored.keys() == load_weights(tmp_path / "model").keys()
     assert {value.dtype for value in stored.values()} == {torch.float16}
-    found = open_model(str(tmp_path / "out"))
-    assert found.stored_dtype == torch.float16
-    assert torch.equal(logits(found), logits(opened))
-
-
-def test_resume_uses_stored_weights(calmix, text_file, tmp_path, monkeypatch):
-    """Rounded already when the next block's inputs are computed."""
-    model = save_half(tmp_path / "model", torch.bfloat16)
-    command = ("prune", model, "--calibration", text_file, *SMALL, *WAYS["pruned"], "-o")
-    calmix(*command, tmp_path / "whole").ok()
-    with monkeypatch.context() as patched:
-        patched.setattr(Run, "block", interrupting(Run.block))
-        assert calmix(*command, tmp_path / "cut").code == 130
-    calmix(*command, tmp_path / "cut", "--resume").ok()
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
+    again = open_model(str(tmp_path / "out"))
+    assert again.stored_dtype == torch.float16
+    assert torch.equal(logits(again), logits(opened))
