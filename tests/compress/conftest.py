@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from calmix.cli import app
 from calmix.compression.plan import check_request
+from calmix.compression.stages import Stage
 from calmix.evaluation.scores import write_scores
 from calmix.options import Compression
 from tests.conftest import write_text_file
@@ -42,13 +44,11 @@ def command(options, tiny_folder):
     """Return a function that makes the arguments of a compression, by default to 60 % sparsity."""
 
     def made(output, *more, sparse=True):
-        words = [word for name, value in options.items() for word in (f"--{name}", value)]
-        base = ("compress", tiny_folder, "-o", output, *words)
         sized = {"--sparsity", "--pattern", "--bits", "--size", "--keep-at-least"} & {*more}
         target = ("--sparsity", 0.6) if sparse and not sized else ()
         if not target and "--for" not in more:
             target = "--for", "storage" if "--size" in more else "none"
-        return tuple(map(str, (*base, *target, *more)))
+        return arguments(options, tiny_folder, output, *target, *more)
 
     return made
 
@@ -72,6 +72,22 @@ def stopping(run, after):
     return stopped
 
 
+def interrupts(calmix, words, stages):
+    """Interrupt a compression in its first stage, then in each run one stage later; yield how the
+    runs ended."""
+    run = Stage.run
+    with pytest.MonkeyPatch.context() as patch:
+        for done in range(stages):
+            patch.setattr(Stage, "run", stopping(run, min(done, 1)))
+            yield calmix(*words)
+
+
+def damage(file):
+    """Change the last bit of a file."""
+    raw = file.read_bytes()
+    file.write_bytes(raw[:-1] + bytes([raw[-1] ^ 1]))
+
+
 def prepare(place, patch):
     """Use the made-up archive and a separate cache."""
     patch.setenv("CALMIX_CACHE", str(place / "cache"))
@@ -83,6 +99,13 @@ def archive(place, monkeypatch):
     prepare(place, monkeypatch)
 
 
+def finish(place, words):
+    """Run a compression, outside of any test."""
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(place, patch)
+        app(list(words), standalone_mode=False)
+
+
 @pytest.fixture(scope="session")
 def compressed(place, command):
     """A finished compression, which tests must not change.
@@ -91,17 +114,21 @@ def compressed(place, command):
     they know better. What was written is `measured.json` beside the folder.
     """
     out = place / "out"
-    with pytest.MonkeyPatch.context() as patch:
-        prepare(place, patch)
-        app(list(command(out)), standalone_mode=False)
-        shutil.copy(out / "scores.json", place / "measured.json")
-        scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
-        for whose, nats in (("dense", 1.0), ("scores", 2.5)):
-            for task in scores[whose]["tasks"]:
-                for number, (row, gold) in enumerate(
-                    zip(task["loglikelihoods"], task["gold"], strict=True)
-                ):
-                    row[gold] = -nats - 0.1 * (number % 3)
-        write_scores(out / "scores.json", scores)
-        app(["report", str(out)], standalone_mode=False)
+    finish(place, command(out))
+    shutil.copy(out / "scores.json", place / "measured.json")
+    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    for whose, nats in (("dense", 1.0), ("scores", 2.5)):
+        for task in scores[whose]["tasks"]:
+            for number, (row, gold) in enumerate(
+                zip(task["loglikelihoods"], task["gold"], strict=True)
+            ):
+                row[gold] = -nats - 0.1 * (number % 3)
+    write_scores(out / "scores.json", scores)
+    finish(place, ("report", str(out)))
     return out
+
+
+@pytest.fixture
+def out(compressed, tmp_path):
+    """A copy of the finished compression."""
+    return Path(shutil.copytree(compressed, tmp_path / "out"))

@@ -7,19 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from calmix.cli import app
 from calmix.compression import card
 from calmix.compression.card import read_card
 from calmix.compression.plan import check_request
 from calmix.compression.results import read_compressed
 from calmix.compression.run_stages import stages
-from calmix.compression.stages import Stage
 from calmix.deploy import gguf, speed
 from calmix.errors import ModelError
 from calmix.models.opening import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
-from tests.compress.conftest import arguments, prepare, stopping
+from tests.compress.conftest import arguments, damage, finish, interrupts
 from tests.pruning.test_imatrix import save_gguf, vectors
 from tests.tiny import save_tiny_model, tiny_gguf
 
@@ -47,41 +45,25 @@ def file(place):
 @pytest.fixture(scope="session")
 def words(options, file):
     """Return a function that makes the arguments of a compression to a file."""
-
-    def made(output, *more, model=file):
-        return arguments(options, model, output, *more)
-
-    return made
+    return lambda output, *more, model=file: arguments(options, model, output, *more)
 
 
 @pytest.fixture(scope="session")
-def whole(place, words):
+def compressed(place, words):
     """A finished compression, which tests must not change."""
-    with pytest.MonkeyPatch.context() as patch:
-        prepare(place, patch)
-        app(list(words(place / "whole")), standalone_mode=False)
+    finish(place, words(place / "whole"))
     return place / "whole"
 
 
-@pytest.fixture
-def out(whole, tmp_path):
-    """A finished compression, moved to another folder."""
-    return Path(shutil.copytree(whole, tmp_path / "out"))
-
-
-def test_an_interrupt_after_any_stage_resumes_to_the_same_file(
-    calmix, words, whole, tmp_path, monkeypatch
-):
-    out, run = tmp_path / "out", Stage.run
-    for done in range(len(STAGES)):
-        monkeypatch.setattr(Stage, "run", stopping(run, min(done, 1)))  # one more stage each time
-        assert calmix(*words(out)).code == 130
+def test_an_interrupt_after_any_stage_resumes_to_the_same_file(calmix, words, compressed, tmp_path):
+    out = tmp_path / "out"
+    for done, ended in enumerate(interrupts(calmix, words(out), len(STAGES))):
+        assert ended.code == 130
         assert (out / "quantised").exists() == (done == 2)
-    monkeypatch.setattr(Stage, "run", run)
     ended = calmix(*words(out)).ok()
     assert ended.err.count("already done") == len(STAGES) - 1
     assert sorted(path.name for path in out.iterdir()) == FILES
-    assert (out / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
+    assert (out / "model.gguf").read_bytes() == (compressed / "model.gguf").read_bytes()
     record = read_compressed(out)
     assert [one.split()[1] for one in record["commands"].values()] == STAGES
     # What is scored is the file.
@@ -112,7 +94,7 @@ def test_a_file_that_was_changed_or_moved(calmix, words, out):
     assert calmix(*words(out)).ok().err.count("already done") == len(STAGES) - 1
     assert calmix("check", out, "--keep-at-least", "0.05").code in (0, 1, 2)
     before = (out / "model.gguf").read_bytes()
-    (out / "model.gguf").write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    damage(out / "model.gguf")
     for command in (("report", out), words(out), ("doctor", "inspect", out)):
         assert "model.gguf is damaged or changed" in calmix(*command).line
     (out / "model.gguf").unlink()
@@ -159,7 +141,7 @@ shutil.copy({template!r}, file)
 
 
 def test_a_folder_is_converted_for_its_layout(
-    calmix, words, options, tmp_path, file, whole, monkeypatch
+    calmix, words, options, tmp_path, file, compressed, monkeypatch
 ):
     """Once, by a process of its own; the file is that of the same model in GGUF."""
     folder = Path(shutil.copytree(open_model(file).folder, tmp_path / "folder"))
@@ -180,7 +162,7 @@ def test_a_folder_is_converted_for_its_layout(
     for stage in stages(check_request(Compression(model=str(folder), **options)), out)[:3]:
         stage.run(Progress())
         script.unlink(missing_ok=True)
-    assert (out / "model.gguf").read_bytes() == (whole / "model.gguf").read_bytes()
+    assert (out / "model.gguf").read_bytes() == (compressed / "model.gguf").read_bytes()
 
 
 def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp_path):

@@ -1,18 +1,24 @@
 """A user's prompts in `calmix compress`: half of them calibrate, the others are the test."""
 
 import json
+import shlex
+from dataclasses import replace
 
 import pytest
 
 from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.resolving import resolve
 from calmix.compression.card import read_card
+from calmix.compression.run_stages import stages
+from calmix.compression.stages import Draw
 from calmix.evaluation.prompts import halves, read_prompts
+from calmix.models.opening import open_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
 @pytest.fixture
 def mine(tmp_path):
-    rows = ({"prompt": f"Say {n}.", "max_tokens": 4} for n in range(12))
+    rows = ({"prompt": f"Say <b>& {n}.", "max_tokens": 4} for n in range(12))
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
     return path
@@ -28,7 +34,7 @@ def chatting(tmp_path):
 
 
 def test_half_of_the_prompts_calibrate_and_the_others_test(
-    calmix, command, chatting, mine, place, tmp_path
+    calmix, command, asked, chatting, mine, place, tmp_path
 ):
     out = tmp_path / "out"
     text = f"prompts:0.5,{place / 'text.txt'}:0.5"
@@ -41,29 +47,36 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
     assert said in card.split
     assert f"the test is the other {len(test)} prompts" in " ".join(printed.split())
     assert said in (out / "card.html").read_text(encoding="utf-8")
-    asked = card.prompted[0].tasks[0].prompts
-    assert {*asked} == {one.question for one in test}
+    assert {*card.prompted[0].tasks[0].prompts} == {one.question for one in test}
     drawn = CalibrationSet.open(out / "calibration")
     written = "".join(tiny_tokenizer("").batch_decode(drawn.ids[:, :].tolist()))
     assert all(f"<user>{one.question}" in written for one in calibrate)
     assert not any(f"<user>{one.question}\n" in written for one in test)
-    assert (out / "prompts.html").read_text(encoding="utf-8").count("<article") == len(test)
+    page = (out / "prompts.html").read_text(encoding="utf-8")
+    assert page.count("<article") == len(test)
+    assert "Say &lt;b&gt;&amp; " in page
+    assert "<b>&" not in page
     assert "mine" in calmix("check", out, "--keep-at-least", "min=0.5").line
     # The printed command draws the same set.
-    calmix(*json.loads(json.dumps(draw_command(out, tmp_path / "drawn")))).ok()
-    assert CalibrationSet.open(tmp_path / "drawn").sha256 == drawn.sha256
-    mine.write_text('{"prompt": "another"}\n{"prompt": "x"}\n{"prompt": "y"}\n', "utf-8")
-    assert "another request" in calmix(*words).line
-
-
-def draw_command(out, folder):
-    """Return the recorded command that draws the set, with another output."""
-    import shlex
-
     record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
-    words = shlex.split(record["commands"]["write the calibration set"])[1:]
-    words[words.index("-o") + 1] = str(folder)
-    return words
+    draw = shlex.split(record["commands"]["write the calibration set"])[1:]
+    draw[draw.index("-o") + 1] = str(tmp_path / "drawn")
+    calmix(*draw).ok()
+    assert CalibrationSet.open(tmp_path / "drawn").sha256 == drawn.sha256
+    # A saved set without the prompts leaves all of them for the test.
+    plain = resolve(str(place / "text.txt"), open_model(chatting), rows=4, length=32, leakage="off")
+    plain.save(tmp_path / "plain")
+    for folder, half in ((out / "calibration", True), (tmp_path / "plain", False)):
+        request = asked(model=str(chatting), calibration=str(folder), prompts=str(mine))
+        listed = stages(request, tmp_path)
+        assert [isinstance(one.request, Draw) for one in listed] == [False] * len(listed)
+        assert [("--test-half" in one.command) for one in listed if "--prompts" in one.command] == [
+            half
+        ]
+    every = "6 prompts were the test, all that the file has; none was calibrated on."
+    assert replace(card, calibration={}).split == every
+    mine.write_text('{"prompt": "another"}\n{"prompt": "x"}\n{"prompt": "y"}\n', "utf-8")
+    assert "another request (prompts_sha256" in calmix(*words).line
 
 
 def test_prompts_of_calibration_text(calmix, chatting, mine, tmp_path):

@@ -1,25 +1,21 @@
 """From a model to a checkpoint for vLLM: the checkpoint is what is scored."""
 
 import json
-import shutil
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from calmix.cli import app
 from calmix.compression.card import read_card
 from calmix.compression.compress import begin
 from calmix.compression.plan import check_request, checkpoint_bytes
 from calmix.compression.run_stages import stages
-from calmix.compression.stages import Stage
 from calmix.models.opening import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
-from tests.compress.conftest import arguments, prepare, stopping
+from tests.compress.conftest import arguments, damage, finish, interrupts
 from tests.tiny import load_weights, save_tiny_model
 
 STAGES = ["calibrate", "prune", "export", "evaluate", "report"]
@@ -36,16 +32,19 @@ def words(options, tiny_folder):
 
 
 @pytest.fixture(scope="session")
-def whole(place, words):
+def usual(options, tiny_folder):
+    """The same options in Python."""
+    return options | {"model": str(tiny_folder), "product": "vllm"}
+
+
+@pytest.fixture(scope="session")
+def compressed(place, words):
     """A finished compression, which tests must not change."""
-    with pytest.MonkeyPatch.context() as patch:
-        prepare(place, patch)
-        app(list(words(place / "vllm")), standalone_mode=False)
+    finish(place, words(place / "vllm"))
     return place / "vllm"
 
 
-def test_the_checkpoint_is_what_is_scored(calmix, words, whole, tmp_path):
-    out = Path(shutil.copytree(whole, tmp_path / "out"))
+def test_the_checkpoint_is_what_is_scored(calmix, words, out):
     ended = calmix(*words(out)).ok()
     assert ended.err.count("already done") == len(STAGES) - 1
     assert f"run: vllm serve {out}/model" in ended.out
@@ -68,46 +67,18 @@ def test_the_checkpoint_is_what_is_scored(calmix, words, whole, tmp_path):
     assert not (out / "quantised").exists()
     assert calmix("check", out, "--keep-at-least", "0.05").code in (0, 1, 2)
     calmix("doctor", "inspect", out).ok()
-    file = out / "model" / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    damage(out / "model" / "model.safetensors")
     for command in (("report", out), words(out), ("doctor", "inspect", out)):
         assert "model.safetensors is damaged or changed" in calmix(*command).line
 
 
 @pytest.mark.long
-def test_an_interrupt_resumes_to_the_same_checkpoint(calmix, words, whole, tmp_path, monkeypatch):
-    out, run = tmp_path / "out", Stage.run
-    for done in range(3):
-        monkeypatch.setattr(Stage, "run", stopping(run, min(done, 1)))  # one more stage each time
-        assert calmix(*words(out)).code == 130
-    monkeypatch.setattr(Stage, "run", run)
+def test_an_interrupt_resumes_to_the_same_checkpoint(calmix, words, compressed, tmp_path):
+    out = tmp_path / "out"
+    assert {ended.code for ended in interrupts(calmix, words(out), 3)} == {130}
     calmix(*words(out)).ok()
     for name in ("model.safetensors", "config.json"):
-        assert (out / "model" / name).read_bytes() == (whole / "model" / name).read_bytes()
-
-
-def test_few_bits_are_recovered_on_the_grid(calmix, words, tmp_path):
-    text = calmix(*words(tmp_path / "out", "--bits", 3, "--dry-run")).ok().out
-    assert "--method gptq,group=32 --bits 3" in " ".join(text.split())
-    assert "calmix recover" in text
-    assert f"-o {tmp_path}/out/quantised" in " ".join(text.split())
-    text = calmix(*words(tmp_path / "out", "--asymmetric", "--group", 32, "--dry-run")).ok().out
-    assert "gptq,group=32,symmetric=false" in text
-    assert "calmix recover" not in text
-
-
-def test_recovered_levels_are_those_of_the_checkpoint(options, tiny_folder, tmp_path):
-    out = tmp_path / "out"
-    options = options | {"model": str(tiny_folder), "product": "vllm", "bits": 2}
-    request = check_request(Compression(**options))
-    for stage in stages(request, out)[:4]:
-        stage.run(Progress())
-    opened = open_model(out / "model")
-    recovered, pruned = (load_weights(out / name) for name in ("quantised", "pruned"))
-    for name, value in opened.model.state_dict().items():
-        assert torch.equal(value, recovered.get(name, value))
-    moved = [not torch.equal(recovered[name], pruned[name]) for name in recovered]
-    assert any(moved)
+        assert (out / "model" / name).read_bytes() == (compressed / "model" / name).read_bytes()
 
 
 def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_path):
@@ -133,10 +104,10 @@ def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_
     assert "--group has no effect with --for none" in calmix(*other).line
 
 
-def test_whole_bits_are_mixed_for_an_average(options, tiny_folder, tmp_path):
+def test_whole_bits_are_mixed_for_an_average(usual, tmp_path):
+    """Few bits are recovered, and the recovered levels are those of the checkpoint."""
     out = tmp_path / "out"
-    options = options | {"model": str(tiny_folder), "product": "vllm", "bits": 3.4}
-    for stage in stages(check_request(Compression(**options)), out)[:4]:
+    for stage in stages(check_request(Compression(**usual, bits=3.4)), out)[:4]:
         stage.run(Progress())
     settings = json.loads((out / "model" / "config.json").read_text())["quantization_config"]
     bits = {
@@ -157,8 +128,10 @@ def test_whole_bits_are_mixed_for_an_average(options, tiny_folder, tmp_path):
     for name, width in bits.items():
         columns = int(tensors[f"{name}.weight_shape"][1])
         assert tensors[f"{name}.weight_packed"].shape[1] == -(-width * columns // 32)
-    state, quantised = open_model(out / "model").model.state_dict(), load_weights(out / "quantised")
-    assert all(torch.equal(state[name], value) for name, value in quantised.items())
+    state = open_model(out / "model").model.state_dict()
+    recovered, pruned = (load_weights(out / name) for name in ("quantised", "pruned"))
+    assert all(torch.equal(state[name], value) for name, value in recovered.items())
+    assert not all(torch.equal(pruned[name], value) for name, value in recovered.items())
     if find_spec("compressed_tensors"):
         loaded = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
         ids = torch.arange(12).view(1, -1)
@@ -167,10 +140,18 @@ def test_whole_bits_are_mixed_for_an_average(options, tiny_folder, tmp_path):
             assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
 
 
-def test_sizes_are_met_and_searches_have_whole_bits(options, tiny_folder, tmp_path):
-    usual = {"model": str(tiny_folder), "product": "vllm", **options}
+def test_sizes_are_met_and_searches_have_whole_bits(usual, tmp_path):
     for bits in (5, 3.4):
         size = checkpoint_bytes(check_request(Compression(**usual, bits=bits)), bits)
         assert check_request(Compression(**usual, size=f"{size + 1:.0f}B")).bits == bits
     walk = begin(Compression(**usual, keep_at_least="code=0.3"), tmp_path / "out")
     assert walk.rates == (8, 6, 5, 4, 3, 2)
+    few, odd = (
+        [one.command for one in stages(check_request(Compression(**usual, **more)), tmp_path)]
+        for more in ({"bits": 3}, {"asymmetric": True, "group": 32})
+    )
+    assert "--method gptq,group=32 --bits 3" in few[1]
+    assert "calmix recover" in few[2]
+    assert few[2].endswith(f"-o {tmp_path}/quantised")
+    assert "gptq,group=32,symmetric=false" in odd[1]
+    assert "calmix recover" not in odd[2]

@@ -11,8 +11,7 @@ from calmix.pruning.methods.base import Saliency
 from calmix.study.cells import method_name
 from calmix.study.store import read_results
 from tests.pruning.toy import SMALL, Absolute, Toy, pruning_of
-from tests.study.conftest import tiny_study  # noqa: F401
-from tests.study.test_running import run
+from tests.study.conftest import run, tiny_study  # noqa: F401
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
 

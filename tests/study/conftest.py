@@ -2,10 +2,17 @@
 
 import json
 import random
+import re
+from types import SimpleNamespace
 
 import pytest
 
-from calmix.study.store import read_results
+from calmix.calibration.resolving import resolve
+from calmix.evaluation.evaluate import evaluate
+from calmix.study import bench
+from calmix.study.running import run_study
+from calmix.study.spec import load_study
+from calmix.study.store import open_store, read_results
 from tests.evaluation.archive import suite_text, use_archive
 from tests.tiny import longer
 
@@ -86,6 +93,52 @@ def tiny_study(tmp_path, tiny_folder, monkeypatch):
     return writer(tmp_path, tiny_folder, monkeypatch)
 
 
+def run(path, store, heard=lambda text: None, **options):
+    """Run a study; return the labels of trials run, errors by label, and all messages."""
+    notes, shown = [], []
+    run_study(
+        load_study(path),
+        store,
+        note=lambda text: (heard(text), notes.append(text)),
+        show=lambda text, share: shown.append(text),
+        **options,
+    )
+    ended = [one.groups() for text in notes if (one := re.match(r"\d+/\d+ (.*?): (.*)", text))]
+    failed = {
+        label: said.removeprefix("failed: ") for label, said in ended if said.startswith("failed: ")
+    }
+    labels = [label for label, _ in ended]
+    return SimpleNamespace(notes=notes, shown=shown, ran=labels, errors=failed)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory, tiny_folder):
+    """A study, what writes others beside it, its store after a run, the trials that ran, and the
+    sets and models that were made."""
+    folder, created = tmp_path_factory.mktemp("ran"), []
+    with pytest.MonkeyPatch.context() as patch:
+        write = writer(folder, tiny_folder, patch)
+        path, store = write(), folder / "store"
+
+        def counted(act, name):
+            def run(*rest, **options):
+                created.append(name if options.get("cache") else act.__name__)
+                return act(*rest, **options)
+
+            return run
+
+        patch.setattr(bench, "resolve", counted(resolve, ""))
+        patch.setattr(bench, "evaluate", counted(evaluate, "dense"))
+        labels = run(path, store, only=["mix wanda*"]).ran + run(path, store).ran
+        yield SimpleNamespace(path=path, store=store, labels=labels, created=created, write=write)
+
+
 def outcomes(store):
     """What the trials of a store measured, without times."""
     return [one.model_dump(exclude={"seconds"}) for one in read_results(store).trials]
+
+
+def states(store):
+    """The state of every trial of a store, in order."""
+    opened_store = open_store(store)
+    return [opened_store.state(entry.id) for entry in opened_store.index.trials]

@@ -10,59 +10,11 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.study import running
-from calmix.study.bench import Bench
 from calmix.study.running import check_room, on_ray, run_study
 from calmix.study.spec import load_study
 from calmix.study.store import SILENCE, open_store
-from tests.forks import command, run, start, stopped, wait
-from tests.study.conftest import outcomes, write_study
-
-
-def states(store):
-    opened_store = open_store(store)
-    return [opened_store.state(entry.id) for entry in opened_store.index.trials]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, tiny_folder):
-    """A study with trials long enough to be killed, and its store after a plain run."""
-    folder = tmp_path_factory.mktemp("plain")
-    path = write_study(folder, tiny_folder, rows=12)
-    # In this process, so that forks need not import everything again.
-    run_study(load_study(path), folder / "store")
-    assert states(folder / "store") == ["finished"] * 3
-    return path, folder / "store"
-
-
-def kill_in_second_trial():
-    prune, seen = Bench._prune, []
-
-    def pruned(self, *args):
-        solution = prune(self, *args)
-        seen.append(solution)
-        if len(seen) == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return solution
-
-    Bench._prune = pruned
-
-
-@pytest.mark.real
-def test_two_runners_finish_a_killed_study(undisturbed, tmp_path):
-    path, whole = undisturbed
-    store = tmp_path / "store"
-    study = ("study", "run", path, "-o", store)
-    stopped(kill_in_second_trial, *study)
-    assert states(store).count("finished") == 1
-    logs = [tmp_path / "a", tmp_path / "b"]
-    for child, log in [(start(command(*study), log), log) for log in logs]:
-        ended = wait(child, log)
-        assert ended.code == 0, ended.errors
-    assert states(store) == ["finished"] * 3
-    assert run(command(*study), tmp_path / "log").code == 0
-    assert outcomes(store) == outcomes(whole)
-    assert not list((store / "locks").iterdir())
-    assert not [f for f in (store / "trials").iterdir() if f.name.startswith(".")]
+from tests.forks import run
+from tests.study.conftest import outcomes, states, write_study
 
 
 def killer(store, killed):
@@ -79,6 +31,15 @@ def killer(store, killed):
                 killed.append(pid)
 
     return note
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, tiny_folder):
+    """A study with trials long enough to be killed, and its store after a plain run."""
+    folder = tmp_path_factory.mktemp("plain")
+    path = write_study(folder, tiny_folder, rows=12)
+    run_study(load_study(path), folder / "store")
+    return path, folder / "store"
 
 
 @pytest.mark.long

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import threading
 import time
@@ -27,57 +28,33 @@ from calmix.recovery.checkpoint import recover
 from calmix.specs import recover_request
 from calmix.study import bench as bench_module
 from calmix.study import running as running_module
-from calmix.study.running import chosen_trials, run_study
+from calmix.study.running import chosen_trials
 from calmix.study.spec import load_study
 from calmix.study.store import SILENCE, open_store, read_results
 from calmix.study.trials import plan
-from tests.study.conftest import outcomes, writer
+from tests import forks
+from tests.forks import command, start, stopped, wait
+from tests.study.conftest import outcomes, run, states
 from tests.tiny import load_weights, save_tiny_model
 
 
-def run(path, store, heard=lambda text: None, **options):
-    """Run a study; return the labels of trials run, errors by label, and all messages."""
-    notes, shown = [], []
-    run_study(
-        load_study(path),
-        store,
-        note=lambda text: (heard(text), notes.append(text)),
-        show=lambda text, share: shown.append(text),
-        **options,
-    )
-    ended = [one.groups() for text in notes if (one := re.match(r"\d+/\d+ (.*?): (.*)", text))]
-    failed = {
-        label: said.removeprefix("failed: ") for label, said in ended if said.startswith("failed: ")
-    }
-    return SimpleNamespace(
-        notes=notes, shown=shown, ran=[label for label, _ in ended], errors=failed
-    )
+@pytest.fixture
+def store(ran, tmp_path):
+    """A copy of its store."""
+    return Path(shutil.copytree(ran.store, tmp_path / "store"))
 
 
-@pytest.fixture(scope="module")
-def ran(tmp_path_factory, tiny_folder):
-    """A study, its store after a run, its messages, and the sets and models that were made."""
-    folder, created = tmp_path_factory.mktemp("ran"), []
-    with pytest.MonkeyPatch.context() as patch:
-        path = writer(folder, tiny_folder, patch)()
-
-        def counted(act, name):
-            def run(*rest, **options):
-                created.append(name if options.get("cache") else act.__name__)
-                return act(*rest, **options)
-
-            return run
-
-        patch.setattr(bench_module, "resolve", counted(resolve, ""))
-        patch.setattr(bench_module, "evaluate", counted(evaluate, "dense"))
-        first = run(path, folder / "store", only=["mix wanda*"])
-        seen = run(path, folder / "store")
-        yield path, folder / "store", first.ran + seen.ran, created
+def forgotten(store, *numbers):
+    """Remove trials of a store, and return it opened."""
+    opened_store = open_store(store)
+    for number in numbers:
+        shutil.rmtree(opened_store.trial(opened_store.index.trials[number].id))
+    return opened_store
 
 
 def test_trial_matches_its_steps_by_hand(ran):
-    path, store, labels, result = ran
-    assert len(labels) == 6
+    path, store = ran.path, ran.store
+    assert len(ran.labels) == 6
     results, study = read_results(store), load_study(path)
     assert (results.name, results.planned, results.failed) == ("tiny", 6, ())
     # The fifth of six: earlier trials must not affect the model.
@@ -94,21 +71,48 @@ def test_trial_matches_its_steps_by_hand(ran):
     assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
     assert trial.seconds["total"] > 0
     # Shared work is done once.
-    assert [result.count(one) for one in ("dense", "evaluate", "resolve")] == [1, 6, 3]
+    assert [ran.created.count(one) for one in ("dense", "evaluate", "resolve")] == [1, 6, 3]
     for folder in (store / "calibration").iterdir():
         assert CalibrationSet.open(folder).rows == 6
     assert not list((store / "locks").iterdir())
 
 
-def test_lock_ends_with_its_process(tiny_study, tmp_path, monkeypatch):
-    path, store = tiny_study(), tmp_path / "store"
-    run(path, store, only=["mix wanda*"])
-    opened_store = open_store(store)
-    pending = next(e.id for e in opened_store.index.trials if e.label == "mix sparsegpt 60% seed 0")
+def kill_in_second_trial():
+    prune, seen = bench_module.Bench._prune, []
+
+    def pruned(self, *args):
+        solution = prune(self, *args)
+        seen.append(solution)
+        if len(seen) == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return solution
+
+    bench_module.Bench._prune = pruned
+
+
+def test_two_runners_finish_a_killed_study(ran, tmp_path):
+    store = tmp_path / "store"
+    study = ("study", "run", ran.path, "-o", store, "--skip", "letters*")
+    stopped(kill_in_second_trial, *study)
+    assert states(store).count("finished") == 1
+    logs = [tmp_path / "a", tmp_path / "b"]
+    for child, log in [(start(command(*study), log), log) for log in logs]:
+        ended = wait(child, log)
+        assert ended.code == 0, ended.errors
+    assert forks.run(command(*study), tmp_path / "log").code == 0
+    assert states(store) == ["pending"] * 2 + ["finished"] * 4
+    assert outcomes(store) == outcomes(ran.store)[2:]
+    assert not list((store / "locks").iterdir())
+    assert not [f for f in (store / "trials").iterdir() if f.name.startswith(".")]
+
+
+def test_lock_ends_with_its_process(ran, store, monkeypatch):
+    opened_store = forgotten(store, 4)
+    pending = opened_store.index.trials[4].id
     with opened_store.lock(pending):
         assert opened_store.runner(pending) == f"pid {os.getpid()} on {socket.gethostname()}"
         assert opened_store.state(pending) == "running"
-        assert run(path, store, only=["mix*"]).ran == []
+        assert run(ran.path, store).ran == []
     file = store / "locks" / f"{pending}.lock"
     lease = f"mode=lease\ntoken=t\nduration={SILENCE}\n"
     for pid, host, age in ((2**22 + 1, socket.gethostname(), 0), (1, "elsewhere", SILENCE + 1)):
@@ -141,7 +145,7 @@ def test_result_of_another_process_counts_once(tiny_study, tmp_path):
     assert seen.shown == ["trial 6 of 6: letters sparsegpt 60% seed 0"]
 
 
-def test_failing_trial_does_not_stop_others(ran, tmp_path, monkeypatch):
+def test_failing_trial_does_not_stop_others(ran, store, monkeypatch):
     real = bench_module.prune
 
     def broken(model, ids, **options):
@@ -151,104 +155,102 @@ def test_failing_trial_does_not_stop_others(ran, tmp_path, monkeypatch):
         return report
 
     monkeypatch.setattr(bench_module, "prune", broken)
-    store = tmp_path / "store"
-    assert set(run(ran[0], store).errors.values()) == {"RuntimeError: out of"}
-    failed = open_store(store).index.trials[1].id
+    failed = forgotten(store, 1, 2).index.trials[1].id
+    seen = run(ran.path, store)
+    assert (set(seen.errors.values()), len(seen.ran)) == ({"RuntimeError: out of"}, 2)
     error = json.loads((store / "trials" / failed / "error.json").read_text())
     assert "Traceback" in error["traceback"]
     # The failure left a pruned model, yet the next trial started from the dense one.
-    alone = [t.total for t in read_results(ran[1]).trials if t.method == "sparsegpt"]
-    assert [t.total for t in read_results(store).trials] == alone
+    alone = [trial.total for trial in read_results(ran.store).trials if trial.id != failed]
+    assert [trial.total for trial in read_results(store).trials] == alone
     # A trial that failed in another process since this one began is not run again.
 
     def late(bench, todo, stage, note):
         for trial in todo:
             yield trial, running_module.run_one(bench, trial, stage, note, 0.0)
 
-    assert run(ran[0], store, execute=late, retry_failed=True).errors == {}
+    assert run(ran.path, store, execute=late, retry_failed=True).errors == {}
     # A failed trial that is not run again needs no room.
     requests = []
     monkeypatch.setattr(
         running_module, "checkpoint_bytes", lambda _, trials: requests.append(len(trials)) or 0
     )
-    assert run(ran[0], store).ran == []
+    assert run(ran.path, store).ran == []
     assert requests == [0]
 
 
-def test_error_does_not_replace_a_result(tiny_study, tmp_path, monkeypatch):
+def test_error_does_not_replace_a_result(ran, store, monkeypatch):
     """One was suspended, and another took its trial over."""
-    path, store, real = tiny_study(), tmp_path / "store", bench_module.Bench.run
+    real = bench_module.Bench.run
 
     def late(*of):
         real(*of)  # as if by the other
         raise RuntimeError("connection lost")
 
     monkeypatch.setattr(bench_module.Bench, "run", late)
-    assert run(path, store, only=["mix wanda*"]).errors == {}
-    (folder,) = (store / "trials").iterdir()
-    names = {file.name for file in folder.iterdir()}
+    trial = forgotten(store, 5).index.trials[5].id
+    assert run(ran.path, store).errors == {}
+    names = {file.name for file in (store / "trials" / trial).iterdir()}
     assert ("result.json" in names, "error.json" in names) == (True, False)
 
 
-def test_trial_waits_for_a_stale_lock(tiny_study, tmp_path):
-    path, store, ended = tiny_study(), tmp_path / "store", []
+def test_trial_waits_for_a_stale_lock(ran, store, monkeypatch):
+    ended, done = [], SimpleNamespace(summary="")
+    monkeypatch.setattr(bench_module.Bench, "ready", lambda *_: None)
+    monkeypatch.setattr(bench_module.Bench, "run", lambda *_: done)
 
     def execute(bench, todo, stage, note):
         file = store / "locks" / f"{todo[0].id}.lock"
-        file.parent.mkdir(parents=True)
         file.write_text(f"filelock/2\npid=1\nhost=lost\nmode=lease\ntoken=t\nduration={SILENCE}\n")
         ended.append(running_module.run_one(bench, todo[0], stage, note))
         threading.Timer(0.2, file.unlink).start()
         ended.append(running_module.run_one(bench, todo[0], stage, note, wait=60))
         yield todo[0], ended[-1]
 
-    run(path, store, only=["mix wanda*"], execute=execute)
-    assert [one for one, _ in ended] == ["elsewhere", "finished"]
+    forgotten(store, 5)
+    run(ran.path, store, execute=execute)
+    assert ended == [("elsewhere", "pid 1 on lost"), ("finished", done)]
 
 
 def test_changed_model_gives_no_result(tiny_study, tiny_folder, tmp_path):
     model = tmp_path / "model"
     path = tiny_study((str(tiny_folder), str(shutil.copytree(tiny_folder, model))))
-    seen = run(path, tmp_path / "store", lambda text: save_tiny_model(model, seed=5))
+    seen = run(
+        path, tmp_path / "store", lambda text: save_tiny_model(model, seed=5), only=["letters"]
+    )
     line = f"the files of {model} have changed: run the study again"
-    assert list(seen.errors.values()) == [line] * 5
+    assert list(seen.errors.values()) == [line]
 
 
-def test_interrupt_leaves_a_consistent_store(ran, tmp_path, monkeypatch):
-    path, whole, store = ran[0], ran[1], tmp_path / "store"
-    calls = []
-    real = bench_module.evaluate
+def test_interrupt_leaves_a_consistent_store(ran, store, monkeypatch):
+    calls, real = [], bench_module.evaluate
 
     def evaluate(*rest, **options):
         calls.append(1)
-        if len(calls) == 4:  # after the dense model and two trials, during the third
+        if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*rest, **options)
 
     monkeypatch.setattr(bench_module, "evaluate", evaluate)
+    forgotten(store, 2, 3, 4)
     with pytest.raises(KeyboardInterrupt):
-        run(path, store)
-    states = [open_store(store).state(e.id) for e in open_store(store).index.trials]
-    assert states == ["finished"] * 2 + ["pending"] * 4
-    assert len(list((store / "trials").iterdir())) == 2
-    run(path, store)
-    assert outcomes(store) == outcomes(whole)
+        run(ran.path, store)
+    assert states(store) == ["finished"] * 3 + ["pending"] * 2 + ["finished"]
+    assert len(list((store / "trials").iterdir())) == 4
+    run(ran.path, store)
+    assert outcomes(store) == outcomes(ran.store)
 
 
-def test_changed_study_keeps_old_trials(tiny_study, tmp_path):
-    store = tmp_path / "store"
-    run(tiny_study(), store, only=["code"])
-    for number, (old, new, left, ran) in enumerate(
+def test_changed_study_keeps_old_trials(ran, store):
+    for number, (old, new, line) in enumerate(
         [
-            ("sparsegpt: [0.6]", "sparsegpt: [0.5]", 1, 1),
-            ("/code.jsonl\n", "/sums.jsonl\n", 2, 0),
+            ("sparsegpt: [0.6]", "sparsegpt: [0.5]", "3 finished trials (first: 'letters spars"),
+            ("/code.jsonl\n", "/sums.jsonl\n", "2 finished trials (first: 'code sparsegpt 60% s"),
         ]
     ):
-        seen = run(tiny_study((old, new), name=f"{number}.yaml"), store, only=["mix wanda*"])
-        line = f"the study has changed: {left} finished trials (first: 'code sparsegpt 60% seed 0')"
-        assert seen.notes[0].startswith(line)
-        assert len(seen.ran) == ran
-        assert run(tiny_study(), store, only=["code"]).ran == []
+        seen = run(ran.write((old, new), name=f"{number}.yaml"), store, only=["letters w*"])
+        assert seen.notes[0].startswith(f"the study has changed: {line}")
+        assert run(ran.path, store).ran == []
 
 
 def test_declaration_is_fixed_by_the_first_result(tiny_study, tmp_path):
@@ -268,35 +270,30 @@ def test_declaration_is_fixed_by_the_first_result(tiny_study, tmp_path):
     assert (declared.study, declared.intact) == ("tiny", True)
     trial = json.loads(next(store.glob("trials/*/result.json")).read_text(encoding="utf-8"))
     assert declared.since <= trial["run"]["finished"]
-    changes = (
+    for old, new, what in (
         ("margin: 5", "margin: 3", "margin: 5.0, now 3.0"),
         (first, "", "margin: 5.0, now None"),
-        (
-            "calibration: code}",
-            "calibration: letters}",
-            "comparisons.x.over.calibration: code, now letters",
-        ),
+        ("code}", "letters}", "comparisons.x.over.calibration: code, now letters"),
         ("margin: 5", "margin: 5\nexclude: {quiz: too hard}", "exclude.quiz: None, now too hard"),
         ("margin: 5", "margin: 5\nseeds: [0, 1]", "pairs.x: "),
-    )
-    for old, new, what in changes:
+    ):
         other = tiny_study(more=first.replace(old, new), name="other.yaml")
         with pytest.raises(InputError, match=re.escape(f"declared has changed ({what}")) as error:
             run(other, store)
-        assert str(error.value).endswith(
-            f": name {other} anew, with amends: {{study: tiny, reason: ...}}"
-        )
+        remedy = f": name {other} anew, with amends: {{study: tiny, reason: ...}}"
+        assert str(error.value).endswith(remedy)
         assert index().declarations == (declared,)
     # What no comparison is about may change.
     run(tiny_study(("letters:", "others:"), more=first, name="more.yaml"), store, execute=broken)
     assert index().declarations == (declared,)
     amends = "margin: 3\namends: {study: %s, reason: three points matter}\ncomparisons:"
-    for name, wrong in (("tiny", "none"), ("more", "none")):
-        text = first.replace("margin: 5\ncomparisons:", amends % wrong)
+    for name in ("tiny", "more"):
+        text = first.replace("margin: 5\ncomparisons:", amends % "none")
         with pytest.raises(InputError, match="what study tiny declared has changed"):
             run(tiny_study(("name: tiny", f"name: {name}"), more=text, name="a.yaml"), store)
     text = first.replace("margin: 5\ncomparisons:", amends % "tiny")
-    run(tiny_study(("name: tiny", "name: more"), more=text, name="a.yaml"), store, only=["mix*"])
+    more = tiny_study(("name: tiny", "name: more"), more=text, name="a.yaml")
+    run(more, store, execute=broken)
     before, now = index().declarations
     assert (before, now.study, now.amends.reason) == (declared, "more", "three points matter")
     with pytest.raises(InputError, match="what study more declared has changed"):
@@ -304,47 +301,43 @@ def test_declaration_is_fixed_by_the_first_result(tiny_study, tmp_path):
     assert read_results(store).declarations == (before, now)
 
 
-def test_declaration_cannot_be_added_later(tiny_study, tmp_path):
-    store = tmp_path / "store"
-    run(tiny_study(), store, only=["mix wanda*"])
+def test_declaration_cannot_be_added_later(ran, store):
     index = json.loads((store / "store.json").read_text(encoding="utf-8"))
     del index["declarations"]  # as of an older version
     (store / "store.json").write_text(json.dumps(index), encoding="utf-8")
-    run(tiny_study(), store, only=["mix wanda*"])
+    assert run(ran.path, store).ran == []
     with pytest.raises(InputError, match="what study tiny declared has changed"):
-        run(tiny_study(more="margin: 5\n", name="later.yaml"), store)
+        run(ran.write(more="margin: 5\n", name="later.yaml"), store)
 
 
-def test_renamed_sets_and_copied_trials(tiny_study, tmp_path, monkeypatch):
-    first, second = tmp_path / "first", tmp_path / "second"
-    run(tiny_study(), first, only=["letters", "code*wanda*"])
-    before = {trial.id: trial.total for trial in read_results(first).trials}
+def test_renamed_sets_and_copied_trials(ran, store, tmp_path, monkeypatch):
+    second = tmp_path / "second"
+    before = {trial.id: trial.total for trial in read_results(store).trials}
     monkeypatch.setattr(bench_module, "resolve", None)  # no set is made again
+    forgotten(store, 2)
     for part in ("trials", "calibration", "dense"):
-        shutil.copytree(first / part, second / part)
+        shutil.copytree(store / part, second / part)
     changes = ("name: tiny", "name: more"), ("  code: ", "  python: "), ("{tiny: ", "{small: ")
-    other = tiny_study(*changes, ("  mix: ", "  code: "), name="more.yaml")
+    other = ran.write(*changes, ("  mix: ", "  code: "), name="more.yaml")
     seen = run(other, second, only=["letters", "python*"])
     assert seen.ran == ["python sparsegpt 60% seed 0"]
     assert not any("scoring the dense model" in text for text in seen.shown)
     results = read_results(second)
     assert set(results.dense) == {trial.model for trial in results.trials} == {"small"}
-    assert [trial.calibration for trial in results.trials] == ["letters"] * 2 + ["python"] * 2
-    assert {t.id: t.total for t in results.trials if t.id in before} == before
+    sets = ["letters"] * 2 + ["python"] * 2 + ["code"] * 2
+    assert [trial.calibration for trial in results.trials] == sets
+    assert {trial.id: trial.total for trial in results.trials} == before
     # The same in one store, even if another set has the old name now.
-    assert run(other, first, only=["letters", "python*"]).ran == seen.ran
+    assert run(other, store).ran == seen.ran
 
 
 def test_invalid_stores(ran, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "file").write_text("x")
-    for place, says in (
-        (other, "not empty and is not a study store"),
-        (other / "file", "is a file"),
-    ):
+    for place, says in ((other, "not empty and is not a study"), (other / "file", "is a file")):
         with pytest.raises(InputError, match=says):
-            run(ran[0], place)
+            run(ran.path, place)
     with pytest.raises(InputError, match="there is no study store"):
         read_results(tmp_path / "none")
     for text, says in (
@@ -354,11 +347,10 @@ def test_invalid_stores(ran, tmp_path):
     ):
         (other / "store.json").write_text(text)
         with pytest.raises(InputError, match=says):
-            run(ran[0], other)
+            run(ran.path, other)
 
 
-def test_trials_with_two_prompt_forms_are_refused(ran, tmp_path):
-    store = shutil.copytree(ran[1], tmp_path / "store")
+def test_trials_with_two_prompt_forms_are_refused(store):
     forms = ("chat template", "worked examples")
     for file, form in zip(sorted(store.glob("trials/*/scores.json")), forms, strict=False):
         write_scores(file, json.loads(file.read_text()) | {"form": form})
@@ -367,7 +359,7 @@ def test_trials_with_two_prompt_forms_are_refused(ran, tmp_path):
 
 
 def test_only_and_skip_patterns(ran):
-    trials = plan(load_study(ran[0]))
+    trials = plan(load_study(ran.path))
     chosen = chosen_trials(trials, ["l*", "mix wanda*"], ["letters w*"])
     labels = ["letters sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
     assert [trial.label for trial in chosen] == labels
@@ -385,83 +377,54 @@ def test_duplicate_trials_are_refused(tiny_study, tmp_path):
         run(path, tmp_path / "store")
 
 
-def test_kept_checkpoints_and_recovered_levels(tiny_study, tmp_path):
+def test_recovery_matches_its_steps(tiny_study, tmp_path):
+    """Of levels, from kept checkpoints whose scores are those of the trials."""
     path = tiny_study(
-        ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits]}"),
+        ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits], magnitude: 0.5}"),
         ("rows: 6", "rows: 16"),
-        more="embeddings: 4\nrecovery: [none, 'distill,epochs=1']\nkeep_checkpoints: true\n"
-        "right_only: true\n",
+        more="embeddings: 4\nrecovery: [none, 'distill,epochs=1,lr=0.03']\n"
+        "keep_checkpoints: true\nright_only: true\n",
     )
-    seen = run(path, tmp_path / "store", only=["mix*"])
-    assert (seen.errors, len(seen.ran)) == ({}, 2)
-    assert "embeddings 4" in seen.ran[0]
-    checkpoints = [*(tmp_path / "store" / "trials").glob("*/checkpoint")]
-    data = [json.loads((one / "calmix.json").read_text(encoding="utf-8")) for one in checkpoints]
-    result = next(one for one in data if one["kind"] == "pruned checkpoint")
-    assert (result["request"]["method"], result["request"]["pattern"]) == ("ecq", "3 bits")
-    assert len(checkpoints) == 2
-    for result in checkpoints:
-        again = evaluate(str(result), load_study(path).suite, floors=False)
-        stored = load_scores(result.parent / "scores.json")
+    seen = run(path, tmp_path / "store", only=["mix*", "magnitude*"])
+    assert (seen.errors, seen.ran) == (
+        {},
+        [
+            "magnitude + embeddings 4 50%",
+            "mix ecq + embeddings 4 3 bits seed 0",
+            "mix ecq + embeddings 4 + distill,epochs=1,lr=0.03 3 bits seed 0",
+        ],
+    )
+    store, study = open_store(tmp_path / "store"), load_study(path)
+    entries = {entry.label: entry for entry in store.index.trials}
+    _, plain, last = folders = [store.trial(entries[label].id) for label in seen.ran]
+    data = json.loads((last / "request.json").read_text(encoding="utf-8"))
+    assert data["recovery"] == {"method": "distill", "epochs": 1, "lr": 0.03, "batch": 4}
+    names = ("pruning", "recovery", "request", "result", "scores")
+    files = [f"{name}.json" for name in names]
+    assert sorted(path.name for path in last.iterdir()) == ["checkpoint", *files]
+    trial = store.result(entries[seen.ran[-1]]).trial
+    assert trial.method == "ecq + embeddings 4 + distill,epochs=1,lr=0.03"
+    assert trial.seconds["recover"] > 0
+    # Trials that differ only in recovery share one pruning run, timings included.
+    assert (plain / "pruning.json").read_bytes() == (last / "pruning.json").read_bytes()
+    for folder in folders:
+        checkpoint = folder / "checkpoint"
+        again = evaluate(str(checkpoint), study.suite, floors=False)
+        stored = load_scores(folder / "scores.json")
         assert (again.tasks, again.right_only, stored.right_only) == (stored.tasks, False, True)
-        grids, weights = read_grids(result), load_weights(result)
+        grids, weights = read_grids(checkpoint), load_weights(checkpoint)
         for name, grid in grids.items():
             levels = grid.values(grid.levels(weights[name])).to(weights[name].dtype)
             assert torch.equal(levels, weights[name])
-    (data,) = [
-        json.loads(file.read_text(encoding="utf-8"))
-        for file in (tmp_path / "store" / "trials").glob("*/recovery.json")
-    ]
+    (drawn,) = (tmp_path / "store" / "calibration").iterdir()
+    request = recover_request(calibration=str(drawn), epochs=1, lr=0.03)
+    model = study.file.models["tiny"].name
+    report = recover(str(plain / "checkpoint"), model, request, tmp_path / "recovered")
+    data = json.loads((last / "recovery.json").read_text(encoding="utf-8"))
+    assert (data["before"], data["after"]) == (report.before, report.after)
+    assert report.after < report.before
     inside = [name for name in grids if ".layers." in name]
     assert data["quantised"] == sum(weights[name].numel() for name in inside) > 0
     assert len(grids) > len(inside)
-
-
-def test_recovery_matches_its_steps(tiny_study, tmp_path):
-    path = tiny_study(
-        ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{wanda: [0.6], magnitude: 0.5}"),
-        ("rows: 6", "rows: 16"),
-        more="recovery: [none, 'distill,epochs=1,lr=0.001']\n",
-    )
-    seen = run(path, tmp_path / "store", only=["mix*", "magnitude*"])
-    assert seen.errors == {}
-    assert seen.ran == [
-        "magnitude 50%",
-        "mix wanda 60% seed 0",
-        "mix wanda + distill,epochs=1 60% seed 0",
-    ]
-    store = open_store(tmp_path / "store")
-    entries = {entry.label: entry for entry in store.index.trials}
-    folders = {label: store.trial(entry.id) for label, entry in entries.items()}
-    last = folders[seen.ran[-1]]
-    request = json.loads((last / "request.json").read_text(encoding="utf-8"))
-    assert request["recovery"] == {"method": "distill", "epochs": 1, "lr": 1e-3, "batch": 4}
-    assert sorted(p.name for p in last.iterdir()) == [
-        "pruning.json",
-        "recovery.json",
-        "request.json",
-        "result.json",
-        "scores.json",
-    ]
-    trial = store.result(entries[seen.ran[-1]]).trial
-    assert (trial.method, trial.seconds["recover"] > 0) == ("wanda + distill,epochs=1", True)
-    # Trials that differ only in recovery share one pruning run, timings included.
-    reports = [(folders[label] / "pruning.json").read_bytes() for label in seen.ran[1:]]
-    assert reports[0] == reports[1]
-
-    study = load_study(path)
-    name, text = study.file.models["tiny"].name, study.file.calibrations["mix"].written
-    opened = open_model(name)
-    dense = evaluate(opened, study.suite)
-    drawn_set = resolve(text, opened, rows=16, length=32, leakage="off")
-    drawn_set.save(tmp_path / "set")
-    prune(opened.model, drawn_set.ids, method="wanda", pattern=0.6)
-    opened.model.save_pretrained(tmp_path / "pruned")
-    opened.tokenizer.save_pretrained(tmp_path / "pruned")
-    prune_args = recover_request(calibration=str(tmp_path / "set"), epochs=1)
-    report = recover(str(tmp_path / "pruned"), name, prune_args, tmp_path / "recovered")
-    reports = json.loads((last / "recovery.json").read_text(encoding="utf-8"))
-    assert (reports["before"], reports["after"]) == (report.before, report.after)
-    assert report.after < report.before
-    retained = evaluate(open_model(str(tmp_path / "recovered")), study.suite).retention(dense)
-    assert trial.total.value == retained.total.value  # the recovery before it had no effect on it
+    recovered = load_weights(tmp_path / "recovered")
+    assert all(torch.equal(recovered[name], weight) for name, weight in weights.items())
