@@ -224,6 +224,23 @@ def trial(calibration, strategy, method, pattern, seed, kept, **changes):
     return Trial(**fields | changes)
 
 
+def trials_of(kept, method="sparsegpt", pattern="60%", steps=(0.0,)):
+    """Return trials of sets by name, with their retention of general and code; each seed adds a
+    step to both. `mix` alone is a mix."""
+    return tuple(
+        trial(
+            name,
+            "mix" if name == "mix" else "single",
+            method,
+            pattern,
+            seed,
+            {"general": general + step, "code": code + step},
+        )
+        for name, (general, code) in kept.items()
+        for seed, step in enumerate(steps)
+    )
+
+
 def interval(value, half=0.04):
     """Return a value with an interval of a half-width."""
     if value is None:

@@ -12,30 +12,26 @@ from calmix.options import Settings
 from calmix.report.study import write_report
 from calmix.study.analyse import analyse
 from calmix.study.store import read_results
-from tests.synthetic import SOURCES, Plan, failed, full_plan, save, study, trial
+from tests.synthetic import (
+    CONDITIONS,
+    OTHERS,
+    SOURCES,
+    Plan,
+    failed,
+    full_plan,
+    save,
+    study,
+    trial,
+    trials_of,
+)
 
 QUICK = Settings(resamples=50)
-KEPT = {
-    ("coder", "single"): {"general": 0.3, "code": 0.8},
-    ("reader", "single"): {"general": 0.9, "code": 0.2},
-    ("blend", "mix"): {"general": 0.6, "code": 0.6},
-}
-TRIALS = tuple(
-    trial(
-        name,
-        made,
-        "sparsegpt",
-        "60%",
-        seed,
-        {key: value + 0.01 * seed for key, value in by.items()},
-    )
-    for (name, made), by in KEPT.items()
-    for seed in (0, 1, 2)
-)
 
 
 def test_analysis_files_are_reproducible(tmp_path):
-    results = study(full_plan(seeds=(0,), sources=SOURCES[6:14]))
+    few = {name: OTHERS[name] for name in ("mix-8", "igsp")}
+    plan = full_plan(seeds=(0,), sources=SOURCES[8:12], conditions=CONDITIONS[::2], others=few)
+    results = study(plan)
     for name in ("one", "two"):
         write_report(results, analyse(results, QUICK), tmp_path / name)
     one, two = (
@@ -43,21 +39,14 @@ def test_analysis_files_are_reproducible(tmp_path):
         for name in ("one", "two")
     )
     assert one == two
-    assert list(one) == [
-        "analysis.json",
-        "differences.csv",
-        "gains.csv",
-        "ranking.csv",
-        "report.html",
-        "summary.txt",
-        "tasks.csv",
-    ]
+    tables = {f"{name}.csv" for name in ("differences", "gains", "ranking", "tasks")}
+    assert set(one) == {"analysis.json", "report.html", "summary.txt", *tables}
     assert not any("nan" in one[name].lower() for name in one if name != "report.html")
     data = json.loads(one["analysis.json"])
     rows, tasks = (
         [*csv.DictReader(one[f"{name}.csv"].splitlines())] for name in ("ranking", "tasks")
     )
-    assert (len(data["conditions"]), len(rows), len(tasks)) == (3, 42, 42 * 8)
+    assert (len(data["conditions"]), len(rows), len(tasks)) == (2, 12, 12 * 8)
     first = data["conditions"][0]["ranking"][0]
     assert float(rows[0]["dimensions_code_high"]) == first["dimensions"]["code"]["high"]
     assert float(rows[0]["distance_flips_total"]) == first["distance"]["flips"]["total"]
@@ -66,7 +55,7 @@ def test_analysis_files_are_reproducible(tmp_path):
 
 def test_analysis_of_a_store(tmp_path):
     """A study uses the dense scores that most trials refer to, whatever the order."""
-    results = study(full_plan(seeds=(0, 1), conditions=[("wanda", "50%")]))
+    results = study(full_plan(seeds=(0, 1), sources=SOURCES[:4], conditions=[("wanda", "50%")]))
     place = save(results, tmp_path / "once")
     assert analyse(read_results(place), QUICK).to_dict() == analyse(results, QUICK).to_dict()
     name = results.trials[0].id  # as if run on another processor
@@ -81,30 +70,33 @@ def test_analysis_of_a_store(tmp_path):
 
 def test_accuracy_and_flips_skip_right_only_tasks(tmp_path):
     """Items that were not asked count as wrong in the scores."""
-    whole = study(Plan(sources=SOURCES[:2], seeds=(0,), others={}))
+    results = study(Plan(sources=SOURCES[:2], seeds=(0,), others={}))
 
     def asked(tasks):
         return tuple(
             replace(one, metric="pass@1") if one.name == "code_a" else one for one in tasks
         )
 
-    results = whole.model_copy(
+    results = results.model_copy(
         update={
-            "dense": {name: asked(tasks) for name, tasks in whole.dense.items()},
-            "scores": {name: asked(tasks) for name, tasks in whole.scores.items()},
+            part: {name: asked(tasks) for name, tasks in getattr(results, part).items()}
+            for part in ("dense", "scores")
         }
     )
-    place, files = save(results, tmp_path / "s"), (tmp_path / "s/trials").glob("*/scores.json")
-    primary = QUICK.model_copy(update={"measure": "primary"})
+    place = save(results, tmp_path / "s")
     for right_only in (False, True):
-        one = analyse(read_results(place), primary).conditions[0].ranking[0]
+        one, named = (
+            analyse(read_results(place), QUICK.model_copy(update={"measure": measure}))
+            .conditions[0]
+            .ranking[0]
+            for measure in ("primary", "accuracy")
+        )
         assert one.tasks["code_a"].value is not None
         assert (one.accuracy["code"] is None, one.accuracy["math"] is None) == (right_only, False)
         assert (one.distance["flips"]["code"] is None) == right_only
-        by_accuracy = QUICK.model_copy(update={"measure": "accuracy"})
-        named = analyse(read_results(place), by_accuracy).conditions[0].ranking[0].tasks
-        assert (named["code_a"].value is None, named["math_a"].value is None) == (right_only, False)
-        for file in files:
+        missing = [named.tasks[name].value is None for name in ("code_a", "math_a")]
+        assert missing == [right_only, False]
+        for file in place.glob("trials/*/scores.json"):
             write_scores(file, json.loads(file.read_text()) | {"right_only": True})
 
 
@@ -136,8 +128,10 @@ def test_incomplete_study_and_errors():
 
 
 def test_ranking_is_by_total():
-    first, second, third = analyse(study(Plan(), trials=TRIALS)).conditions[0].ranking
-    assert [one.calibration for one in (first, second, third)] == ["blend", "coder", "reader"]
+    kept = {"coder": (0.3, 0.8), "reader": (0.9, 0.2), "mix": (0.6, 0.6)}
+    trials = trials_of(kept, steps=(0, 0.01, 0.02))
+    first, second, third = analyse(study(Plan(), trials=trials)).conditions[0].ranking
+    assert [one.calibration for one in (first, second, third)] == ["mix", "coder", "reader"]
     assert sum(one.best or 0 for one in (first, second, third)) == pytest.approx(1)
     assert (second.worst, third.worst) == ("general", "code")
     assert third.lowest.value == pytest.approx(0.21, abs=1e-3)

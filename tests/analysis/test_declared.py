@@ -10,7 +10,7 @@ from calmix.report.findings import summarise
 from calmix.study.analyse import analyse
 from calmix.study.declaration import Declaration, Declared, Pair
 from calmix.study.spec import Amends
-from tests.synthetic import Plan, study, trial
+from tests.synthetic import Plan, study, trials_of
 
 QUICK = Settings(resamples=400)
 DATE = "2026-01-02T03:04:05+00:00"
@@ -34,20 +34,10 @@ def made(right, *, models=("m",), methods=("sparsegpt",), seeds=(0, 1, 2), **cha
     """Return a study of generated answers. `right` gives, by set and method if these are named,
     right answers of each task: their number, or a function of the seed that returns positions."""
     trials = tuple(
-        trial(
-            name,
-            "mix" if name == "mix" else "single",
-            method,
-            "50%",
-            seed,
-            {"general": 0.5, "code": 0.5},
-            model=model,
-            id=f"{model}-{name}-{method}-{seed}",
-        )
+        one.model_copy(update={"model": model, "id": f"{model}-{one.id}"})
         for model in models
         for method in methods
-        for name in right
-        for seed in seeds
+        for one in trials_of(dict.fromkeys(right, (0.5, 0.5)), method, steps=[0] * len(seeds))
     )
 
     def scored(one):
@@ -221,9 +211,8 @@ def test_post_hoc_exclusion_is_shown_separately():
 def test_summary_reports_deviations_from_the_declaration():
     results = made({"mix": 80, "a": 40, "b": 60})
     plain = summarise(analyse(results, QUICK))
-    assert plain["opening"] == [
-        "Study made-up declares no comparisons: everything here is exploratory."
-    ]
+    nothing = "Study made-up declares no comparisons: everything here is exploratory."
+    assert plain["opening"] == [nothing]
     assert plain["declared"] == []
     said = {"mixed": over("a"), "other": over("b")}
     declared = declaring(results, said, margin=5)
@@ -233,46 +222,41 @@ def test_summary_reports_deviations_from_the_declaration():
         "Study made-up declares 2 comparisons by measure right, margin 5 points (hash "
         f"{content.hash[:12]}), declared 2026-01-02 03:04 UTC."
     )
-    left = [one for one in results.trials if one.calibration != "b" and one.id != "m-a-sparsegpt-2"]
+    left = [
+        one for one in results.trials if one.calibration != "b" and one.id != "m-a-sparsegpt-60-2"
+    ]
     dates = results.dates | {left[0].id: "2025-12-31T00:00:00+00:00"}
     late = declared.model_copy(update={"trials": tuple(left), "dates": dates})
-    summary = summarise(analyse(late, QUICK))["opening"]
-    assert summary[1:] == [
+    _, *lines = summarise(analyse(late, QUICK))["opening"]
+    first, second, third = (f"b sparsegpt 60% seed {seed} (m)" for seed in (0, 1, 2))
+    assert lines == [
         "Older than the declaration: 1 trial of 9 that are compared.",
-        "Declared and not run: b sparsegpt 50% seed 0 (m), b sparsegpt 50% seed 1 (m) and b "
-        "sparsegpt 50% seed 2 (m).",
-        "Missing seeds: a sparsegpt 50% seed 2 (m).",
+        f"Declared and not run: {first}, {second} and {third}.",
+        "Missing seeds: a sparsegpt 60% seed 2 (m).",
     ]
     changed = content.model_copy(update={"margin": 9.0})
     stored = declared.declarations[0].model_copy(update={"declaration": changed})
-    summary = summarise(analyse(declared.model_copy(update={"declarations": (stored,)}), QUICK))
-    assert (
-        summary["opening"][1] == f"The declaration was changed: its hash was {content.hash[:12]}."
-    )
+    stored = declared.model_copy(update={"declarations": (stored,)})
+    _, line = summarise(analyse(stored, QUICK))["opening"]
+    assert line == f"The declaration was changed: its hash was {content.hash[:12]}."
     amends = Amends(study="made-up", reason="five points are too few")
     again = declaring(declared, said, margin=8, amends=amends, since="2026-02-01T00:00:00+00:00")
-    summary = summarise(analyse(again, QUICK))["opening"]
-    assert summary[1] == (
-        "Study made-up amends made-up, declared 2026-01-02 03:04 UTC: five points are too few."
-    )
-    assert summary[2] == "Older than the declaration: 9 trials of 9 that are compared."
+    _, *lines = summarise(analyse(again, QUICK))["opening"]
+    assert lines == [
+        "Study made-up amends made-up, declared 2026-01-02 03:04 UTC: five points are too few.",
+        "Older than the declaration: 9 trials of 9 that are compared.",
+    ]
 
 
 def test_kept_replaces_right_without_gains():
     results = declaring(made({"mix": 80, "a": 40}), {"mixed": over("a")})
     assert analyse(results, QUICK).measure == "right"
-    part = results.model_copy(
-        update={
-            "part": {one.id: {"sums"} for one in results.trials},
-            "paired": {one.id: results.dense["m"] for one in results.trials},
-        }
-    )
-    analysis = analyse(part, QUICK)
+    part = {one.id: {"sums"} for one in results.trials}
+    paired = dict.fromkeys(part, results.dense["m"])
+    analysis = analyse(results.model_copy(update={"part": part, "paired": paired}), QUICK)
     assert (analysis.measure, analysis.whole) == ("primary", False)
     assert {task.score for task in analysis.conditions[0].cells.tasks} == {"kept"}
-    assert any(
-        line.startswith("Gains were not measured") for line in summarise(analysis)["opening"]
-    )
+    assert summarise(analysis)["opening"][-1].startswith("Gains were not measured")
     assert analysis.comparisons[0].verdict == "more"
 
 

@@ -215,9 +215,12 @@ def test_trial_waits_for_a_stale_lock(ran, store, monkeypatch):
 def test_changed_model_gives_no_result(tiny_study, tiny_folder, tmp_path):
     model = tmp_path / "model"
     path = tiny_study((str(tiny_folder), str(shutil.copytree(tiny_folder, model))))
-    seen = run(
-        path, tmp_path / "store", lambda text: save_tiny_model(model, seed=5), only=["letters"]
-    )
+
+    def change(text):
+        if text.startswith("1/2 "):
+            save_tiny_model(model, seed=5)
+
+    seen = run(path, tmp_path / "store", change, only=["letters"])
     line = f"the files of {model} have changed: run the study again"
     assert list(seen.errors.values()) == [line]
 

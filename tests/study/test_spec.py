@@ -14,6 +14,11 @@ from calmix.study.trials import plan, resolve_all
 
 HEAD = "name: s\nmodels: [builtin:smollm2-135m]\n"
 NEWS = HEAD + "calibrations: {a: news}\n"
+DECLARES = (
+    HEAD + "calibrations: {a: news, b: books, c: stories, mix: 'uniform:news,books'}\n"
+    "grids:\n  - methods: {sparsegpt: [0.5, 0.6]}\n    seeds: [0, 1]\n"
+    "  - {methods: {admm: 0.5}, calibrations: [a, mix], recovery: [none, distill]}\n"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -31,66 +36,45 @@ def parsed(text):
     return load_study(Path("s.yaml"))
 
 
+# Each with the labels of its trials.
 GRIDS = {
     "every combination, what uses one set together": (
         HEAD + "calibrations: {a: news, b: 'uniform:news,books'}\n"
         "methods: {sparsegpt: [50%, 2:4], wanda: 0.5, magnitude: 0.5}\nseeds: [0, 1]\n",
-        ["magnitude 50%"]
-        + [
-            f"{name} {method} seed {seed}"
+        "magnitude 50%; "
+        + "; ".join(
+            f"{name} {how} seed {seed}"
             for seed in (0, 1)
-            for name in ("a", "b")
-            for method in ("sparsegpt 50%", "sparsegpt 2:4", "wanda 50%")
-        ],
+            for name in "ab"
+            for how in ("sparsegpt 50%", "sparsegpt 2:4", "wanda 50%")
+        ),
     ),
-    "embeddings are rounded by methods without a set too": (
-        NEWS + "methods: {wanda: 0.5, magnitude: 0.5}\nembeddings: 4\n",
-        ["magnitude + embeddings 4 50%", "a wanda + embeddings 4 50% seed 0"],
+    "embeddings are rounded by methods without a set too, methods have options": (
+        NEWS + "methods: {'sparsegpt,bits=4': 0.5, magnitude: 0.5}\nembeddings: 4\n",
+        "magnitude + embeddings 4 50%; a sparsegpt,bits=4 + embeddings 4 50% seed 0",
     ),
     "grids replace what they name, and what they share comes once": (
         HEAD + "calibrations: {a: news, b: books, igsp: igsp}\nmethods: {sparsegpt: 0.6}\n"
         "rows: 8\ngrids:\n  - {}\n  - {seeds: [0, 1], calibrations: [b]}\n"
         "  - {methods: {wanda: 2:4}, rows: 4}\n",
-        [
-            "a sparsegpt 60% seed 0",
-            "b sparsegpt 60% seed 0",
-            "igsp sparsegpt 60% seed 0",
-            "b sparsegpt 60% seed 1",
-            "a wanda 2:4 seed 0",
-            "b wanda 2:4 seed 0",
-            "igsp wanda 2:4 seed 0",
-        ],
+        "a sparsegpt 60% seed 0; b sparsegpt 60% seed 0; igsp sparsegpt 60% seed 0; "
+        "b sparsegpt 60% seed 1; a wanda 2:4 seed 0; b wanda 2:4 seed 0; igsp wanda 2:4 seed 0",
     ),
-    "labels tell models, sizes and options apart": (
+    "labels tell models, sizes and options apart, recoveries come right after their prune": (
         "name: s\nmodels: {one: a/b, two: c/d}\ncalibrations: {a: news}\n"
-        "methods: {'sparsegpt,damping=0.1': 0.5, magnitude: 0.5}\nrows: 8\n"
-        "grids:\n  - {}\n  - {models: [one], rows: 4, methods: {wanda: 0.5}, seeds: [1]}\n",
-        [
-            "magnitude 50%, one",
-            "a sparsegpt,damping=0.1 50%, one seed 0",
-            "magnitude 50%, two",
-            "a sparsegpt,damping=0.1 50%, two seed 0",
-            "a wanda 50% seed 1",
-        ],
-    ),
-    "what differs in recovery alone comes right after its prune": (
-        HEAD + "calibrations: {a: news, b: stories}\nmethods: {sparsegpt: [0.5, 0.6]}\n"
-        "grids:\n  - {calibrations: [a, b]}\n"
-        "  - {calibrations: [b], methods: {sparsegpt: 0.6}, recovery: distill}\n",
-        [
-            "a sparsegpt 50% seed 0",
-            "a sparsegpt 60% seed 0",
-            "b sparsegpt 50% seed 0",
-            "b sparsegpt 60% seed 0",
-            "b sparsegpt + distill 60% seed 0",
-        ],
+        "methods: {'sparsegpt,damping=0.1': 0.5, magnitude: 0.5}\nrows: 8\ngrids:\n  - {}\n"
+        "  - {models: [one], rows: 4, methods: {wanda: 0.5}, seeds: [1]}\n"
+        "  - {models: [one], recovery: distill}\n",
+        "magnitude 50%, one; a sparsegpt,damping=0.1 50%, one seed 0; "
+        "a sparsegpt,damping=0.1 + distill 50% seed 0; magnitude 50%, two; "
+        "a sparsegpt,damping=0.1 50%, two seed 0; a wanda 50% seed 1",
     ),
 }
 
 
 @pytest.mark.parametrize(("text", "labels"), GRIDS.values(), ids=GRIDS)
 def test_grids_become_trials(text, labels):
-    assert [trial.label for trial in plan(parsed(text))] == labels
+    assert [trial.label for trial in plan(parsed(text))] == labels.split("; ")
 
 
 def test_trial_strategy():
@@ -155,64 +139,124 @@ def test_generator_settings_distinguish_sets(tiny_study):
     assert auto.calibration_id != bos.calibration_id
 
 
-def test_errors_name_their_line(tmp_path):
-    form = (
-        "name: a b\nmodels: [builtin:smollm2-135m]\nsuit: offline\nrows: '64'\n"
-        "calibrations:\n  b: {mix: {x: 1}, uniform: [y]}\n  c: {form: x}\n"
-        "methods:\n  sparsegpt: [1.6]\n  wandda: 0.5\n  wanda: 4-2\n  ria: []\nseeds: [-1]\n"
-        "grids:\n  - sedes: [1]\n"
-        "recovery: 'distill,epochs=0'\n"
-    )
-    names = (
-        "name: s\nmodels:\n  m: builtin:smollm\nsuite: ofline\ncalibrations:\n"
-        "  a: python-stdlb\n"
-        f"  b: a:1,a:2\n  c: {tmp_path}/none.jsonl\n  none: news\n  d: 'igsp,repeats=5'\n"
-        "  e: {from: sgs, packing: window}\nmethods:\n  sparsegpt: 0.5\n"
-        "  gptq: 1.5 bits\ngrids:\n"
-        "  - calibrations:\n      - a\n      - zz\n    models: [q]\n"
-    )
-    for text, wanted in (
-        (
-            form,
-            [
-                (1, "name: String should match"),
-                (3, "suit: unknown key: did you mean suite"),
-                (4, "rows: must be a valid integer"),
-                (6, "calibrations.b: give exactly one of"),
-                (7, "calibrations.c.form: unknown key: did you mean from"),
-                (9, "methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?"),
-                (10, "methods.wandda: unknown method 'wandda': did you mean wanda"),
-                (11, "methods.wanda: sparsity '4-2' is not a share"),
-                (12, "methods.ria: Value should have at least 1 item"),
-                (13, "seeds.0: must be greater than or equal to 0"),
-                (15, "grids.0.sedes: unknown key: did you mean seeds"),
-                (16, "recovery: --epochs 0: must be greater"),
-            ],
-        ),
-        (
-            names,
-            [
-                (3, "models.m: unknown builtin model 'smollm': did you mean smollm2-135m"),
-                (4, "suite: unknown suite 'ofline': did you mean offline"),
-                (6, "calibrations.a: unknown source 'python-stdlb': did you mean python-stdlib"),
-                (7, "calibrations.b: calibration 'a:1,a:2' names 'a' twice"),
-                (8, "calibrations.c: there is no file"),
-                (9, "calibrations.none: 'none' is reserved for"),
-                (10, "calibrations.d: calibration 'igsp,repeats=5': --repeats 5: must be less"),
-                (11, "calibrations.e: 'packing' has no effect with sgs"),
-                (14, "methods.gptq: gptq takes 2 to 8 bits, not 1.5"),
-                (18, "grids.0.calibrations.1: unknown 'zz': known"),
-                (19, "grids.0.models.0: unknown 'q': known: m"),
-            ],
-        ),
-    ):
-        for line, (number, words) in zip(problems(text), wanted, strict=True):
-            assert line.startswith(f"s.yaml line {number}: {words}"), line
+# Study files with their mistakes behind `#!`.
+MISTAKEN = {
+    "form": """\
+name: a b  #! name: String should match
+models: [builtin:smollm2-135m]
+suit: offline  #! suit: unknown key: did you mean suite
+calibrations:
+  b: {mix: {x: 1}, uniform: [y]}  #! calibrations.b: give exactly one of
+  c: {form: x}  #! calibrations.c.form: unknown key: did you mean from
+methods:
+  sparsegpt: [1.6]  #! methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?
+  wandda: 0.5  #! methods.wandda: unknown method 'wandda': did you mean wanda
+  wanda: 4-2  #! methods.wanda: sparsity '4-2' is not a share
+  ria: []  #! methods.ria: Value should have at least 1 item
+  wanda,damping=1: 0.5  #! methods.wanda,damping=1: damping has no effect with method wanda: known
+seeds: [-1]  #! seeds.0: must be greater than or equal to 0
+grids:
+  - sedes: [1]  #! grids.0.sedes: unknown key: did you mean seeds
+recovery: 'distill,epochs=0'  #! recovery: --epochs 0: must be greater
+""",
+    "names": """\
+name: s
+models:
+  m: builtin:smollm  #! models.m: unknown builtin model 'smollm': did you mean smollm2-135m
+suite: ofline  #! suite: unknown suite 'ofline': did you mean offline
+calibrations:
+  a: python-stdlb  #! calibrations.a: unknown source 'python-stdlb': did you mean python-stdlib
+  b: a:1,a:2  #! calibrations.b: calibration 'a:1,a:2' names 'a' twice
+  c: ./none.jsonl  #! calibrations.c: there is no file
+  none: news  #! calibrations.none: 'none' is reserved for
+  e: {from: sgs, packing: window}  #! calibrations.e: 'packing' has no effect with sgs
+methods:
+  sparsegpt: 0.5
+  gptq: 1.5 bits  #! methods.gptq: gptq takes 2 to 8 bits, not 1.5
+sources:  #! sources: s.yaml: source 'mine'
+  mine: {red: 1}
+grids:
+  - calibrations:
+      - a
+      - zz  #! grids.0.calibrations.1: unknown 'zz': known
+    models: [q]  #! grids.0.models.0: unknown 'q': known: m
+  - {methods: {magnitude: 0.5}, recovery: distill}  #! grids.1.recovery: no effect with magnitude
+  - {recovery: none}
+""",
+    "keys at the top apply to the grids": NEWS
+    + """\
+methods: {magnitude: 0.5}
+recovery: distill
+grids:
+  - methods: {wanda: 0.5}
+""",
+    "twins": NEWS
+    + """\
+methods: {wanda: 0.5, 'wanda,refit=0': 0.6}  #! methods: two names mean the same method:
+""",
+    "no sets": HEAD
+    + """\
+calibrations: {}  #! calibrations: Dictionary should have at least 1
+methods: {wanda: 0.5}
+seeds: []  #! seeds: List should have at least 1
+""",
+    "no trials": NEWS.replace("\n", "  #! methods: the grid has no trials\n", 1),
+    "declaration": DECLARES
+    + """\
+primary: rigth  #! primary: must be 'right'
+margin: 0  #! margin: must be greater
+exclude: {arc_easy: ''}  #! exclude.arc_easy: String should match
+amends: {study: t}  #! amends: lacks 'reason'
+comparisons:
+  - {name: x, of: {calibration: a}, over: {method: wanda}}  #! comparisons.0: 'of' and 'over' must
+  - name: y
+    of: {calibration: a, best_of: [a, b]}  #! comparisons.1.of: give one of 'calibration' and 'be
+    over: {calibration: b}
+  - {name: z, of: {calibration: a}, over: {calibration: a}}  #! comparisons.2: 'of' and 'over' are
+  - name: w  #! comparisons.3: 'where.calibrations' has no effect: 'of' and 'over' name it
+    of: {calibration: a}
+    over: {calibration: b}
+    where: {calibrations: c}
+  - name: v  #! comparisons.4: 'predict' must be two numbers, the lower one first
+    of: {calibration: a}
+    over: {calibration: b}
+    predict: [3, 1]
+  - name: u
+    of: {target: 60}  #! comparisons.5.of.target: sparsity 60 is above 1: did you mean 0.6?
+    over: {target: 0.5}
+    refuted: {}  #! comparisons.5.refuted: give 'below' or 'above'
+""",
+    "declared names": DECLARES
+    + """\
+exclude: {arc_esy: x}  #! exclude.arc_esy: the suite has no such task: did you mean arc_easy
+amends: {study: s, reason: x}  #! amends.study: a study cannot amend itself
+comparisons:
+  - name: x
+    of: {calibration: mx}  #! comparisons.0.of.calibration: the study has no 'mx': did you mean mix
+    over: {best_of: [a, d]}  #! comparisons.0.over.best_of: the study has no 'd': known
+  - name: x  #! comparisons.1.name: two comparisons have this name
+    of: {method: wanda}  #! comparisons.1.of.method: the study has no 'wanda'
+    over: {method: admm}
+    where:
+      targets: [0.7]  #! comparisons.1.where.targets: the study has no '70%':
+      models: [q]  #! comparisons.1.where.models: the study has no 'q'
+      recoveries: blocks  #! comparisons.1.where.recoveries: the study has no 'blocks'
+""",
+}
 
 
-def test_pruned_and_quantised_target():
-    study = parsed(NEWS + "methods: {'sparsegpt,bits=4': 0.5}\n")
-    assert [trial.label for trial in plan(study)] == ["a sparsegpt,bits=4 50% seed 0"]
+@pytest.mark.parametrize("text", MISTAKEN.values(), ids=MISTAKEN)
+def test_mistakes_name_their_line(text):
+    lines = [line.partition("  #! ")[2] for line in text.splitlines()]
+    wanted = [f"s.yaml line {number}: {said}" for number, said in enumerate(lines, 1) if said]
+    actual = problems(text)
+    assert [line[: len(start)] for line, start in zip(actual, wanted, strict=True)] == wanted
+
+
+def test_first_mistake_of_a_file(tmp_path):
+    Path("s.yaml").write_text(HEAD + "suit: 1\n", encoding="utf-8")
+    with pytest.raises(InputError, match=r"line 1: lacks 'calibrations' \(and 1 more: calmix"):
+        load_study(Path("s.yaml"))
 
 
 @pytest.mark.parametrize("path", sorted(Path(__file__).parents[2].glob("studies/*.yaml")))
@@ -222,84 +266,35 @@ def test_committed_studies_are_valid(path, monkeypatch):
         assert check_study(path)[1] == []
 
 
-def test_options_without_effect_name_their_line():
-    text = (
-        "methods: {wanda: 0.5}\ngrids:\n"
-        "  - {methods: {magnitude: 0.5}, recovery: distill}\n  - {recovery: none}\n"
-    )
-    assert problems(NEWS + text) == ["s.yaml line 6: grids.0.recovery: no effect with magnitude"]
-    grid = "grids:\n  - methods: {wanda: 0.5}\n"  # keys at the top apply to the grids
-    assert not problems(NEWS + "methods: {magnitude: 0.5}\nrecovery: distill\n" + grid)
-    (line,) = problems(NEWS + "methods:\n  wanda,damping=1: 0.5\n")
-    assert line.endswith("damping has no effect with method wanda: known: bits, group, refit")
-    (line,) = problems(NEWS + "methods: {wanda: 0.5, 'wanda,refit=0': 0.6}\n")
-    assert line.startswith("s.yaml line 4: methods: two names mean the same method: ")
-
-
-def test_empty_grids_and_invalid_files(tmp_path):
-    for text, says in (
-        (
-            HEAD + "calibrations: {}\nmethods: {wanda: 0.5}\n",
-            "calibrations: Dictionary should have at least 1",
-        ),
-        (NEWS, "methods: the grid has no trials"),
-        (NEWS + "methods: {wanda: 0.5}\nseeds: []\n", "seeds: List should have at least 1"),
-        ("name: s\nmodels: []\ncalibrations: {a: news}\nmethods: {wanda: 0.5}\n", "at least 1"),
-        (HEAD + "suit: 1\n", r"line 1: lacks 'calibrations' \(and 1 more: calmix"),
-    ):
-        (tmp_path / "s.yaml").write_text(text, encoding="utf-8")
-        with pytest.raises(InputError, match=says):
-            load_study(tmp_path / "s.yaml")
-
-
 def test_own_sources_are_relative_to_the_file(tmp_path):
     (tmp_path / "notes.txt").write_text("a b c", encoding="utf-8")
     own = "sources:\n  mine: {reader: {type: file, path: notes.txt}}\n"
     text = HEAD + own + "calibrations: {a: mine}\nmethods: {wanda: 0.5}\n"
     study = parsed(text)
     assert [d.text for d in study.own["mine"].documents()] == ["a b c"]
-    (line,) = problems(NEWS + "methods: {wanda: 0.5}\nsources:\n  mine: {red: 1}\n")
-    assert line.startswith("s.yaml line 5: sources: s.yaml: source 'mine'")
 
 
 @pytest.mark.real
-def test_conditions_include_recovery(tmp_path):
-    text = (
-        NEWS + "methods: {sparsegpt: 0.6, magnitude: 0.5}\n"
-        "recovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"
-    )
-    study = parsed(text)
-    trials = plan(study)
-    assert len({trial.condition for trial in trials}) == len(trials) == 4
-    actual = {one.recipe: one.definition for one in resolve_all(study, trials)}
-    assert "recovery" not in actual["magnitude"]
-    request = actual["sparsegpt + blocks"]
-    assert request["recovery"] == {"method": "blocks", "epochs": 2, "lr": 3e-3, "batch": 4}
-    assert actual["sparsegpt + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
-
-
-def test_statistics_identify_trials():
+def test_recovery_and_statistics_identify_trials():
     """Trials of stores without a word of statistics were plain."""
-    methods = "methods: {sparsegpt: 0.5, magnitude: 0.5, llama: Q4_K_M, ggml: [Q2_K, IQ3_S]}\n"
-    requests = {}
+    methods = "methods: {sparsegpt: 0.5, magnitude: 0.5, llama: Q4_K_M}\n"
+    recovery = "recovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"
+    requests = []
     for said in ("", "statistics: robust\n", "statistics: plain\n"):
-        study = parsed(NEWS + methods + said)
-        trials = resolve_all(study, plan(study))
-        requests[said] = {one.request.method: (one.definition, one.id) for one in trials}
-    default, robust, plain = requests.values()
+        trials = plan(study := parsed(NEWS + methods + recovery + said))
+        assert len({trial.condition for trial in trials}) == len(trials) == 7
+        requests.append({one.recipe: one.definition for one in resolve_all(study, trials)})
+    default, robust, plain = requests
     assert default == robust
     both = "robust, targets of the dense model"
-    assert robust["sparsegpt"][0] == plain["sparsegpt"][0] | {"statistics": both}
-    assert "statistics" not in plain["sparsegpt"][0]
+    assert robust["sparsegpt"] == plain["sparsegpt"] | {"statistics": both}
+    assert "statistics" not in plain["sparsegpt"]
     for name in ("magnitude", "llama"):
         assert robust[name] == plain[name]
-
-
-DECLARES = (
-    HEAD + "calibrations: {a: news, b: books, c: stories, mix: 'uniform:news,books'}\n"
-    "grids:\n  - methods: {sparsegpt: [0.5, 0.6]}\n    seeds: [0, 1]\n"
-    "  - {methods: {admm: 0.5}, calibrations: [a, mix], recovery: [none, distill]}\n"
-)
+        assert "recovery" not in robust[name]
+    request = robust["sparsegpt + blocks"]["recovery"]
+    assert request == {"method": "blocks", "epochs": 2, "lr": 3e-3, "batch": 4}
+    assert robust["sparsegpt + distill,lr=0.002"]["recovery"]["lr"] == 2e-3
 
 
 def compared(*lines):
@@ -369,61 +364,7 @@ def test_declaration_hash():
         assert hashed(*change) == same, change
 
 
-def test_declaration_errors_name_their_line():
-    text = DECLARES + (
-        "primary: rigth\nmargin: 0\nexclude: {arc_easy: ''}\namends: {study: t}\n"
-        "comparisons:\n"
-        "  - {name: x, of: {calibration: a}, over: {method: wanda}}\n"
-        "  - {name: y, of: {calibration: a, best_of: [a, b]}, over: {calibration: b}}\n"
-        "  - {name: z, of: {calibration: a}, over: {calibration: a}}\n"
-        "  - {name: w, of: {calibration: a}, over: {calibration: b}, where: {calibrations: c}}\n"
-        "  - {name: v, of: {calibration: a}, over: {calibration: b}, predict: [3, 1]}\n"
-        "  - {name: u, of: {calibration: a}, over: {calibration: b}, refuted: {}}\n"
-        "  - {name: t, of: {target: 60}, over: {target: 0.5}}\n"
-    )
-    names = DECLARES + (
-        "exclude: {arc_esy: x}\namends: {study: s, reason: x}\ncomparisons:\n"
-        "  - {name: x, of: {calibration: mx}, over: {best_of: [a, d]}}\n"
-        "  - name: x\n    of: {method: wanda}\n    over: {method: admm}\n"
-        "    where:\n      targets: [0.7]\n      models: [q]\n      recoveries: blocks\n"
-    )
-    for value, wanted in (
-        (
-            text,
-            [
-                (8, "primary: must be 'right'"),
-                (9, "margin: must be greater"),
-                (10, "exclude.arc_easy: String should match"),
-                (11, "amends: lacks 'reason'"),
-                (
-                    13,
-                    "comparisons.0: 'of' and 'over' must name the same keys: one lacks 'calib",
-                ),
-                (14, "comparisons.1.of: give one of 'calibration' and 'best_of'"),
-                (15, "comparisons.2: 'of' and 'over' are the same"),
-                (16, "comparisons.3: 'where.calibrations' has no effect: 'of' and 'over' name it"),
-                (17, "comparisons.4: 'predict' must be two numbers, the lower one first"),
-                (18, "comparisons.5.refuted: give 'below' or 'above'"),
-                (19, "comparisons.6.of.target: sparsity 60 is above 1: did you mean 0.6?"),
-            ],
-        ),
-        (
-            names,
-            [
-                (8, "exclude.arc_esy: the suite has no such task: did you mean arc_easy"),
-                (9, "amends.study: a study cannot amend itself"),
-                (11, "comparisons.0.of.calibration: the study has no 'mx': did you mean mix"),
-                (11, "comparisons.0.over.best_of: the study has no 'd': known"),
-                (12, "comparisons.1.name: two comparisons have this name"),
-                (13, "comparisons.1.of.method: the study has no 'wanda'"),
-                (16, "comparisons.1.where.targets: the study has no '70%': "),
-                (17, "comparisons.1.where.models: the study has no 'q'"),
-                (18, "comparisons.1.where.recoveries: the study has no 'blocks'"),
-            ],
-        ),
-    ):
-        for line, (number, words) in zip(problems(value), wanted, strict=True):
-            assert line.startswith(f"s.yaml line {number}: {words}"), line
+def test_primary_measure_and_comparisons_without_pairs():
     for more, primary in (
         ("", "primary"),
         ("suite: abilities\n", "right"),
@@ -431,17 +372,11 @@ def test_declaration_errors_name_their_line():
         ("suite: abilities\nprimary: accuracy\n", "accuracy"),
     ):
         assert parsed(DECLARES + more).primary == primary
-    for line, says in (
-        ("{name: x, of: {calibration: b}, over: {calibration: a}, where: {methods: admm}}", " at"),
-        (
-            "{name: x, of: {method: admm}, over: {method: sparsegpt}, where: {targets: [.5, .6]}}",
-            "alike at 60%: add",
-        ),
-        (
-            "{name: x, of: {calibration: mix, recovery: distill},"
-            " over: {calibration: b, recovery: none}}",
-            "alike: add",
-        ),
+    mixed = "{recovery: distill, calibration: mix}, over: {recovery: none, calibration: b}"
+    for sides, says in (
+        ("{calibration: b}, over: {calibration: a}, where: {methods: admm}", " at"),
+        ("{method: admm}, over: {method: sparsegpt}, where: {targets: [.5, .6]}", "alike at 60%"),
+        (mixed, "alike: add"),
     ):
         with pytest.raises(InputError, match=rf"s\.yaml line 9: comparison 'x' has no .*{says}"):
-            compared(line)
+            compared(f"{{name: x, of: {sides}}}")
