@@ -82,6 +82,11 @@ def interrupts(calmix, words, stages):
             yield calmix(*words)
 
 
+def names(folder):
+    """Return the names of what is in a folder."""
+    return " ".join(sorted(path.name for path in folder.iterdir()))
+
+
 def damage(file):
     """Change the last bit of a file."""
     raw = file.read_bytes()

@@ -17,23 +17,15 @@ from calmix.errors import ModelError
 from calmix.models.opening import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
-from tests.compress.conftest import arguments, damage, finish, interrupts
+from tests.compress.conftest import arguments, damage, finish, interrupts, names
 from tests.pruning.test_imatrix import save_gguf, vectors
 from tests.tiny import save_tiny_model, tiny_gguf
 
 STAGES = ["calibrate", "prune", "export", "evaluate", "report"]
-FILES = [
-    "Modelfile",
-    "README.md",
-    "calibration",
-    "card.html",
-    "compress-run.json",
-    "compress.json",
-    "model.gguf",
-    "model.gguf.json",
-    "recipe.yaml",
-    "scores.json",
-]
+FILES = (
+    "Modelfile README.md calibration card.html compress-run.json compress.json model.gguf "
+    "model.gguf.json recipe.yaml scores.json"
+)
 
 
 @pytest.fixture(scope="session")
@@ -62,14 +54,14 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_file(calmix, words, co
         assert (out / "quantised").exists() == (done == 2)
     ended = calmix(*words(out)).ok()
     assert ended.err.count("already done") == len(STAGES) - 1
-    assert sorted(path.name for path in out.iterdir()) == FILES
+    assert names(out) == FILES
     assert (out / "model.gguf").read_bytes() == (compressed / "model.gguf").read_bytes()
     record = read_compressed(out)
     assert [one.split()[1] for one in record["commands"].values()] == STAGES
     # What is scored is the file.
-    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
-    assert scores["model"]["name"] == str(out / "model.gguf")
-    assert scores["model"]["sha256"] == open_model(out / "model.gguf").fingerprint
+    scored = json.loads((out / "scores.json").read_text(encoding="utf-8"))["model"]
+    file = out / "model.gguf"
+    assert (scored["name"], scored["sha256"]) == (str(file), open_model(file).fingerprint)
     named = [line.split(": ")[0] for line in ended.out.splitlines()[1:]]
     assert named == ["size", "speed", "types", "run", "run", "card", "next"]
     assert f"run: llama-cli -m {out}/model.gguf" in ended.out
@@ -199,7 +191,7 @@ def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp
     assert "calibrat" not in calmix(*words, "--dry-run").ok().out
     ended = calmix(*words).ok()
     assert "--method llama,type=Q4_0" in ended.err
-    assert sorted(path.name for path in out.iterdir()) == [n for n in FILES if n != "calibration"]
+    assert names(out) == FILES.replace("calibration ", "")
     text = (out / "card.html").read_text(encoding="utf-8")
     assert f"The text of the importance matrix {matrix} is not known." in text
     assert calmix(*words).ok().err.count("already done") == 3

@@ -72,21 +72,18 @@ def older_folder(out, _):
     changed(out / "compress.json", lambda value: value.pop("stages"))
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (swap_model, "model was made on another request (method: magnitude, now distill)"),
-        (lambda out, _: other_weights(out / "model"), "scores.json was made from "),
-        (unlisted_weights, ".safetensors is damaged or changed"),
-        (other_scores, "(000000000000), but "),
-        (older_folder, "was made by an older calmix, which did not record what its results were"),
-    ],
-)
-def test_results_of_another_run_are_refused(calmix, lines, out, tiny_folder, change, said):
-    def remake(verb, *words):
-        calmix(verb, tiny_folder, *words).ok()
+OTHERS = {
+    "model was made on another request (method: magnitude, now distill)": swap_model,
+    "scores.json was made from ": lambda out, _: other_weights(out / "model"),
+    ".safetensors is damaged or changed": unlisted_weights,
+    "(000000000000), but ": other_scores,
+    "was made by an older calmix, which did not record what its results were": older_folder,
+}
 
-    change(out, remake)
+
+@pytest.mark.parametrize(("said", "change"), OTHERS.items())
+def test_results_of_another_run_are_refused(calmix, lines, out, tiny_folder, said, change):
+    change(out, lambda verb, *words: calmix(verb, tiny_folder, *words).ok())
     for line in lines(out):
         assert said in line
 

@@ -10,18 +10,11 @@ import text_metrics as metrics
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
-from text_metrics import correlate, least_p, orders, permutation_p, unit_ranks
+from text_metrics import least_p, orders, permutation_p, unit_ranks
 
-from calmix.study.cells import tables
-from tests.synthetic import informed
 from tests.test_properties import SEEDS, grams, token_rows
 
 pytestmark = pytest.mark.long
-
-
-def of(plan, **how):
-    results, known = informed(plan)
-    return correlate(tables(results, "primary"), results.trials, known, **how)
 
 
 @given(ids=token_rows(), other=token_rows(), n=st.integers(1, 4))

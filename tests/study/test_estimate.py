@@ -38,14 +38,14 @@ def test_plan_counts_shared_work_once(tiny_study):
 
 def test_remote_code_needs_permission(tiny_study, tiny_folder, tmp_path):
     folder = shutil.copytree(tiny_folder, tmp_path / "own")
-    code = "from transformers import LlamaConfig, LlamaForCausalLM\n"
-    code += "class Own(LlamaConfig):\n    model_type = 'own'\n"
-    code += "class Model(LlamaForCausalLM):\n    config_class = Own\n"
-    (folder / "own.py").write_text(code)
-    config = json.loads((folder / "config.json").read_text()) | {
-        "model_type": "own",
-        "auto_map": {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"},
-    }
+    (folder / "own.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
+        "class Model(LlamaForCausalLM):\n    config_class = Own\n"
+    )
+    code = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": code}
     (folder / "config.json").write_text(json.dumps(config))
     study = load_study(tiny_study((str(tiny_folder), str(folder))))
     assert estimate.estimate(study, "cpu", trust_remote_code=True)["trials"] == 6

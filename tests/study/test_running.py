@@ -389,25 +389,19 @@ def test_recovery_matches_its_steps(tiny_study, tmp_path):
         "keep_checkpoints: true\nright_only: true\n",
     )
     seen = run(path, tmp_path / "store", only=["mix*", "magnitude*"])
-    assert (seen.errors, seen.ran) == (
-        {},
-        [
-            "magnitude + embeddings 4 50%",
-            "mix ecq + embeddings 4 3 bits seed 0",
-            "mix ecq + embeddings 4 + distill,epochs=1,lr=0.03 3 bits seed 0",
-        ],
-    )
+    plain, last = "ecq + embeddings 4", "ecq + embeddings 4 + distill,epochs=1,lr=0.03"
+    labels = [f"mix {recipe} 3 bits seed 0" for recipe in (plain, last)]
+    assert (seen.errors, seen.ran) == ({}, ["magnitude + embeddings 4 50%", *labels])
     store, study = open_store(tmp_path / "store"), load_study(path)
     entries = {entry.label: entry for entry in store.index.trials}
+    assert store.result(entries[labels[1]]).trial.method == last
     _, plain, last = folders = [store.trial(entries[label].id) for label in seen.ran]
     data = json.loads((last / "request.json").read_text(encoding="utf-8"))
     assert data["recovery"] == {"method": "distill", "epochs": 1, "lr": 0.03, "batch": 4}
     names = ("pruning", "recovery", "request", "result", "scores")
     files = [f"{name}.json" for name in names]
     assert sorted(path.name for path in last.iterdir()) == ["checkpoint", *files]
-    trial = store.result(entries[seen.ran[-1]]).trial
-    assert trial.method == "ecq + embeddings 4 + distill,epochs=1,lr=0.03"
-    assert trial.seconds["recover"] > 0
+    assert store.result(entries[seen.ran[-1]]).trial.seconds["recover"] > 0
     # Trials that differ only in recovery share one pruning run, timings included.
     assert (plain / "pruning.json").read_bytes() == (last / "pruning.json").read_bytes()
     for folder in folders:
