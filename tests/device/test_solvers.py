@@ -46,10 +46,10 @@ def test_solve_reads_few_numbers(how):
         def made(*shape, dtype=torch.float32):
             return torch.randn(*shape, dtype=dtype, device=CUDA)
 
-        weights = [made(rows, 192, dtype=dtype) for rows in (24, 40)]
-        weights.append(made(192, 8, dtype=dtype).T)
+        weights = [made(rows, 160, dtype=dtype) for rows in (24, 40)]
+        weights.append(made(160, 8, dtype=dtype).T)
         needs = method.needs
-        statistic = None if needs is None else made(*(192,) * (2 if needs is Gram else 1))
+        statistic = None if needs is None else made(*(160,) * (2 if needs is Gram else 1))
         solved = method.solve(weights, statistic, [pattern] * 3)
         assert on_device(*solved.weights)
         assert [w.shape for w in solved.weights] == [w.shape for w in weights]

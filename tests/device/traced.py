@@ -21,33 +21,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-READS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "is_nonzero",
-    "equal",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "repeat_interleave",
-    "allclose",
-}
+READS = {"_local_scalar_dense", "nonzero", "equal"}
 SELECTS = {"index", "index_put", "index_put_", "_index_put_impl_"}
-FREE = {
-    "device",
-    "sym_size",
-    "sym_stride",
-    "sym_numel",
-    "detach",
-    "empty",
-    "empty_like",
-    "new_empty",
-    "empty_strided",
-    "_unsafe_view",
-    "_reshape_alias",
-    "lift_fresh",
-}
 COPIES = {"_to_copy", "copy_", "_copy_from"}
 
 
@@ -57,7 +32,7 @@ class Traced(TorchDispatchMode):
     Attributes:
         reads: times the host waits for numbers, by operation.
         copies: tensors that go from one device to another, by (from, to).
-        operations: all operations that start work, by name; views start none.
+        operations: all operations on the device, by name.
     """
 
     def __init__(self) -> None:
@@ -91,9 +66,6 @@ class Traced(TorchDispatchMode):
         if name == "where" and len(args) == 1:  # the same, a tensor for each dimension
             self.reads[name] += away
             return [args[0].new_zeros(args[0].numel(), dtype=torch.int64) for _ in args[0].shape]
-        if name == "_unique2":  # as if all were distinct
-            found = args[0].reshape(-1)
-            return found, found.new_zeros(args[0].shape, dtype=torch.int64), found
         if func.overloadpacket is aten.scaled_dot_product_attention:
             found = _attended(*args, **kwargs)
         elif "out" in kwargs and isinstance(kwargs["out"], Tensor):
@@ -107,8 +79,6 @@ class Traced(TorchDispatchMode):
             ends = args[1 if name == "copy_" else 0].device.type, made[0].device.type
             if ends[0] != ends[1]:
                 self.copies[ends] += 1
-        if name in FREE or func.is_view:
-            return found
         if any(t.device.type != "cpu" for t in (*given, *made)):
             self.operations[name] += 1
         return found

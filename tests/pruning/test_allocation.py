@@ -1,15 +1,32 @@
-"""Patterns by layer, in Python."""
+"""Patterns by layer, types or whole bits by measured loss: the assignment, its budget and the pass
+that measures."""
+
+import itertools
+import re
 
 import pytest
 import torch
 
 from calmix.errors import InputError
-from calmix.models.blocks import find_blocks
-from calmix.pruning.allocation import allocate
-from calmix.pruning.engine import prune
-from calmix.pruning.patterns import SemiStructured, Unstructured
+from calmix.models.blocks import find_blocks, outer_layers
+from calmix.pruning import allocation
+from calmix.pruning.allocation import (
+    LOGIT,
+    LossPass,
+    allocate,
+    cheapest,
+    file_bytes,
+    file_weights,
+    types_for,
+)
+from calmix.pruning.engine import prune, run_through
+from calmix.pruning.methods import get_method
+from calmix.pruning.patterns import Mixed, SemiStructured, Unstructured, as_pattern
+from calmix.pruning.solvers.ggml_types import TYPES
 from calmix.pruning.solvers.grids import Asymmetric, Symmetric
-from tests.tiny import tiny_ids, tiny_model
+from calmix.pruning.solvers.libggml import quantise
+from tests.pruning.test_engine import input_gram
+from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
 
 
 def test_pattern_mapping():
@@ -56,3 +73,103 @@ def test_nearest_levels(kind):
         errors.append(float((rounded - weight).square().mean()))
     assert errors == sorted(errors, reverse=True)
     assert errors[0] < 0.25 * float(weight.square().mean())
+
+
+def test_the_assignment_is_the_best_of_all_at_a_budget_on_its_hull():
+    rng = torch.Generator().manual_seed(0)
+    choices = {
+        name: [
+            (size, float(torch.rand((), generator=rng)) / size, str(size)) for size in (2, 3, 4, 7)
+        ]
+        for name in "abcde"
+    }
+    every = [dict(zip(choices, some, strict=True)) for some in itertools.product(*choices.values())]
+    met = 0
+    for budget in range(10, 36):
+        chosen = cheapest(choices, budget)
+        taken = {n: next(one for one in choices[n] if one[2] == chosen[n]) for n in choices}
+        size = sum(one[0] for one in taken.values())
+        assert size <= budget
+        loss = sum(one[1] for one in taken.values())
+        best = min(
+            sum(one[1] for one in each.values())
+            for each in every
+            if sum(one[0] for one in each.values()) <= size
+        )
+        met += loss <= best + 1e-9
+        assert loss < 1.15 * best
+    assert met > 15
+    # A choice that is larger and no better is never taken.
+    assert cheapest({"a": [(1, 0.5, "x"), (2, 0.6, "y"), (3, 0.1, "z")]}, 9) == {"a": "z"}
+
+
+def test_losses_are_those_of_the_library_on_the_inputs_of_the_dense_model():
+    pytest.importorskip("libggml")
+    model, ids = tiny_model("llama", tie_word_embeddings=False), tiny_ids()
+    before = [p.clone() for p in model.parameters()]
+    look = LossPass(model, find_blocks(model))
+    run_through(look, ids, 5 * 32)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+    assert look.losses.keys() == {one.name for one in find_blocks(model).layers} | {
+        "lm_head",
+        "model.embed_tokens",
+    }
+    layer = find_blocks(model).layers[3]
+    squares = input_gram(model, layer.module, ids).diagonal().float()
+    after = quantise(layer.view(), squares, name="IQ4_NL").values()
+    energy = layer.view().square() @ squares
+    wrong = (after - layer.view()).square() @ squares
+    found = look.losses[layer.name]["IQ4_NL"]
+    assert found == pytest.approx(float(wrong.sum() / energy.sum()), rel=0.02)
+    head, inputs = model.lm_head.weight, input_gram(model, model.lm_head, ids).diagonal().float()
+    wrong = quantise(head, inputs, name="Q4_0").values() - head
+    logit = float((wrong.square() @ inputs).mean()) / ids.numel()
+    assert look.losses["lm_head"]["Q4_0"] == pytest.approx(LOGIT * logit, rel=0.02)
+    assert [kind.name for kind in types_for(512)][:2] == ["IQ2_XXS", "IQ2_XS"]
+    assert {kind.size for kind in types_for(96)} == {32}
+
+
+@pytest.mark.parametrize("case", quick([(False, 3.0)], [(True, 4.7)]))
+def test_a_file_has_at_most_the_bits_asked_for(case, monkeypatch):
+    pytest.importorskip("libggml")
+    tied, bits = case
+    slow = [name for name in TYPES if name.startswith(("IQ2", "IQ3"))]  # to make their codebooks
+    monkeypatch.setattr(allocation, "TYPES", {k: v for k, v in TYPES.items() if k not in slow})
+    settings = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    model, ids = tiny_model("llama", tie_word_embeddings=tied, **settings), tiny_ids()
+    types = allocate(model, ids, f"{bits} bits")
+    size = file_bytes(model, types)
+    assert 0.98 * bits < 8 * size / file_weights(model) <= bits
+    assert len({one.type for one in types.values()}) > 2
+    report = prune(model, ids, method="ggml", pattern=types)
+    written = sum(one.rows * one.columns * one.bits / 8 for one in (*report.layers, *report.outer))
+    dense = [p for p in model.parameters() if p.ndim == 1]
+    assert size == pytest.approx(written + sum(4 * p.numel() for p in dense), abs=32 * 40)
+    assert {one.name for one in report.outer} == set(outer_layers(model))
+
+
+def test_the_target_is_given_once_and_within_reach(calmix, text_file, tmp_path):
+    pytest.importorskip("libggml")
+    assert get_method("ggml,bits=3.4").aim(None)[1] == Mixed(3.4) == as_pattern("3.4 bits mixed")
+    assert get_method("ggml").aim(as_pattern("3.4 bits"))[1] == Mixed(3.4)
+    with pytest.raises(InputError, match="the type is given twice: Q3_K_M and 3"):
+        get_method("ggml,type=Q3_K_M,bits=3").aim(None)
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    command = ("prune", folder, "--calibration", text_file, "--rows", 4, "--length", 32)
+    common = (*command, "--leakage", "off", "-o", tmp_path / "out", "--method")
+    for method, says in (
+        ("ggml,bits=3", "3 bits per weight are out of reach: GGUF files of this model have 4."),
+        ("ggml,bits=8.9", "8.9 bits per weight are out of reach: GGUF files of this model have 4."),
+    ):
+        assert says in calmix(*common, method).line
+    assert "--embeddings has no effect" in calmix(*common, "ggml", "--embeddings", 4).line
+    assert not (tmp_path / "out").exists()
+    odd = tiny_model("llama", intermediate_size=40)
+    with pytest.raises(InputError, match=r"no type of GGML fits the 40 inputs of .* --skip"):
+        allocate(odd, tiny_ids(), "5 bits")
+    told = calmix(*common, "ggml,bits=5.5", "--dry-run").ok()
+    assert "of tensors in a GGUF file" in told.out
+    made = calmix(*common, "ggml,bits=5.5").ok().out
+    assert "matrices by type: " in made
+    assert "IQ4_NL" in made
+    assert 5.3 < float(re.search(r"^(\S+) bits per weight: ", made, re.MULTILINE)[1]) <= 5.5

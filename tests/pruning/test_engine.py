@@ -46,9 +46,7 @@ def input_gram(model, module, ids):
 
 @pytest.mark.parametrize(
     "kind",
-    quick(
-        ["llama", "gpt2", "phi3", "bloom", "qwen2_moe", "granitemoe"], (*ARCHITECTURES, *MIXTURES)
-    ),
+    quick(["phi3", "bloom", "qwen2_moe", "granitemoe"], (*ARCHITECTURES, *MIXTURES)),
 )
 def test_architectures_are_pruned_exactly(kind):
     model, ids = tiny_model(kind), tiny_ids()
@@ -80,8 +78,7 @@ def test_architectures_are_pruned_exactly(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "method", "paused"),
-    [("llama", "sparsegpt", 0), ("bloom", "sparsegpt", 2), ("gemma4_text", "wanda", 1)],
+    ("kind", "method", "paused"), [("llama", "sparsegpt", 0), ("gemma4_text", "wanda", 1)]
 )
 def test_restarted_blocks_give_the_same_bytes(kind, method, paused):
     """Of 12 rows in micro-batches of 5 the last one is smaller."""
@@ -127,14 +124,13 @@ def test_autocast_stays_inside_the_block(paused):
         assert ours.error == pytest.approx(theirs.error, rel=0.2)
 
 
-@pytest.mark.parametrize("around", [torch.autocast("cpu", torch.bfloat16), torch.enable_grad()])
-def test_caller_settings_do_not_matter(around):
-    """Autocast, and training mode, which is what it was again afterwards."""
+def test_caller_settings_do_not_matter():
+    """Autocast, gradients, and training mode, which is what it was again afterwards."""
     model, plain = tiny_model("gpt2"), tiny_model("gpt2")
     model.train()
     model.transformer.h[0].attn.eval()
     modes = [module.training for module in model.modules()]
-    with around:
+    with torch.autocast("cpu", torch.bfloat16), torch.enable_grad():
         prune(model, tiny_ids(), pattern=HALF)
     prune(plain, tiny_ids(), pattern=HALF)
     assert [module.training for module in model.modules()] == modes
@@ -142,7 +138,7 @@ def test_caller_settings_do_not_matter(around):
 
 
 @pytest.mark.parametrize("massive", [1.0, 1e3])
-@pytest.mark.parametrize("name", ["admm", "sparsegpt", "wanda,refit=4", "sparsegpt,refit=4"])
+@pytest.mark.parametrize("name", ["admm", "sparsegpt,refit=4"])
 def test_reported_errors_are_exact(name, massive):
     """The undamped share of output energy that the weights lose as they are stored."""
     x = torch.randn(500, 96, generator=torch.Generator().manual_seed(0)) + 0.3
@@ -165,21 +161,18 @@ def test_reports_count_masked_weights():
     assert sum(int((w == 0).sum()) for w in weights_of(model).values()) > report.pruned
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_engine_leaves_no_hooks(fails, monkeypatch):
+def test_engine_leaves_no_hooks(monkeypatch):
+    """Whether it fails or not."""
     model = tiny_model("llama")
-    if fails:
-        monkeypatch.setattr("calmix.pruning.engine.LayerReport", lambda *given: 1 / 0)
+    with monkeypatch.context() as patched:
+        patched.setattr("calmix.pruning.engine.LayerReport", lambda *given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             prune(model, tiny_ids(), pattern=HALF)
-    else:
-        prune(model, tiny_ids(), pattern=HALF)
+    prune(model, tiny_ids(), pattern=HALF)
     for module in model.modules():
         assert "forward" not in module.__dict__
         assert not module._forward_pre_hooks
         assert not module._forward_hooks
-    with torch.no_grad():
-        model(tiny_ids())
 
 
 # What is wrong with a model
@@ -247,50 +240,36 @@ def half_in_bfloat16():
 
 def piece_by_piece():
     """Its blocks run several times a row, with states of their own in between."""
-    config = AutoConfig.for_model(
-        "xlstm",
-        vocab_size=320,
-        hidden_size=64,
-        embedding_dim=64,
-        num_heads=2,
-        num_blocks=2,
-        num_hidden_layers=2,
-        qk_dim_factor=1.0,
-        chunk_size=16,
-        max_inference_chunksize=16,
-    )
+    sizes = {"vocab_size": 320, "hidden_size": 64, "embedding_dim": 64, "num_heads": 2}
+    sizes |= {"num_blocks": 2, "num_hidden_layers": 2, "qk_dim_factor": 1.0, "chunk_size": 16}
+    config = AutoConfig.for_model("xlstm", max_inference_chunksize=16, **sizes)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
 
 
 @pytest.mark.parametrize(
-    ("model", "ids", "pattern", "kind", "says"),
+    ("model", "says"),
     [
-        (
-            lambda: "a/b",
-            tiny_ids(),
-            0.5,
-            InputError,
-            r"open it first with calmix\.open_model\('a/b'\)\.model",
-        ),
-        (lambda: torch.nn.Linear(4, 4), tiny_ids(), 0.5, ModelError, "no list of decoder blocks"),
-        (
-            half_in_bfloat16,
-            tiny_ids(),
-            0.5,
-            ModelError,
-            "LlamaModel does not run on token ids in bfloat16: exp",
-        ),
-        (piece_by_piece, tiny_ids(), 0.5, ModelError, r"rows of 32 tokens .* a shorter --length"),
-        (None, None, 0.5, InputError, "^sparsegpt needs calibration ids"),
-        (None, torch.zeros(3, dtype=torch.int64), 0.5, InputError, "needs calibration ids"),
-        (None, out_of_vocabulary(-1), 0.5, ModelError, r"no embedding for token id -1 \(the last"),
-        (None, out_of_vocabulary(320), 0.5, ModelError, r"no embedding for token id 320 \(the"),
-        (None, tiny_ids(), "2:5", InputError, "does not divide"),
+        (lambda: "a/b", r"open it first with calmix\.open_model\('a/b'\)\.model"),
+        (lambda: torch.nn.Linear(4, 4), "no list of decoder blocks"),
+        (half_in_bfloat16, "LlamaModel does not run on token ids in bfloat16: exp"),
+        (piece_by_piece, r"rows of 32 tokens .* a shorter --length"),
     ],
 )
-def test_invalid_requests_change_nothing(model, ids, pattern, kind, says):
-    made = tiny_model("llama") if model is None else model()
-    before = weights_of(made) if model is None else {}
-    with pytest.raises(kind, match=says):
-        prune(made, ids, pattern=pattern)
-    assert all(torch.equal(weights_of(made)[name], weight) for name, weight in before.items())
+def test_unsupported_models_are_refused(model, says):
+    with pytest.raises((InputError, ModelError), match=says):
+        prune(model(), tiny_ids(), pattern=0.5)
+
+
+def test_invalid_requests_change_nothing():
+    model = tiny_model("llama")
+    before = weights_of(model)
+    for ids, pattern, says in (
+        (None, 0.5, "^sparsegpt needs calibration ids"),
+        (torch.zeros(3, dtype=torch.int64), 0.5, "needs calibration ids"),
+        (out_of_vocabulary(-1), 0.5, r"no embedding for token id -1 \(the last"),
+        (out_of_vocabulary(320), 0.5, r"no embedding for token id 320 \(the"),
+        (tiny_ids(), "2:5", "does not divide"),
+    ):
+        with pytest.raises((InputError, ModelError), match=says):
+            prune(model, ids, pattern=pattern)
+    assert all(torch.equal(weights_of(model)[name], weight) for name, weight in before.items())

@@ -1,7 +1,5 @@
 """Block types of GGML: bytes against the gguf package, scale search, and the column solver."""
 
-from contextlib import ExitStack
-
 import numpy as np
 import pytest
 import torch
@@ -17,6 +15,7 @@ from calmix.pruning.solvers.ggml_scales import BlockGrid, solve_blocks
 from calmix.pruning.solvers.ggml_types import TYPES, Encoded, Levels, block_type
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
+from tests.pruning.test_engine import input_gram
 from tests.tiny import tiny_ids, tiny_model
 
 BY_COLUMN = [name for name, kind in TYPES.items() if kind.group]
@@ -85,13 +84,13 @@ def test_unknown_type_is_one_line():
 
 @pytest.mark.parametrize("name", BY_COLUMN)
 def test_solution_weights_match_its_blocks(name):
-    x, weights = correlated(), [matrix(24), matrix(9, seed=3)]
+    x, weights = correlated(columns=256), [matrix(24, 256), matrix(9, 256, seed=3)]
     weights[0][3] = 0
-    weights[1][:, 256:300] = 0
+    weights[1][:, 160:200] = 0
     solution = solved(name, weights, x.T @ x)
     for weight, result, grid in zip(weights, solution.weights, solution.grids, strict=True):
         assert (grid.name, grid.bits) == (name, 8 * TYPES[name].bytes / TYPES[name].size)
-        assert grid.data.shape == (len(weight), 512 // TYPES[name].size * TYPES[name].bytes)
+        assert grid.data.shape == (len(weight), 256 // TYPES[name].size * TYPES[name].bytes)
         assert torch.equal(grid.values(), result)
         assert not result[(weight == 0).all(1)].any()
 
@@ -227,21 +226,11 @@ def test_fallback_type_for_narrow_rows():
 @pytest.mark.parametrize("flat", [False, True])
 def test_llama_rounds_by_the_dense_models_inputs(flat, monkeypatch):
     """As llama.cpp does: the importance matrix is of the dense model, and tokens count alike."""
-    ours, dense, ids = tiny_model("llama"), tiny_model("llama"), tiny_ids()
-    squares = {}
-    blocks = find_blocks(dense)
-    with ExitStack() as hooks:
-        for layer in blocks.layers:
-            module = dense.get_submodule(layer.name)
-
-            def hook(_, args, name=layer.name):
-                seen = args[0].reshape(-1, args[0].shape[-1]).double().square().sum(0)
-                squares[name] = squares.get(name, 0) + seen
-
-            hooks.enter_context(module.register_forward_pre_hook(hook))
-        with torch.no_grad():
-            dense(ids)
-    used = []
+    dense, ids, used = tiny_model("llama"), tiny_ids(), []
+    squares = {
+        layer.name: input_gram(dense, layer.module, ids).diagonal()
+        for layer in find_blocks(dense).layers
+    }
 
     def watched(weight, importance, *, name):
         used.append(importance)
@@ -255,17 +244,16 @@ def test_llama_rounds_by_the_dense_models_inputs(flat, monkeypatch):
         report = prune(made, ids, method=method, pattern="Q4_0 blocks", propagation=way)
         assert not report.weighted
         assert not any(layer.held_out for layer in report.layers)
-        layers = {layer.name: layer for layer in find_blocks(made).layers}
-        assert len(used) == len(report.layers) == len(layers)
+        assert len(used) == len(report.layers) == len(squares)
         for one, importance in zip(report.layers, used, strict=True):
-            own = squares[one.name].float()
+            own, grid = squares[one.name], report.grids[f"{one.name}.weight"]
             torch.testing.assert_close(importance, torch.ones_like(own) if flat else own)
-            weight, grid = dense.get_submodule(one.name).weight, report.grids[f"{one.name}.weight"]
+            weight = dense.get_submodule(one.name).weight
             assert torch.equal(grid.data, quantise(weight, importance, name="Q4_0").data)
-            assert torch.equal(layers[one.name].view().float(), grid.values())
-    report = prune(ours, ids, method="llama,type=Q8_0")
+            assert torch.equal(made.get_submodule(one.name).weight, grid.values())
+    report = prune(tiny_model("llama"), ids, method="llama,type=Q8_0")
     for outer in report.outer:
         name = f"{outer.name}.weight"
-        plain = quantise(dict(dense.named_parameters())[name], None, name="Q8_0")
+        plain = quantise(dense.get_parameter(name), None, name="Q8_0")
         assert torch.equal(report.grids[name].data, plain.data)
     assert report.outer

@@ -74,12 +74,6 @@ def test_precision_settings_are_restored(setting, monkeypatch):
             backend.fp32_precision = "none"
 
 
-# The precision of products
-
-
-# The factor
-
-
 def check_factor(factor, gram, damping):
     damped = gram.double() + damping * gram.diagonal().double().mean() * torch.eye(len(gram))
     inverse, upper = torch.linalg.inv(damped), factor.upper.double()

@@ -63,31 +63,23 @@ def test_held_out_rows_are_not_fitted(propagation, monkeypatch):
         assert before.error != before.fitted_error
 
 
-def test_plain_statistics_fit_every_row():
-    model = tiny_model("llama")
-    report = prune(model, tiny_ids(rows=ROWS), method="sparsegpt", pattern=0.5, statistics="plain")
+@pytest.mark.parametrize(("rows", "statistics"), [(ROWS, "plain"), (8, "robust")])
+def test_every_row_is_fitted(rows, statistics):
+    """By the papers' statistics, and of few rows."""
+    how = {"method": "sparsegpt", "pattern": 0.5, "statistics": statistics}
+    report = prune(tiny_model("llama"), tiny_ids(rows=rows), **how)
     assert not any(layer.held_out for layer in report.layers)
     assert all(layer.error == layer.fitted_error for layer in report.layers)
 
 
-def test_few_rows_are_all_fitted():
-    report = prune(tiny_model("llama"), tiny_ids(rows=8), method="sparsegpt", pattern=0.5)
-    assert not any(layer.held_out for layer in report.layers)
-
-
-def test_experts_hold_out_tokens():
-    model = tiny_model("mixtral")
-    report = prune(model, tiny_ids(rows=256), method="sparsegpt", pattern=0.5)
+def test_experts_and_head_are_judged_too():
+    """Experts on tokens held out, the head on rows."""
+    report = prune(tiny_model("mixtral"), tiny_ids(rows=96), method="sparsegpt", pattern=0.5)
     experts = [layer for layer in report.layers if layer.tokens is not None]
     enough = [layer for layer in experts if layer.held_out]
     assert enough
     assert all(layer.error != layer.fitted_error for layer in enough)
-
-
-def test_head_is_judged_too():
-    model = tiny_model("llama")
-    report = prune(model, tiny_ids(rows=ROWS), bits=4, embeddings=3)
-    head = report.outer[0]
+    head = prune(tiny_model("llama"), tiny_ids(rows=ROWS), bits=4, embeddings=3).outer[0]
     assert head.held_out
     assert 0 < head.error < 0.2
     assert head.shrinkage > 0

@@ -60,7 +60,7 @@ def test_levels_match_textbook_loop(text, pattern, taken):
         assert made.pruned == [zeros]
 
 
-@pytest.mark.parametrize("group", [8, 24, 64, 96, 192])
+@pytest.mark.parametrize("group", [8, 24, 96])
 def test_group_scale_uses_corrected_weights(group):
     """Also where groups are narrower than a panel of columns, or reach behind a block of them."""
     weight, gram = problem(rows=24, columns=192, tokens=800)

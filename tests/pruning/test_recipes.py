@@ -14,53 +14,25 @@ from calmix.pruning.engine import prune
 from calmix.pruning.file_types import RECIPES
 from calmix.pruning.patterns import Blocks, Recipe, as_pattern
 from calmix.pruning.solvers.ggml_scales import fitting
+from tests.pruning.test_imatrix import ROLES
 from tests.tiny import tiny_ids, tiny_model
 
 # By llama.cpp's quantiser (build 11739, with an importance matrix, dry run) on files of the models.
 RECORDED = json.loads(Path(__file__).with_name("llama_types.json").read_text())
+SIZES = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
 SHAPES = {
-    "smollm2-135m": (
-        "llama",
-        {
-            "hidden_size": 576,
-            "intermediate_size": 1536,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-        },
-    ),
-    "qwen2.5-coder-1.5b": (
-        "qwen2",
-        {
-            "hidden_size": 1536,
-            "intermediate_size": 8960,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 12,
-            "num_key_value_heads": 2,
-            "vocab_size": 151936,
-            "tie_word_embeddings": False,
-        },
-    ),
+    "smollm2-135m": ("llama", True, (576, 1536, 30, 9, 3, 49152)),
+    "qwen2.5-coder-1.5b": ("qwen2", False, (1536, 8960, 28, 12, 2, 151936)),
 }
-NAMES = {
-    "q_proj": "attn_q",
-    "k_proj": "attn_k",
-    "v_proj": "attn_v",
-    "o_proj": "attn_output",
-    "gate_proj": "ffn_gate",
-    "up_proj": "ffn_up",
-    "down_proj": "ffn_down",
-    "embed_tokens": "token_embd",
-    "lm_head": "output",
-}
+NAMES = ROLES | {"embed_tokens": "token_embd", "lm_head": "output"}
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_types_are_those_of_llama_cpp(name):
     """But for IQ4_NL in place of Q4_0, of the same size, where blocks of 256 do not fit."""
-    kind, settings = SHAPES[name]
+    kind, tied, sizes = SHAPES[name]
+    settings = dict(zip([*SIZES.split(), "vocab_size"], sizes, strict=True))
+    settings["tie_word_embeddings"] = tied
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **settings))
     blocks = find_blocks(model)

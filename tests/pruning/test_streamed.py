@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.errors import InputError, ModelError
+from calmix.errors import InputError, ModelError, SolverError
 from calmix.machine import out_of_memory
-from calmix.models.blocks import find_blocks
+from calmix.models.blocks import find_blocks, outer_weights
 from calmix.models.opening import open_model
+from calmix.models.shards import weight_bytes
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import budget
 from calmix.pruning.allocation import LossPass
@@ -40,6 +41,7 @@ from tests.tiny import (
     quick,
     save_tiny_model,
     tiny_ids,
+    tiny_model,
 )
 
 HALF = Unstructured(0.5)
@@ -267,14 +269,13 @@ def command_of(model, text, *asked):
     ids=["sparsegpt", "magnitude", "dense inputs", "mixed", "embeddings", "drop", "both"],
 )
 def test_killed_prune_resumes_to_the_same_bytes(
-    calmix, text_file, tmp_path, monkeypatch, kind, settings, asked, moments
+    calmix, text_file, tmp_path, monkeypatch, slow_half, kind, settings, asked, moments
 ):
     """Killed again in each resumed run. The last two blocks of Gemma 4 read what the first two have
     written; models in half precision are computed in float32 and rounded; biases of routers are
     not read if scores are known."""
     if {*asked} & {*MIXED, *DENSE}:
         pytest.importorskip("libggml")
-    monkeypatch.setattr("calmix.precision.capabilities", dict)
     model = save_tiny_model(tmp_path / "model", kind, **settings)
     stored = load_weights(model)
     biases = {n: torch.linspace(0, 1, 8) for n in stored if n.endswith("correction_bias")}
@@ -398,3 +399,155 @@ def test_out_of_memory_keeps_finished_work(calmix, tiny_folder, text_file, tmp_p
         "fewer rows at a time (--max-memory, in Python micro_tokens), or use shorter rows"
     )
     assert "1 blocks done: resume it with --resume" in calmix(*command).line
+
+
+# Half precision: computed in float32 where the CPU is slow with it, and stored as it was
+
+
+@pytest.fixture
+def slow_half(monkeypatch):
+    monkeypatch.setattr("calmix.precision.capabilities", dict)
+
+
+def logits(opened):
+    with torch.no_grad():
+        return opened.model(tiny_ids(2)).logits
+
+
+@pytest.mark.parametrize(
+    ("half", "way"),
+    [("float16", ("--sparsity", 0.5)), ("bfloat16", ("--bits", 4, "--embeddings", 5))],
+)
+def test_half_model_is_stored_in_its_own_type(calmix, text_file, tmp_path, slow_half, half, way):
+    """Pruned and recovered, or rounded with levels that its weights still have."""
+    model, out = save_tiny_model(tmp_path / "model", dtype=half), tmp_path / "out"
+
+    def stored(folder):
+        manifest = json.loads((folder / "calmix.json").read_text())
+        assert manifest["stored_dtype"] == half
+        weights = load_weights(folder)
+        types = {name: value.dtype for name, value in weights.items()}
+        assert types == dict.fromkeys(load_weights(model), getattr(torch, half))
+        return manifest, weights
+
+    calmix("prune", model, "--calibration", text_file, *SMALL, *way, "-o", out).ok()
+    manifest, after = stored(out)
+    assert weight_bytes(out) < 1.1 * weight_bytes(model)
+    assert manifest["dtype"] == "float32"
+    assert json.loads((out / "config.json").read_text())["dtype"] == half
+    grids = read_grids(out)
+    assert bool(grids) == ("--bits" in way)
+    for name, grid in grids.items():
+        assert torch.equal(grid.values(grid.levels(after[name])).to(after[name]), after[name])
+    if grids:
+        return
+    data = ("--calibration", text_file, "--rows", 16, "--length", 32, "--leakage", "off")
+    more = ("--batch", 4, "--epochs", 1, "--dtype", "float32", "-o", tmp_path / "again")
+    calmix("recover", out, "--against", model, *data, *more).ok()
+    _, recovered = stored(tmp_path / "again")
+    assert any(not torch.equal(recovered[name], after[name]) for name in after)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_pruning_in_memory_matches_the_stored_model(tmp_path, slow_half, kind):
+    opened = open_model(str(save_tiny_model(tmp_path / "model", kind, dtype="float16")))
+    assert (opened.model.dtype, opened.stored_dtype) == (torch.float32, torch.float16)
+    report = prune(opened, tiny_ids(), pattern="2:4")
+    request = prune_request(pattern="2:4", calibration="none.txt")
+    write_checkpoint(opened, tmp_path / "out", report, None, request)
+    stored = load_weights(tmp_path / "out")
+    assert stored.keys() == load_weights(tmp_path / "model").keys()
+    assert {value.dtype for value in stored.values()} == {torch.float16}
+    again = open_model(str(tmp_path / "out"))
+    assert again.stored_dtype == torch.float16
+    assert torch.equal(logits(again), logits(opened))
+
+
+# Embeddings and output head
+
+TOKENS = "model.embed_tokens.weight"
+
+
+@pytest.mark.parametrize("kind", quick(("llama", "opt"), (*ARCHITECTURES, *MIXTURES)))
+def test_embeddings_and_head_are_rounded(kind):
+    dense, model = tiny_model(kind), tiny_model(kind)
+    prune(dense, tiny_ids(), bits=4)
+    report = prune(model, tiny_ids(), bits=4, embeddings=4)
+    pairs = zip(model.named_parameters(), dense.parameters(), strict=True)
+    changed = {name for (name, one), other in pairs if not torch.equal(one, other)}
+    assert changed == {f"{one.name}.weight" for one in report.outer}
+    wide = {id(weight) for weight in outer_weights(model)}
+    assert wide == {id(model.get_parameter(name)) for name in changed}
+    for one in report.outer:
+        assert one.bits == pytest.approx(4, abs=0.7)  # 2 bytes a row or column weigh
+        grid, value = report.grids[f"{one.name}.weight"], model.get_parameter(f"{one.name}.weight")
+        assert torch.equal(grid.values(grid.levels(value)).to(value.dtype), value)
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_stored_head_is_rounded(tmp_path, alike):
+    """With the embeddings, as which it is configured, or where it is another one, apart."""
+    folder = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
+    weights, head = load_weights(folder), "lm_head.weight"
+    weights[head] = (weights[TOKENS] if alike else weights[TOKENS].flip(0)).clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    source = StreamedModel(str(folder))
+    assert len(outer_weights(source.model)) == 1 or not alike
+    source.close()
+    model, tensors = in_memory(folder, 5), streamed_prune(folder, tmp_path / "out", embeddings=5)
+    for name in (head, TOKENS):
+        assert torch.equal(tensors[name], model.get_parameter(name))
+        assert 0 < (tensors[name] - weights[name]).norm() < 0.2 * weights[name].norm()
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [("llama", {"tie_word_embeddings": False}), ("bert", {"is_decoder": True})]
+)
+def test_head_is_solved_on_its_inputs(kind, how):
+    """Than if its weights were just rounded; in BERT that is not what the decoder returns."""
+    ids, apart = tiny_ids(), []
+    for calibrated in (True, False):
+        model, seen = tiny_model(kind, **how), []
+        head = model.get_output_embeddings()
+        dense = head.weight.clone()
+        with pytest.MonkeyPatch.context() as patched:
+            if not calibrated:
+                patched.setattr(Run, "_head_gram", lambda *_: None)
+            prune(model, ids, pattern=0.01, embeddings=3)
+        head.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        model(ids)
+        apart.append(float((seen[0].flatten(0, 1) @ (head.weight - dense).T).norm()))
+    assert apart[0] < 0.9 * apart[1]
+
+
+def test_unroundable_embeddings_are_refused_first():
+    model = tiny_model("llama")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match="9 bits"):
+        prune(model, tiny_ids(), bits=4, embeddings=9)
+    with pytest.raises(ModelError, match="LlamaModel has no output head"):
+        prune(model.model, tiny_ids(), bits=4, embeddings=4)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.lm_head.weight.data[0, 0] = torch.inf
+    with pytest.raises(SolverError, match="its weights or inputs are not finite"):
+        prune(model, pattern=0.5, method="magnitude", embeddings=4)
+
+
+def test_recover_and_pack_two_bits(calmix, text_file, tmp_path):
+    """However far from the dense ones they are where the head hardly looks."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    weights, rng = load_weights(folder), torch.Generator().manual_seed(0)
+    low = torch.randn(32, 12, generator=rng) @ torch.randn(12, 64, generator=rng)
+    weights["model.layers.1.mlp.down_proj.weight"] = low
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    data = ("--calibration", text_file, "--length", 32, "--leakage", "off", "--rows", 16)
+    two, packed = tmp_path / "two", tmp_path / "pack"
+    calmix("prune", folder, *data, "--bits", 4, "--embeddings", 2, "-o", two).ok()
+    for way in ("blocks", "distill"):
+        made, back = tmp_path / way, tmp_path / f"{way}-back"
+        how = (*data, "--method", way, "--epochs", 1)
+        calmix("recover", two, "--against", folder, *how, "-o", made).ok()
+        assert torch.equal(load_weights(made)[TOKENS], load_weights(two)[TOKENS])
+        calmix("export", made, "--to", "pack", "--overwrite", "-o", packed).ok()
+        calmix("export", packed, "--to", "model", "-o", back).ok()
+        assert hashes(back) == hashes(made)
