@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -49,14 +50,15 @@ def option(
     metavar: str | None = None,
     argument: bool = False,
     advanced: bool = False,
-    names: Literal["model", "path", "any"] | None = None,
+    names: Literal["model", "path", "any", "calibration", "method"] | None = None,
     **bounds: Any,
 ) -> Any:
     """Return a field of an options model with its help `text` and pydantic's `bounds`.
 
     `flag` replaces the flag made from the name, `shown` describes the default in help, `argument`
     makes it positional, and an `advanced` option appears only in `--help-all`. What an option
-    `names` (a model, a path, either) must exist, which is checked before slow imports.
+    `names` (a model, a path, either, the sources of a mix, a method) must exist, which is checked
+    before slow imports.
     """
     extra: dict[str, Any] = {
         "flag": flag,
@@ -242,7 +244,9 @@ class Pruning(DrawOptions):
     """Options that decide the result of a pruning run, besides the target and the method's own."""
 
     calibration: str | None = option(
-        None, "Source, mix, file or saved set, e.g. uniform:stories,python-stdlib."
+        None,
+        "Source, mix, file or saved set, e.g. uniform:stories,python-stdlib.",
+        names="calibration",
     )
     propagation: Propagation | None = advanced(
         None,
@@ -275,7 +279,7 @@ class Recovering(DrawOptions):
     """Options that decide the result of a recovery; epochs and learning rate depend on the method
     unless given."""
 
-    calibration: str = option(..., "Text to train on, as for calmix prune.")
+    calibration: str = option(..., "Text to train on, as for calmix prune.", names="calibration")
     method: Literal["distill", "blocks"] = option(
         "distill", "Match the whole model's logits, or block by block."
     )
@@ -352,7 +356,10 @@ class Target(DeviceOptions):
         "standard", "Time to spend on calibration, recovery and evaluation."
     )
     calibration: str | None = option(
-        None, "Calibration text, as for calmix calibrate.", shown="a built-in mix"
+        None,
+        "Calibration text, as for calmix calibrate.",
+        shown="a built-in mix",
+        names="calibration",
     )
     suite: str = option("offline", "Suite by name, or a YAML file.")
     seed: int | None = option(None, "Seed of the calibration text.", shown="0", ge=0)
@@ -379,6 +386,7 @@ class Compression(TextField, Target):
 METHOD = "sparsegpt"  # default of pruning
 BITS_METHOD = "ecq"  # default for bits without a sparsity
 COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
+METHODS = "sparsegpt", "admm", "wanda", "ria", "magnitude", "gptq", "ecq", "ggml", "llama"
 
 # Options of every pruning run, whose names no method's option may have.
 PRUNE = (
@@ -441,6 +449,14 @@ def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
     if problem["type"] == "literal_error" and hint.startswith("did"):
         said += f": {hint}"
     raise InputError(f"{flag} {problem['input']}: {said}")
+
+
+def check_method(text: str) -> None:
+    """Refuse an unknown pruning method without importing any."""
+    name = text.partition(",")[0].strip()
+    names = {*METHODS, "none", *(one.name for one in entry_points(group="calmix.methods"))}
+    if name not in names:
+        raise InputError(f"unknown method '{name}': {nearest(name, names - {'none'})}")
 
 
 def option_words(options: Mapping[str, Any]) -> list[str]:

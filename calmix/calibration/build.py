@@ -21,55 +21,11 @@ from calmix.errors import InputError, ModelError, SourceError
 from calmix.models.chat_template import templated
 from calmix.sources.documents import Document
 from calmix.sources.local import LocalFile
+from calmix.sources.mixes import Mix
 from calmix.sources.registry import Source, documents_hash, get_source
 
 TOKENISED_AT_ONCE = 64  # documents tokenised at a time
 CHARACTERS = 4  # of a token, roughly
-# Source names with positive weights that sum to 1, in the order they were written.
-Mix = dict[str, float]
-
-
-def mix_text(mix: Mapping[str, float]) -> str:
-    """Return a mix as a user writes it."""
-    return ",".join(f"{name}:{weight:.4g}" for name, weight in mix.items())
-
-
-def parse_mix(text: str) -> Mix:
-    """Parse `name`, `a:0.5,b:0.3,c:0.2` or `uniform:a,b,c` into a mix.
-
-    Names may be paths. Weights are relative; a source with weight 0 is dropped.
-    """
-    text = text.strip()
-    uniform = text.startswith("uniform:")
-    weights: dict[str, float] = {}
-    for part in (piece.strip() for piece in text.removeprefix("uniform:").split(",")):
-        if not part:
-            raise InputError(f"calibration '{text}' has an empty name between commas")
-        name, _, number = part.rpartition(":")
-        try:
-            source, weight = (part, 1.0) if uniform or not name else (name.strip(), float(number))
-        except ValueError:
-            source, weight = part, 1.0
-        if source == part and "," in text and not uniform:
-            raise InputError(
-                f"calibration '{text}': '{part}' has no weight: write {part}:0.5, or "
-                "uniform:a,b,c for equal weights"
-            )
-        if source in weights:
-            raise InputError(f"calibration '{text}' names '{source}' twice")
-        weights[source] = weight
-    return make_mix(weights, text)
-
-
-def make_mix(weights: Mapping[str, float], text: str) -> Mix:
-    """Return a mix with its weights normalised to sum to 1."""
-    for name, weight in weights.items():
-        if not math.isfinite(weight) or weight < 0:
-            raise InputError(f"calibration '{text}': the weight of '{name}' is {weight}, not >= 0")
-    total = sum(weights.values())
-    if not total > 0:
-        raise InputError(f"calibration '{text}': all weights are zero")
-    return {name: weight / total for name, weight in weights.items() if weight > 0}
 
 
 def rows_per_source(mix: Mix, rows: int) -> dict[str, int]:

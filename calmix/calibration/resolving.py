@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calmix.calibration.build import Mix, build, make_mix, mix_text, parse_mix, rows_per_source
+from calmix.calibration.build import build, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.calibration.leakage import Guard, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import GENERATORS, Generator, Prompted, generate
@@ -23,8 +23,8 @@ from calmix.models.opening import OpenModel
 from calmix.options import DrawOptions, Strategy, checked, named_options
 from calmix.sources.licences import allowed, refuse
 from calmix.sources.local import LocalFile
+from calmix.sources.mixes import MIXES, OFFLINE, Mix, make_mix, mix_text, parse_mix
 from calmix.sources.registry import (
-    MIXES,
     Source,
     get_source,
     local_file,
@@ -32,7 +32,6 @@ from calmix.sources.registry import (
     own_sources,
 )
 
-GROUP = "offline"  # in a mix: every builtin source that needs no hub
 # Manifest entries of written text that do not apply to a mix with other text.
 OF_TEXT = ("generated", "settings", "pieces", "perplexity", "temperature", "aggregation_4", "J")
 CHATLESS = (
@@ -115,7 +114,7 @@ def _generator(text: str, own: Mapping[str, Source]) -> Generator | None:
 def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None) -> Mix:
     """Replace each named mix by its members, with only allowed licences in `offline`."""
     offline = [n for n, one in offline_sources().items() if allowed(one.licence, wanted)]
-    known = MIXES | {GROUP: dict.fromkeys(offline, 1.0)}
+    known = MIXES | {OFFLINE: dict.fromkeys(offline, 1.0)}
     weights: dict[str, float] = {}
     for name, weight in mix.items():
         members = {name: 1.0} if name in own else known.get(name, {name: 1.0})

@@ -22,8 +22,9 @@ from calmix.options import (
 )
 from calmix.progress import Progress
 from calmix.sources.licences import allowed, short
-from calmix.sources.registry import GENERATOR_NAMES as GENERATORS
-from calmix.sources.registry import MIXES, builtin_sources, get_source, own_sources
+from calmix.sources.mixes import GENERATOR_NAMES as GENERATORS
+from calmix.sources.mixes import MIXES, mix_text
+from calmix.sources.registry import builtin_sources, get_source, own_sources
 
 WRITING_FACTS = ("settings", "aggregation_4", "perplexity", "pieces", "J")  # of self-written text
 calibrate = group("calibrate", default="draw")
@@ -35,7 +36,10 @@ def draw(
     drawn: DrawOptions,
     how: ModelOptions,
     spec: str = option(
-        ..., "Source, a:0.5,b:0.5, uniform:a,b, file; or self-written.", argument=True
+        ...,
+        "Source, a:0.5,b:0.5, uniform:a,b, file; or self-written.",
+        argument=True,
+        names="calibration",
     ),
     model: str = option(..., "Model that the set is for.", flag="--model -m"),
     output: Path = path_option(..., "Folder to write."),
@@ -158,8 +162,6 @@ def show_source(
     """Show a source and the beginning of its first documents."""
     own = own_sources(sources)
     if name in MIXES and name not in own:
-        from calmix.calibration.build import mix_text
-
         print_json({"mix": MIXES[name]})
         line(f"{name}: {mix_text(MIXES[name])}")
         return

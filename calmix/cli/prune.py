@@ -78,7 +78,9 @@ def prune(
     work: WorkOptions,
     model: str = option(..., MODEL, argument=True, names="model"),
     output: Path = path_option(..., "Folder to write."),
-    method: str | None = option(None, "Method, e.g. admm or wanda,refit=10.", shown=METHOD),
+    method: str | None = option(
+        None, "Method, e.g. admm or wanda,refit=10.", shown=METHOD, names="method"
+    ),
     sparsity: str | None = option(None, "Fraction to prune, e.g. 0.6 or 60%."),
     pattern: str | None = option(None, "N:M, keep N of every M inputs, e.g. 2:4."),
     bits: str | None = option(None, "Bits per weight, e.g. 2.8."),

@@ -22,6 +22,7 @@ from calmix.options import (
     ModelOptions,
     Options,
     TextField,
+    check_method,
     checked,
     flags,
     option,
@@ -75,7 +76,11 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
             for name, what in named.items():
                 value = getattr(request, name)
                 for one in value if isinstance(value, tuple) else (value,):
-                    _look_up(what, one)
+                    # The user's own sources are named in a file.
+                    if one is not None and not (
+                        what == "calibration" and getattr(request, "sources", None)
+                    ):
+                        _look_up(what, one)
             before, out.quiet = out.quiet, getattr(request, "as_json", False)
             try:
                 handler(*[request] * len(shared), **{key: getattr(request, key) for key in own})
@@ -101,9 +106,13 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
 
 
 def _look_up(what: str, name: Any) -> None:
-    """Raise ModelError or InputError if there is no such model or path."""
-    if name is None:
-        return
+    """Raise a CalmixError if there is no such model, path, source or method."""
+    if what == "calibration":
+        from calmix.sources.registry import check_names
+
+        return check_names(name)
+    if what == "method":
+        return check_method(name)
     scores = str(name).lower().endswith(".json")  # those of a model can stand for it
     path = user_path(str(name))
     if (what != "model" or scores) and path.exists():

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
-from calmix.calibration.build import mix_text, parse_mix
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.calibration.resolving import parse_calibration
 from calmix.calibration.selfgen.generators import CHAT
@@ -45,7 +44,8 @@ from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.methods.gptq import Gptq
 from calmix.pruning.patterns import Mixed, Recipe
-from calmix.sources.registry import MIXES, get_source, local_file
+from calmix.sources.mixes import MIXES, mix_text, parse_mix
+from calmix.sources.registry import get_source, local_file
 from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 

@@ -20,69 +20,13 @@ from calmix.sources.documents import FIELD, TEXT, Document
 from calmix.sources.hub import HubText
 from calmix.sources.licences import OWN_LICENCE, Use, use_of
 from calmix.sources.local import CODE_ENDINGS, FORMATS, LocalFile
+from calmix.sources.mixes import GENERATOR_NAMES, MIXES, OFFLINE, parse_mix
 from calmix.sources.offline import AssetText, PackageFiles, PythonText, ReasoningGym
 from calmix.yaml_files import first_problem, packaged, read_yaml
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w.-]+)?")
 DATA_VARIABLE = "CALMIX_DATA"  # names a folder of texts to read instead of the hub
-# Named mixes, with relative weights. `mix-default` is what `compress` takes, with chats added, and
-# `mix-permissive` what it takes under a licence filter: two sources per dimension (mathematics has
-# one) that need neither network nor extra. `mix-clean` shares no benchmark with a suite, not even
-# the half that is not scored; the web mixes are the usual calibration text, without selection.
-MIXES: dict[str, dict[str, float]] = {
-    "mix-default": {
-        "encyclopedia": 1.0,
-        "books": 1.0,
-        "stories": 1.0,
-        "procedures": 1.0,
-        "python-stdlib": 1.0,
-        "code-compiled": 1.0,
-        "math-solutions": 2.0,
-    },
-    "mix-permissive": {
-        "papers": 1.0,
-        "abstracts": 1.0,
-        "procedures": 1.0,
-        "activities": 1.0,
-        "python-stdlib": 1.0,
-        "code-compiled": 1.0,
-        "math-solutions": 2.0,
-    },
-    "mix-8": dict.fromkeys(
-        (
-            "encyclopedia",
-            "books",
-            "stories",
-            "activities",
-            "python-stdlib",
-            "code-compiled",
-            "math-solutions",
-            "word-problems",
-        ),
-        1.0,
-    ),
-    "mix-clean": {
-        "encyclopedia": 2.0,
-        "papers": 1.0,
-        "stories": 2.0,
-        "python-stdlib": 1.0,
-        "python-algorithms": 1.0,
-        "cpp-headers": 1.0,
-        "word-problems": 2.0,
-    },
-    "web-mix": dict.fromkeys(("c4", "github-code", "gutenberg", "stackexchange"), 1.0),
-    "web-mix-70": {"c4": 7.0, "github-code": 1.0, "gutenberg": 1.0, "stackexchange": 1.0},
-}
 ON_HUB = "see its card on the hub"
-GENERATOR_NAMES = (
-    "self-written",
-    "chat",
-    "prompts",
-    "igsp",
-    "self-cal",
-    "sgs",
-)  # the model writes the text
-
 AnyReader = Annotated[
     PythonText | PackageFiles | AssetText | ReasoningGym | LocalFile | HubText,
     Field(discriminator="type"),
@@ -232,6 +176,16 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     raise SourceError(
         f"unknown source '{name}': {nearest(name, [*known, *MIXES, *GENERATOR_NAMES])}"
     )
+
+
+def check_names(text: str) -> None:
+    """Refuse a calibration text that names an unknown source, as far as can be told without
+    PyTorch."""
+    written = text.partition(",")[0].strip() in GENERATOR_NAMES  # with settings
+    if written or os.path.lexists(user_path(text)):
+        return
+    for name in parse_mix(text).keys() - {*MIXES, *GENERATOR_NAMES, OFFLINE}:
+        get_source(name)
 
 
 def local_file(name: str) -> LocalFile:

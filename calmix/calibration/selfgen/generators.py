@@ -40,7 +40,8 @@ from calmix.files import sha256_json
 from calmix.models.opening import OpenModel
 from calmix.options import Options
 from calmix.precision import dtype_name
-from calmix.sources.registry import MIXES, Source, get_source
+from calmix.sources.mixes import MIXES
+from calmix.sources.registry import Source, get_source
 
 ROUNDS = 8  # of writing; the later ones replace unusable text
 ANOTHER = 1_000_003  # between the seeds of two rounds

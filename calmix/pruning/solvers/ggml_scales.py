@@ -227,15 +227,24 @@ class Nearest:
         if kind.codebook:  # a table of half integers is fifteen times faster than bucketize
             self._ends = 2 * kind.codebook[0], 2 * kind.codebook[-1]
             halves = torch.arange(*self._ends, device=device) / 2 + 0.25
-            self._table = torch.bucketize(halves, (book[1:] + book[:-1]) / 2).float()
+            self._table = torch.bucketize(halves, (book[1:] + book[:-1]) / 2)
+            self._rounded = book[self._table]
+
+    def _places(self, scaled: Tensor) -> Tensor:
+        low, high = self._ends
+        return scaled.mul_(2).floor_().clamp_(low, high - 1).sub_(low)
 
     def levels(self, scaled: Tensor) -> Tensor:
         """Round weights in units of their scale to levels, in place."""
         if not len(self.book):
             return scaled.round_().clamp_(*self._ends)
-        low, high = self._ends
-        places = scaled.mul_(2).floor_().clamp_(low, high - 1).sub_(low)
-        return scaled.copy_(_looked_up(self._table, places))
+        return scaled.copy_(_looked_up(self._table, self._places(scaled)))
+
+    def rounded(self, scaled: Tensor) -> Tensor:
+        """Return the values of the nearest levels; overwrites the weights."""
+        if not len(self.book):
+            return self.levels(scaled)
+        return _looked_up(self._rounded, self._places(scaled))
 
     def values(self, levels: Tensor) -> Tensor:
         """Return the values of levels in units of their scale."""
@@ -310,7 +319,7 @@ def _signed(
     best, weight = torch.zeros_like(scale), torch.zeros_like(scale)
     for at in range(-SCALE_TRIES, SCALE_TRIES + 1):
         units = (end + apart * at) * inverse(largest)
-        level = nearest.values(nearest.levels(x * units[:, None]))
+        level = nearest.rounded(x * units[:, None])
         cross, two = (xw * level).sum(1), (wt @ level.square())[:, 0]
         s = cross / two
         _keep(s * cross > best, (best, s * cross), (scale, s), (weight, two))
@@ -362,7 +371,7 @@ def _errors(
 ) -> tuple[Tensor, Tensor]:
     """Return the values of the nearest levels in units of their scale, and the errors."""
     above = x + minimum[:, None] if kind.minima else x
-    level = nearest.values(nearest.levels(above * inverse(scale)[:, None]))
+    level = nearest.rounded(above * inverse(scale)[:, None])
     return level, above - level * scale[:, None]
 
 
