@@ -1,9 +1,11 @@
 """Tokens a second and memory of one model in several engines, dense and compressed, in one run.
 
-    python benchmarks/engines.py MODEL... [--llama PYTHON] [--repeats 3]
+    python benchmarks/engines.py MODEL... [--llama PYTHON] [--vllm PYTHON] [--repeats 3]
 
 MODEL is a model folder or builtin name (transformers), a pack (`calmix.load`), or a GGUF file
-(llama.cpp, by the interpreter of an environment with llama-cpp-py-sync).
+(llama.cpp, by the interpreter of an environment with llama-cpp-py-sync). With an interpreter that
+has vLLM, a folder runs there too, and the log-probabilities of the prompt are compared with those
+in transformers.
 Each in a process of its own, one row, two threads: seconds from its start to the first answer; the
 prompt is 256 tokens at once, writing 64 more one at a time, the best of the repeats; memory is what
 stays resident, mapped files counted.
@@ -20,11 +22,23 @@ from pathlib import Path
 from common import commit, machine
 
 CHILD = """
-import json, sys, time
+import json, os, sys, time
 began = time.perf_counter()
 kind, place, repeats = sys.argv[1], sys.argv[2], int(sys.argv[3])
 PROMPT, WRITTEN, THREADS = 256, 64, 2
-if kind == "llama.cpp":
+logs = []
+if kind == "vllm":
+    os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    from vllm import LLM, SamplingParams
+    model = LLM(place, max_model_len=512, max_num_seqs=1, dtype="bfloat16",
+                enable_prefix_caching=False)
+    ids = [(at % 1000) + 100 for at in range(PROMPT)]
+    def run(written, **more):
+        how = SamplingParams(temperature=0, max_tokens=written, ignore_eos=True, **more)
+        return model.generate({"prompt_token_ids": ids}, how, use_tqdm=False)[0]
+    told = run(1, prompt_logprobs=0).prompt_logprobs
+    logs = [each[one].logprob for each, one in zip(told[1:], ids[1:])]
+elif kind == "llama.cpp":
     from llama_cpp_py_sync import Llama
     model = Llama(place, n_ctx=512, n_threads=THREADS, verbose=False)
     text = "one two three four five six seven eight " * 60
@@ -44,6 +58,9 @@ else:
         for at in range(1, written):
             made = model(ids[:, PROMPT + at : PROMPT + at + 1], use_cache=True,
                          past_key_values=made.past_key_values)
+    with torch.inference_mode():
+        shares = model(ids[:, :PROMPT]).logits[0, :-1].float().log_softmax(-1)
+    logs = shares.gather(1, ids[0, 1:PROMPT, None])[:, 0].tolist()
 run(1)
 first = time.perf_counter() - began
 def timed(written):
@@ -54,7 +71,8 @@ prompt = min(timed(1) for _ in range(repeats))
 whole = min(timed(WRITTEN) for _ in range(repeats))
 held = [line for line in open("/proc/self/status") if line.startswith("VmRSS")][0].split()[1]
 print(json.dumps({"first": first, "prompt": PROMPT / prompt,
-                  "writing": (WRITTEN - 1) / (whole - prompt), "held": int(held) / 1000}))
+                  "writing": (WRITTEN - 1) / (whole - prompt), "held": int(held) / 1000,
+                  "logs": logs}))
 """
 
 
@@ -73,6 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("models", nargs="+")
     parser.add_argument("--llama", default=sys.executable)
+    parser.add_argument("--vllm", help="interpreter of an environment with vLLM")
     parser.add_argument("--repeats", type=int, default=3)
     asked = parser.parse_args()
     print(f"{machine()}, commit {commit()}")
@@ -85,21 +104,33 @@ def main() -> None:
         kind, path = kind_of(place), Path(place)
         files = [path] if path.is_file() else [*path.rglob("*")]
         size = sum(file.stat().st_size for file in files if file.is_file()) / 1e6
-        python = asked.llama if kind == "llama.cpp" else sys.executable
-        done = subprocess.run(
-            [python, "-c", CHILD, kind, place, str(asked.repeats)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            sys.exit(f"{place}: {done.stderr.strip().splitlines()[-1]}")
-        told = json.loads(done.stdout.strip().splitlines()[-1])
-        print(
-            f"| {path.name} | {kind} | {size or float('nan'):.0f} | {told['first']:.1f} "
-            f"| {told['prompt']:.0f} | {told['writing']:.1f} | {told['held']:.0f} |",
-            flush=True,
-        )
+        both = [kind] + ["vllm"] * bool(asked.vllm and kind == "transformers" and path.is_dir())
+        logs = []
+        for engine in both:
+            python = {"llama.cpp": asked.llama, "vllm": asked.vllm}.get(engine, sys.executable)
+            done = subprocess.run(
+                [python, "-c", CHILD, engine, place, str(asked.repeats)],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            if done.returncode:
+                sys.exit(f"{place}: {done.stderr.strip().splitlines()[-1]}")
+            told = json.loads(done.stdout.strip().splitlines()[-1])
+            logs.append(told["logs"])
+            print(
+                f"| {path.name} | {engine} | {size or float('nan'):.0f} | {told['first']:.1f} "
+                f"| {told['prompt']:.0f} | {told['writing']:.1f} | {told['held']:.0f} |",
+                flush=True,
+            )
+        if len(both) > 1:
+            apart = [abs(one - other) for one, other in zip(*logs, strict=True)]
+            mean = [-sum(each) / len(each) for each in logs]
+            print(
+                f"\n{path.name}: {mean[0]:.4f} and {mean[1]:.4f} nats a token in "
+                f"{' and '.join(both)}, {sum(apart) / len(apart):.4f} apart, at most "
+                f"{max(apart):.4f}\n"
+            )
 
 
 if __name__ == "__main__":

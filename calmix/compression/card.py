@@ -382,6 +382,17 @@ class Card:
             for licence in [part.get("licence")]
         ]
 
+    @property
+    def restricted(self) -> str:
+        """What licences keep from commercial use, in a sentence; empty if none is known to."""
+        closed = "non-commercial"
+        names = [one["source"] for one in self.sources if one["use"] == closed]
+        parts = [f"the dense model ({self.licence})"] if use_of(self.licence) == closed else []
+        if names:
+            texts = f"the calibration text {words.listed(names)}"
+            parts.append(f"{texts} (--licence permissive leaves such text out)")
+        return f"Not for commercial use, by licence: {', '.join(parts)}." if parts else ""
+
     @cached_property
     def checked(self) -> str:
         """The verdict of `calmix check` on this model; empty if it was not run."""

@@ -29,7 +29,7 @@ from calmix.pruning.patterns import Pattern
 SHARE = 16  # one in so many rows is held out, of experts one in so many tokens
 STORED_TOKENS = 1024  # stored of them per input
 JUDGING_TOKENS = 64  # that can judge a layer
-SAMPLED_OUTPUTS = 256  # outputs of a layer solved without correction, to compare
+SAMPLED_OUTPUTS = 64  # outputs of a layer solved without correction, to compare
 # Error on these tokens over that on the fitted ones, from which layers are compared.
 DOUBTFUL = 1.25
 MOVE_SHARE = 0.5  # of the moves that would be best for a layer's outputs
