@@ -17,11 +17,12 @@ import torch
 from common import commit, data_file, machine
 
 from calmix import open_model, prune
-from calmix.calibration.build import build, parse_mix
+from calmix.calibration.build import build
 from calmix.models.blocks import outer_weights
 from calmix.pruning.engine import round_rows
 from calmix.pruning.gram import Gram
 from calmix.sources.local import LocalFile
+from calmix.sources.mixes import parse_mix
 
 RATES = 6, 5, 4.5, 4, 3.5, 3
 

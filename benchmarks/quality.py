@@ -17,12 +17,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from common import commit, data_file, machine, run_rival
 
-from calmix.calibration.build import build, parse_mix
+from calmix.calibration.build import build
 from calmix.evaluation.likelihood import perplexity
 from calmix.models.opening import open_model
 from calmix.pruning.engine import prune
 from calmix.pruning.patterns import Unstructured
 from calmix.sources.local import LocalFile
+from calmix.sources.mixes import parse_mix
 
 MODEL = "builtin:smollm2-135m"
 

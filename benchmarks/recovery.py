@@ -28,10 +28,11 @@ import torch
 from common import commit, machine
 from speed import MIX, floor
 
-from calmix.calibration.build import build, parse_mix
+from calmix.calibration.build import build
 from calmix.models.blocks import find_blocks
 from calmix.models.opening import open_model
 from calmix.options import RECOVERIES
+from calmix.sources.mixes import parse_mix
 from calmix.specs import recover_request
 from calmix.study.estimate import PROGRAM, EmptyModel
 

@@ -20,13 +20,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from common import commit, machine, run_rival
 
-from calmix.calibration.build import build, parse_mix
+from calmix.calibration.build import build
 from calmix.machine import MICRO_TOKENS
 from calmix.models.blocks import find_blocks
 from calmix.models.opening import open_model
 from calmix.pruning.engine import prune
 from calmix.pruning.patterns import Pattern, Unstructured, as_pattern
 from calmix.pruning.trace import Calls, observe_block
+from calmix.sources.mixes import parse_mix
 
 MODEL = "builtin:smollm2-135m"
 SIXTY = Unstructured(0.6)

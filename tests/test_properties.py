@@ -12,7 +12,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from calmix.calibration.build import make_mix, pack_concat, pack_window, parse_mix, rows_per_source
+from calmix.calibration.build import pack_concat, pack_window, rows_per_source
 from calmix.calibration.selfgen.ngrams import aggregation, ngram_keys, row_aggregation
 from calmix.evaluation.measures import Parts
 from calmix.evaluation.retention import estimate, item_weights, nan_mean, resampled
@@ -20,6 +20,7 @@ from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.sources.documents import Document
+from calmix.sources.mixes import make_mix, parse_mix
 from calmix.study.bootstrap import corrected, holm, two_sided_p
 
 NAMES = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size=6, unique=True)

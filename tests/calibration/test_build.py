@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
-from calmix.calibration.build import build, parse_mix
+from calmix.calibration.build import build
 from calmix.calibration.dataset import SET_MANIFEST, TENSORS, CalibrationSet
 from calmix.calibration.tokenizer import begin_token
 from calmix.errors import InputError, SourceError
 from calmix.manifest import sealed
+from calmix.sources.mixes import parse_mix
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from calmix.calibration import leakage
-from calmix.calibration.build import build, parse_mix
+from calmix.calibration.build import build
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
 from calmix.calibration.resolving import resolve
 from calmix.errors import InputError, SourceError
+from calmix.sources.mixes import parse_mix
 from tests.calibration.conftest import write_rows
 from tests.evaluation.helpers import new_suite
 from tests.tiny import quick

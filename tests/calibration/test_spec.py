@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from calmix.calibration.build import parse_mix
 from calmix.calibration.resolving import parse_calibration, resolve
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import load_suite
-from calmix.sources.registry import MIXES, get_source, own_sources
+from calmix.sources.mixes import MIXES, parse_mix
+from calmix.sources.registry import get_source, own_sources
 from tests.evaluation.helpers import benchmark, benchmarks_read
 
 

@@ -12,7 +12,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from calmix.cli.root import VERBS
 from calmix.models.blocks import find_blocks, outer_layers
+from calmix.options import METHODS
 from calmix.pruning.file_types import recipe_types
+from calmix.pruning.methods import methods
 from calmix.pruning.solvers.ggml_types import TYPES
 from tests.cli.test_mistakes import COMMANDS
 
@@ -97,6 +99,23 @@ def test_help_imports_no_command():
     code = f"import sys, calmix.cli.{', calmix.cli.'.join(modules)}; print('torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ended.stdout == "False\n", ended
+
+
+def test_unknown_names_are_refused_before_pytorch_is_imported():
+    prune = ["prune", "builtin:smollm2-135m", "-o", "x", "--sparsity", "0.5"]
+    for words, name in (
+        ([*prune, "--calibration", "stories:1,nosuch:1"], "source"),
+        ([*prune, "--method", "nosuch,steps=3"], "method"),
+    ):
+        code = "import sys; from calmix.cli import main\n"
+        code += f"sys.argv = ['calmix', *{words}]\n"
+        code += "try: main()\nfinally: print('torch' in sys.modules)"
+        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (ended.returncode, ended.stdout) == (2, "False\n"), ended
+        assert ended.stderr.startswith(f"error: unknown {name} 'nosuch'"), ended
+    assert set(METHODS) == {
+        name for name, kind in methods().items() if kind.__module__.startswith("calmix.")
+    }
 
 
 def test_help_is_not_truncated(calmix, monkeypatch):

@@ -10,7 +10,6 @@ import pytest
 from filelock import FileLock
 
 import calmix as api
-from calmix.calibration.build import parse_mix
 from calmix.calibration.resolving import parse_calibration
 from calmix.compression.card import read_card
 from calmix.compression.compress import Compressed
@@ -25,7 +24,7 @@ from calmix.evaluation.tasks import load_items
 from calmix.files import write_json
 from calmix.manifest import sealed
 from calmix.report import words
-from calmix.sources.registry import MIXES
+from calmix.sources.mixes import MIXES, parse_mix
 from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.compress.conftest import damage, interrupts, names
 from tests.evaluation.helpers import save_pair, scored, written

@@ -10,9 +10,9 @@ from calmix.calibration.selfgen.generators import GENERATORS
 from calmix.errors import InputError, SourceError
 from calmix.sources.hub import HubText
 from calmix.sources.local import LocalFile
+from calmix.sources.mixes import GENERATOR_NAMES
 from calmix.sources.offline import AssetText, word_runs
 from calmix.sources.registry import (
-    GENERATOR_NAMES,
     builtin_sources,
     get_source,
     offline_sources,
