@@ -102,12 +102,7 @@ def bits(nats, sizes, name="text", dimension="code", floor=3.0):
     """Made-up likelihoods of single answers; `floor` is in nats per byte."""
     items = tuple(map(str, range(len(nats))))
     return TaskScores(
-        name,
-        dimension,
-        "bits_per_byte",
-        "bits",
-        0.0,
-        items,
+        *(name, dimension, "bits_per_byte", "bits", 0.0, items),
         gold=(0,) * len(items),
         loglikelihoods=tuple((-float(value),) for value in nats),
         bytes=tuple((int(size),) for size in sizes),
@@ -118,17 +113,12 @@ def bits(nats, sizes, name="text", dimension="code", floor=3.0):
 def choices(values, gold, floors=(), name="choice"):
     """Made-up log-likelihoods of choices, four bytes each."""
     right = [float(max(row) == row[at]) for row, at in zip(values, gold, strict=True)]
-    return TaskScores(
-        name,
-        "general",
-        "acc",
-        "smoothed",
-        1 / len(values[0]),
-        tuple(map(str, range(len(values)))),
-        tuple(right),
-        tuple(gold),
-        tuple(map(tuple, values)),
-        tuple((4,) * len(row) for row in values),
-        tuple(map(tuple, floors)),
-        tuple(-8.0 for _ in gold),
+    return replace(
+        accuracy(right, name, chance=1 / len(values[0])),
+        primary="smoothed",
+        gold=tuple(gold),
+        loglikelihoods=tuple(map(tuple, values)),
+        bytes=tuple((4,) * len(row) for row in values),
+        floors=tuple(map(tuple, floors)),
+        unigram=(-8.0,) * len(gold),
     )

@@ -58,9 +58,8 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
 def test_models_and_a_server_are_compared_in_one_command(chats, calmix, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     dense, small = chats
-    mine = written(
-        tmp_path / "mine.jsonl", *({"prompt": f"Say {n}.", "max_tokens": 4} for n in range(5))
-    )
+    rows = [{"prompt": f"Say {n}.", "max_tokens": 4} for n in range(5)]
+    mine = written(tmp_path / "mine.jsonl", *rows)
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     with running(Fake((200, reply()))) as address:
         run = ("compare", dense, small, address, "--prompts", mine, "-o", out, "--page", page)
@@ -77,17 +76,17 @@ def test_models_and_a_server_are_compared_in_one_command(chats, calmix, tmp_path
     assert html.count('class="box"') == 15
 
 
-@pytest.mark.parametrize(
-    ("arguments", "says"),
-    [
-        (("a.json", "-o", "x.json"), "--output needs --prompts or --suite"),
-        (("builtin:smollm2-135m", "--suite", "abilities"), "name the dense model, then one or"),
-        (("a", "a", "--suite", "abilities"), "each once"),
-        (("a", "b", "--suite", "offline"), "has no generated answers: try abilities"),
-        (("a", "b", "--suite", "abilities", "--measure", "bits"), "are for files"),
-        (("a", "b", "--suite", "abilities", "--page", "x.html"), "leave it out with --suite"),
-    ],
-)
-def test_mistakes_are_known_before_any_work(calmix, tmp_path, monkeypatch, arguments, says):
+MISTAKES = {
+    "a.json -o x.json": "--output needs --prompts or --suite",
+    "builtin:smollm2-135m --suite abilities": "name the dense model, then one or",
+    "a a --suite abilities": "each once",
+    "a b --suite offline": "has no generated answers: try abilities",
+    "a b --suite abilities --measure bits": "are for files",
+    "a b --suite abilities --page x.html": "leave it out with --suite",
+}
+
+
+def test_mistakes_are_known_before_any_work(calmix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert says in calmix("compare", *arguments).line
+    for arguments, says in MISTAKES.items():
+        assert says in calmix("compare", *arguments.split()).line

@@ -121,22 +121,24 @@ def test_measure_order_per_ability():
 
 def test_gains_offset_losses():
     """The same file behind another engine loses a few answers and gains as many."""
-    dense = scored(answered(77, 100, "mine"))
-    values = [0.0] * 4 + [1.0] * 77 + [0.0] * 19
-    other = scored(written("mine task", "mine", values))
-    (found,) = judged("0.9", dense, other).tested
+
+    def tested(floor, kept, gained, **changes):
+        """Of 77 right answers, the first four lost, and of 19 wrong ones so many gained."""
+        values = [0.0] * 4 + [1.0] * (kept + gained) + [0.0] * (96 - kept - gained)
+        pruned = replace(scored(written("mine task", "mine", values)), **changes)
+        (found,) = judged(floor, scored(answered(77, 100, "mine")), pruned).tested
+        return found
+
+    found = tested("0.9", 73, 4)
     assert (found.kept, found.lost, found.gained) == (1.0, 4, 4)
     assert lower_bound(73, 77) < 0.9 < found.bound < lower_bound(77, 77)
     # Losses alone give the exact bound, however many answers were wrong before and after.
-    lost = scored(written("mine task", "mine", [0.0] * 4 + [1.0] * 73 + [0.0] * 23))
-    (found,) = judged("0.5", dense, lost).tested
-    assert found.bound == pytest.approx(lower_bound(73, 77), abs=2e-3)
+    assert tested("0.5", 73, 0).bound == pytest.approx(lower_bound(73, 77), abs=2e-3)
     # More gained than lost proves no more than nothing lost.
-    more = scored(written("mine task", "mine", [0.0] * 4 + [1.0] * 96))
-    (found,) = judged("0.5", dense, more).tested
+    found = tested("0.5", 73, 23)
     assert found.kept > 1
     assert found.bound == found.provable == lower_bound(77, 77)
-    (found,) = judged("0.5", dense, replace(lost, right_only=True)).tested
+    found = tested("0.5", 73, 0, right_only=True)
     assert found.counts == "4 of 77 right answers lost, gains not measured"
 
 
@@ -187,9 +189,7 @@ def test_unprovable_floor_names_the_nearest():
     with pytest.raises(InputError, match=r"89 items and has 20; .* 0\.9,code=0\.58$"):
         judged("0.9", scored(lost), scored(lost))
     few = scored(bits([0.5] * 5, [2] * 5))  # of which none has to be lost
-    with pytest.raises(
-        InputError, match=r"code=0\.9 needs 89 items and has 5; evaluate more items$"
-    ):
+    with pytest.raises(InputError, match=r"code=0\.9 needs 89 items and has 5; evaluate more"):
         judged("0.9", few, few)
     strict = scored(accuracy([1.0] * 50 + [0.0] * 50))  # a right answer weighs 2: 25 above chance
     (found,) = judged("0.8", strict, strict).tested
@@ -225,9 +225,8 @@ def test_answer_counts_and_worst_ability():
     ]
     assert found.right.total.value == pytest.approx(11 / 24)  # of two abilities with enough
     assert pruned.retention(dense, resamples=2000) == found.right
-    first, kept, code, accurate, *rest = words.summary_lines(
-        found, likelihood(dense, pruned), "calmix x"
-    )
+    lines = words.summary_lines(found, likelihood(dense, pruned), "calmix x")
+    first, kept, code, accurate = lines  # nothing here is scored by likelihood
     assert first == (
         f"Right answers: {words.with_span(found.right.total)} % of the dense model's (mean of 2 "
         "abilities; too few to tell: chat), 16 of 25 lost, 2 gained, p = 0.001."
@@ -240,7 +239,6 @@ def test_answer_counts_and_worst_ability():
         "Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right (dense model: 100.0 %, chance: "
         "25.0 %); left out, because the dense model is at chance: coin."
     )
-    assert not rest  # nothing here is scored by likelihood
     guesses = words.summary_lines(behaviour((scored(guessed), scored(guessed))), None, "x")
     assert guesses[1] == "Accuracy: the dense model is at chance (coin)."
     lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the unigram code
@@ -258,13 +256,9 @@ def test_tasks_of_two_suites():
     own, ours = answered(40, 40, "support"), answered(99, 99, "chat")
     own, ours = (replace(one, name="requests") for one in (own, ours))
     lost = replace(own, values=(0.0,) * 40)
-    verdict = judge(
-        parse_floors("0.9"), [(scored(own), scored(lost)), (scored(ours, suite="t"),) * 2]
-    )
-    assert [(one.ability, one.passed) for one in verdict.tested] == [
-        ("support", False),
-        ("chat", True),
-    ]
+    pairs = [(scored(own), scored(lost)), (scored(ours, suite="t"),) * 2]
+    verdict = judge(parse_floors("0.9"), pairs)
+    assert {one.ability: one.passed for one in verdict.tested} == {"support": False, "chat": True}
     other = replace(own, dimension="chat", items=tuple(f"mine/{n}" for n in range(40)))
     found = behaviour((scored(other), scored(other)), (scored(ours, suite="t"),) * 2)
     assert found.answers.dense == 139
@@ -300,10 +294,7 @@ def test_right_only_behaviour():
     assert part.flips(full)["total"].value == pytest.approx(0.1)  # of all items: 2 of 10, and none
     assert replace(part, right_only=True).flips(full)["total"].value == 0
     # Whatever is right or wrong is measured by answers kept then, and of others nothing is said.
-    strict = [
-        scored(*(replace(task, primary="accuracy") for task in one.tasks))
-        for one in (dense, pruned)
-    ]
+    strict = [scored(replace(*one.tasks, primary="accuracy")) for one in (dense, pruned)]
     assert strict[1].retention(strict[0], "primary").total.value == pytest.approx(6 / 8)
     (task,) = replace(strict[1], right_only=True).retention(strict[0]).tasks
     assert (task.kept.value, task.pruned, task.pruned_accuracy) == (0.75, None, None)

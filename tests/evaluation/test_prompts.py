@@ -11,7 +11,6 @@ from calmix.evaluation import evaluate as capability
 from calmix.evaluation.answers import compare_answers, parted, rows
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
 from calmix.evaluation.journal import Journal, journal_beside
-from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.prompts import (
     OwnPrompt,
     halves,
@@ -28,6 +27,7 @@ from calmix.evaluation.tasks import load_items
 from calmix.models.opening import open_model
 from calmix.report.answers import answers_page, fault_rows, sentences
 from tests.browser import needs_chromium, readable
+from tests.evaluation import helpers
 from tests.evaluation.helpers import save_pair, scored
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -183,53 +183,37 @@ def test_calls_of_tools_are_valid_by_their_schema():
     assert tool_calls(json.dumps({"name": "f", "parameters": {}}))[0]["name"] == "f"
     assert tool_calls(f"[TOOL_CALLS][{json.dumps(CALL)}]") == [CALL]
     assert tool_calls('{"named": 1}') == tool_calls("none") == []
-    for arguments, good in (
-        ({"city": "Rome", "days": 2}, True),
-        ('{"city": "Rome"}', True),
-        ({"city": "Rome", "days": True}, False),
-        ({"city": 3}, False),
-        ({"days": 2}, False),
-        ({"city": "Rome", "country": "Italy"}, False),
-        ("Rome", False),
-    ):
-        assert valid_call({"name": "weather", "arguments": arguments}, TOOLS) is good
+    valid = [{"city": "Rome", "days": 2}, '{"city": "Rome"}']
+    invalid = [{"city": "Rome", "days": True}, {"city": 3}, {"days": 2}, "Rome"]
+    invalid.append({"city": "Rome", "country": "Italy"})
+    for arguments in (*valid, *invalid):
+        good = valid_call({"name": "weather", "arguments": arguments}, TOOLS)
+        assert good is (arguments in valid), arguments
     assert same_call(call.lower(), CALL)
     assert not same_call(call + call, CALL)
     assert not same_call(call.replace("Rome", "Paris"), CALL)
 
 
 def test_languages_and_loops():
-    for text, name in (
-        ("Вода нужна всем людям", "ru"),
-        ("水は大切です", "ja"),
-        ("水很重要", "zh"),
-        ("물은 중요하다", "ko"),
-        ("Die Katze ist in dem Haus und hat eine Maus", "de"),
-        ("`the a an the is are`", ""),
-        ("ok", ""),
-        ("", ""),
-    ):
-        assert language(text) == name, text
+    texts = {
+        "ru": "Вода нужна всем людям",
+        "ja": "水は大切です",
+        "zh": "水很重要",
+        "ko": "물은 중요하다",
+    }
+    texts["de"] = "Die Katze ist in dem Haus und hat eine Maus"
+    assert {name: language(text) for name, text in texts.items()} == {name: name for name in texts}
+    assert [language(text) for text in ("`the a an the is are`", "ok", "")] == ["", "", ""]
     assert loops("a" * 130)
     assert loops("intro " + "and so it goes on, " * 8)
     assert not loops("\n".join(f"{n}. item" for n in range(60)))
 
 
-def task(answers, kept, name="mine", **more):
+def task(answers, kept, **more):
     """Made-up answers of a model to prompts."""
-    return TaskScores(
-        name,
-        name,
-        "as_asked",
-        "kept",
-        0.0,
-        tuple(map(str, range(len(answers)))),
-        values=tuple(map(float, kept)),
-        answers=tuple(answers),
-        ended=(1,) * len(answers),
-        prompts=("<b>Why?</b>",) * len(answers),
-        **more,
-    )
+    texts = {"answers": tuple(answers), "ended": (1,) * len(answers)}
+    one = helpers.written("mine", "mine", kept)
+    return replace(one, **texts, prompts=("<b>Why?</b>",) * len(answers), **more)
 
 
 def example():
@@ -283,9 +267,8 @@ def test_the_page_can_be_read_on_a_telephone(page, tmp_path):
     dense, small = example()
     (only,) = small.tasks
     long = replace(only, answers=("x" * 900, "```\n" + "y" * 300, "c"))
-    pairs = {
-        "http://localhost:8080/v1#a-model-with-a-long-name": (dense, replace(small, tasks=(long,)))
-    }
+    name = "http://localhost:8080/v1#a-model-with-a-long-name"
+    pairs = {name: (dense, replace(small, tasks=(long,)))}
     row = {"model": "small", "#MB": "30", "#good %": "33.3 [6.1, 79.2]", "#behind best": None}
     path = tmp_path / "page.html"
     path.write_text(answers_page(pairs, [row], "Use small."), encoding="utf-8")
@@ -296,7 +279,7 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
     monkeypatch.setattr(capability, "CHUNK", 2)
     path, model = tmp_path / "mine.jsonl", open_model(str(tiny_folder))
     suite = prompt_suite(written(path, *({"prompt": f"p{n}", "max_tokens": 3} for n in range(5))))
-    real, calls = capability.answers, []
+    real, calls, output = capability.answers, [], tmp_path / "out.json"
 
     def answers(opened, prompts, **how):
         if len(calls) == 2:
@@ -305,7 +288,6 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
         return real(opened, prompts, **how)
 
     whole = evaluate(model, suite)
-    output = tmp_path / "out.json"
     monkeypatch.setattr(capability, "answers", answers)
     with pytest.raises(KeyboardInterrupt), journal_beside(output) as journal:
         evaluate(model, suite, journal=journal)
@@ -319,15 +301,17 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
     assert not kept.exists()
 
 
-@pytest.mark.parametrize(("kept", "code"), [(60, 0), (50, 1)])
-def test_the_gate_has_an_exit_code(calmix, tmp_path, kept, code):
+def test_the_gate_has_an_exit_code(calmix, tmp_path):
     fine = {"properties": ({"text": True},) * 60}
     dense = scored(task(["x"] * 60, [1] * 60, **fine))
-    small = scored(task(["x"] * 60, [1] * kept + [0] * (60 - kept), **fine))
-    path = save_pair(tmp_path / "scores.json", dense, small)
-    ended = calmix("check", path, "--keep-at-least", "mine=0.95")
-    assert ended.code == code
-    assert ("not kept" in ended.out) is bool(code)
+    for kept, code in ((60, 0), (50, 1)):
+        small = scored(task(["x"] * 60, [1] * kept + [0] * (60 - kept), **fine))
+        path = save_pair(tmp_path / "scores.json", dense, small)
+        ended = calmix("check", path, "--keep-at-least", "mine=0.95")
+        assert (ended.code, "not kept" in ended.out) == (code, bool(code))
+
+
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 @pytest.fixture
@@ -335,15 +319,8 @@ def chats(tmp_path):
     """Two tiny models that answer in a chat template."""
     folders = [save_tiny_model(tmp_path / name, seed=seed) for seed, name in enumerate("ab")]
     for folder in folders:
-        template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-        tiny_tokenizer(template).save_pretrained(folder)
+        tiny_tokenizer(CHAT).save_pretrained(folder)
     return folders
-
-
-SWITCH = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-    "{% if enable_thinking %}<think>{% endif %}"
-)
 
 
 def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
@@ -352,11 +329,12 @@ def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
     mine = written(tmp_path / "mine.jsonl", {"prompt": "Say x.", "max_tokens": 4})
     run = ("evaluate", small, "--prompts", mine)
     assert f"the chat template of {small} has no switch" in calmix(*run, "--thinking").line
-    tiny_tokenizer(SWITCH).save_pretrained(small)
+    switch = "{% if enable_thinking %}<think>{% endif %}"
+    tiny_tokenizer(CHAT + switch).save_pretrained(small)
     assert "--thinking asks for it" in calmix(*run).ok().err
-    asked = json.loads(calmix(*run, "--thinking", "--json").ok().out)["scores"]
-    assert asked["suite"]["hash"] != prompt_suite(mine).hash
-    assert "thought" in asked["tasks"][0]["properties"][0]
+    scores = json.loads(calmix(*run, "--thinking", "--json").ok().out)["scores"]
+    assert scores["suite"]["hash"] != prompt_suite(mine).hash
+    assert "thought" in scores["tasks"][0]["properties"][0]
     opened = open_model(small)
     suite = choose("abilities", tasks=["stopping", "sums"])
     for thinking in (False, True):
@@ -374,9 +352,8 @@ def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
 
 def test_the_command_compares_prints_and_gates(chats, calmix, tmp_path):
     dense, small = chats
-    mine = written(
-        tmp_path / "mine.jsonl", *({"prompt": f"Say {n}.", "max_tokens": 6} for n in range(6))
-    )
+    rows = [{"prompt": f"Say {n}.", "max_tokens": 6} for n in range(6)]
+    mine = written(tmp_path / "mine.jsonl", *rows)
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     run = ("evaluate", small, "--against", dense, "--prompts", mine)
     ended = calmix(*run, "-o", out, "--page", page).ok()

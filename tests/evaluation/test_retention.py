@@ -14,17 +14,13 @@ from calmix.evaluation.retention import estimate, flips, item_weights, resampled
 from tests.evaluation.helpers import accuracy, bits, choices, written
 
 
-def right(count, of, **fields):
-    return accuracy([1.0] * count + [0.0] * (of - count), **fields)
+def right(count, of, name="quiz", dimension="general", chance=0.25):
+    return accuracy([1.0] * count + [0.0] * (of - count), name, dimension, chance)
 
 
 def test_tasks_without_signal_are_skipped():
-    dense = [
-        right(80, 100, name="good"),
-        right(27, 100, name="weak"),
-        right(0, 40, name="written", dimension="code", chance=0.0),
-    ]
-    found = retention(dense, [right(60, 100, name="good"), *dense[1:]], resamples=100)
+    dense = [right(80, 100, "good"), right(27, 100, "weak"), right(0, 40, "written", "code", 0.0)]
+    found = retention(dense, [right(60, 100, "good"), *dense[1:]], resamples=100)
     assert [task.signal for task in found.tasks] == [True, False, False]
     assert [task.kept.value is None for task in found.tasks] == [False, True, True]
     general, code = found.dimensions
@@ -37,8 +33,8 @@ def test_tasks_without_signal_are_skipped():
 
 
 def test_confidence_level_and_worst():
-    dense = [right(80, 100, name="a"), right(9, 10, name="b", dimension="code")]
-    pruned = [right(60, 100, name="a"), right(7, 10, name="b", dimension="code")]
+    dense = [right(80, 100, "a"), right(9, 10, "b", "code")]
+    pruned = [right(60, 100, "a"), right(7, 10, "b", "code")]
     wide, narrow = (retention(dense, pruned, resamples=200, level=level) for level in (0.95, 0.5))
     for one, other in ((wide.total, narrow.total), (wide.of("code"), narrow.of("code"))):
         assert one.low < other.low < other.high < one.high
@@ -46,7 +42,7 @@ def test_confidence_level_and_worst():
     assert (wide.worst, wide.of("general").value < wide.of("code").value) == ("general", True)
     assert wide.of("code").low < wide.of("general").low
     assert wide.of("math").value is None
-    few = [right(1, 1, name="c", dimension="math", chance=0.0)]  # known, and in every resample
+    few = [right(1, 1, "c", "math", 0.0)]  # known, and in every resample
     assert retention(dense + few, pruned + few, resamples=9).worst == "general"
 
 
@@ -60,7 +56,7 @@ def test_accuracy_skips_unjudged_tasks():
 
 
 def test_other_items_are_refused():
-    a, b, c = (right(5, 10, name=name) for name in "abc")
+    a, b, c = (right(5, 10, name) for name in "abc")
     for dense, pruned, first in (([a], [b], "a"), ([c, b], [c], "b"), ([a, b], [b, a], "b")):
         with pytest.raises(InputError, match=rf"different tasks \(first: {first}\): eval"):
             retention(dense, pruned)
@@ -74,8 +70,8 @@ def test_dimension_and_total_are_means(measure):
     rng = np.random.default_rng(0)
     nats, sizes = rng.uniform(2, 6, 40), rng.integers(9, 20, 40)
     pairs = [
-        (right(40, 80, name="a"), right(30, 80, name="a")),
-        (right(40, 50, name="b"), right(30, 50, name="b")),
+        (right(40, 80, "a"), right(30, 80, "a")),
+        (right(40, 50, "b"), right(30, 50, "b")),
         (bits(nats, sizes, "c", "code"), bits(1.3 * nats, sizes, "c", "code")),
     ]
     found = retention(*zip(*pairs, strict=True), measure=measure, resamples=50)
@@ -104,42 +100,31 @@ def test_resamples_depend_on_seed_name_and_count():
     assert found.dtype == float
 
 
-def answers(name, dimension, right):
-    return written(name, dimension, [int(one) for one in right])
+RIGHT = {  # by task: its ability, and which answers the dense and the pruned model get right
+    "a": ("code", "1" * 8 + "0" * 8, "0" * 4 + "1" * 12),
+    "b": ("code", "1" * 4 + "0" * 4, "1" * 3 + "0" * 5),
+    "c": ("code", "0" * 6, "1" * 3 + "0" * 3),
+    "d": ("math", "1" * 30 + "0" * 10, "1" * 15 + "0" * 25),
+    "e": ("chat", "1" * 9, "0" * 9),
+}
 
 
 def test_right_answers_by_ability():
-    dense = [
-        answers("a", "code", "1" * 8 + "0" * 8),
-        answers("b", "code", "1" * 4 + "0" * 4),
-        answers("c", "code", "0" * 6),
-        answers("d", "math", "1" * 30 + "0" * 10),
-        answers("e", "chat", "1" * 9),
-        right(80, 100),
-        bits([3.0], [2]),
-    ]
-    pruned = [
-        answers("a", "code", "0" * 4 + "1" * 12),
-        answers("b", "code", "1" * 3 + "0" * 5),
-        answers("c", "code", "1" * 3 + "0" * 3),
-        answers("d", "math", "1" * 15 + "0" * 25),
-        answers("e", "chat", "0" * 9),
-        right(10, 100),
-        bits([9.0], [2]),
-    ]
+    other = [right(80, 100), bits([3.0], [2])], [right(10, 100), bits([9.0], [2])]
+    dense, pruned = (
+        [written(name, row[0], [*map(int, row[1 + side])]) for name, row in RIGHT.items()] + more
+        for side, more in enumerate(other)
+    )
     found = retention(dense, pruned, measure="right")
     # The dense model gets nothing of c right, where the pruned one gains, and too little of e.
     values = {one.name: one.kept.value for one in found.dimensions}
     assert values == {"code": 18 / 12, "math": 0.5, "chat": None}
     assert (found.total.value, found.worst) == (1.0, "math")
-    assert [(one.name, one.items, one.score) for one in found.tasks] == [
-        ("code", 30, "right"),
-        ("math", 40, "right"),
-        ("chat", 9, "right"),
-    ]
+    sizes = [("code", 30, "right"), ("math", 40, "right"), ("chat", 9, "right")]
+    assert [(one.name, one.items, one.score) for one in found.tasks] == sizes
     assert FEW_RIGHT == 10
     assert [one.without_signal for one in found.dimensions] == [(), (), ("chat",)]
-    for name, size in (("code", 30), ("math", 40)):  # items are resampled within abilities
+    for name, size, _ in sizes[:2]:  # items are resampled within abilities
         both = [
             np.concatenate([one.values for one in some if one.dimension == name])
             for some in (dense, pruned)
@@ -148,31 +133,20 @@ def test_right_answers_by_ability():
         ratios = (times @ both[1]) / (times @ both[0])
         one = found.of(name)
         assert [one.low, one.high] == pytest.approx(np.quantile(ratios, [0.025, 0.975]))
-    again = retention(dense, dense, measure="right")
-    assert astuple(again.total) == (1, 1, 1)
+    assert astuple(retention(dense, dense, measure="right").total) == (1, 1, 1)
     with pytest.raises(InputError, match="no task has generated answers"):
-        retention(dense[-2:], pruned[-2:], measure="right")
+        retention(*other, measure="right")
 
 
 def test_flips():
-    dense = [
-        accuracy([1, 1, 1, 1, 0, 0, 0, 0], "a"),
-        accuracy([1, 0], "b"),
-        bits([3.0], [2]),
-        accuracy([1, 1, 0, 0], "c", "math"),
-    ]
-    pruned = [
-        accuracy([0, 0, 1, 1, 1, 0, 0, 0], "a"),
-        accuracy([1, 0], "b"),
-        bits([9.0], [2]),
-        accuracy([0, 1, 0, 0], "c", "math"),
-    ]
+    def tasks(a, c, nats):
+        return [accuracy(a, "a"), accuracy([1, 0], "b"), nats, accuracy(c, "c", "math")]
+
+    dense = tasks([1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0], bits([3.0], [2]))
+    pruned = tasks([0, 0, 1, 1, 1, 0, 0, 0], [0, 1, 0, 0], bits([9.0], [2]))
     found = flips(dense, pruned)
-    assert {name: one.value for name, one in found.items()} == {
-        "general": 3 / 16,
-        "math": 1 / 4,
-        "total": (3 / 16 + 1 / 4) / 2,
-    }
+    values = {name: one.value for name, one in found.items()}
+    assert values == {"general": 3 / 16, "math": 1 / 4, "total": (3 / 16 + 1 / 4) / 2}
     assert found["general"].low < 3 / 16 < found["general"].high
     assert astuple(flips([dense[1]], [pruned[1]])["total"]) == (0, 0, 0)
     assert flips(dense[2:3], pruned[2:3]) == {}

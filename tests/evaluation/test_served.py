@@ -44,38 +44,38 @@ class Fake:
             return self.plan.pop(0) if len(self.plan) > 1 else self.plan[0]
 
 
-def handler(fake):
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
 
-        def send(self, status, body, kind="application/json", cut=0, headers=()):
-            raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", kind)
-            self.send_header("Content-Length", str(len(raw) + cut))
-            for name, value in headers:
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(raw)
+    def send(self, status, body, kind="application/json", cut=0, headers=()):
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(raw) + cut))
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(raw)
 
-        def do_GET(self):
-            fake.models(self) if callable(fake.models) else self.send(*fake.models)
+    def reply(self, what):
+        what(self) if callable(what) else self.send(*what)
 
-        def do_POST(self):
-            raw = self.rfile.read(int(self.headers["Content-Length"]))
-            fake.bodies.append(json.loads(raw) | {"path": self.path})
-            fake.keys.append(self.headers.get("Authorization"))
-            what = fake.next()
-            what(self) if callable(what) else self.send(*what)
+    def do_GET(self):
+        self.reply(self.server.fake.models)
 
-    return Handler
+    def do_POST(self):
+        fake, raw = self.server.fake, self.rfile.read(int(self.headers["Content-Length"]))
+        fake.bodies.append(json.loads(raw) | {"path": self.path})
+        fake.keys.append(self.headers.get("Authorization"))
+        self.reply(fake.next())
 
 
 @contextmanager
 def running(fake):
     """Yield the address of a fake server."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler(fake)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.fake = fake
         thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/v1"

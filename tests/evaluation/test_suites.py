@@ -222,12 +222,13 @@ def test_missing_sandbox_is_reported_first(folder, tiny_folder, monkeypatch):
 
 
 def test_new_suite_overwrites_nothing(calmix, tmp_path):
+    run = ("evaluate", "suite", "--new")
     for name in ("ours", "ours.v2"):
-        calmix("evaluate", "suite", tmp_path / name, "--new").ok()
+        calmix(*run, tmp_path / name).ok()
         assert load_suite(tmp_path / f"{name}.yaml").name == name
-    ended = calmix("evaluate", "suite", tmp_path / "ours.yaml", "--new")
-    assert ended.line.endswith("exists: choose another file")  # there is no --overwrite
-    assert "cannot name a suite" in calmix("evaluate", "suite", tmp_path / "a b", "--new").line
+    exists = calmix(*run, tmp_path / "ours.yaml").line
+    assert exists.endswith("exists: choose another file")  # there is no --overwrite
+    assert "cannot name a suite" in calmix(*run, tmp_path / "a b").line
 
 
 ROWS = [  # a kind of task, an invalid row of it, and the error
@@ -273,21 +274,19 @@ def test_rows_with_any_text_and_long_numbers(folder):
 
 def test_other_prompt_forms_are_refused_first(folder, calmix, tiny_folder, tmp_path, monkeypatch):
     other = save_tiny_model(tmp_path / "other")
-    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    tiny_tokenizer(template).save_pretrained(other)
-    command = ("evaluate", str(other), "--suite", str(folder / "mine.yaml"))
+    tiny_tokenizer("{% for m in messages %}{{ m['content'] }}{% endfor %}").save_pretrained(other)
+    run = ("evaluate", other, "--suite", folder / "mine.yaml", "--task")
 
     def write(opened, prompts, rearranged, progress):
         assert not prompts
         return []
 
     monkeypatch.setattr("calmix.evaluation.evaluate.answers", write)
-    dense = evaluate(tiny_folder, folder / "mine.yaml", tasks=["my_choices"])
-    answers = ("--task", "my_answers")
-    refused = calmix(*command, *answers, "--against", tiny_folder)
+    refused = calmix(*run, "my_answers", "--against", tiny_folder)
     assert "in its chat template, the other with worked" in refused.line
+    dense = evaluate(tiny_folder, folder / "mine.yaml", tasks=["my_choices"])
     dense.save(path := tmp_path / "dense.json")  # choices are not asked
-    assert calmix(*command, "--task", "my_choices", "--against", path).code == 0
+    calmix(*run, "my_choices", "--against", path).ok()
 
 
 def test_progress_spans_both_passes_of_a_repeat(folder, tiny_folder):
@@ -347,21 +346,21 @@ def test_right_only(folder, calmix, tiny_folder, tmp_path, monkeypatch):
         return [("down", True) for _ in prompts]
 
     monkeypatch.setattr("calmix.evaluation.evaluate.answers", fake)
-    command = ("evaluate", str(tiny_folder), "--suite", str(folder / "mine.yaml"))
+    command = ("evaluate", tiny_folder, "--suite", folder / "mine.yaml")
     whole = ("--task", "my_answers", "--task", "my_numbers")
-    dense, pruned = str(tmp_path / "dense.json"), tmp_path / "pruned.json"
-    assert calmix(*command, *whole, "-o", dense).code == 0
-    again = (*command, *whole, "--against", dense, "--right-only", "-o", str(pruned))
-    assert calmix(*again).code == 0
+    dense, pruned = tmp_path / "dense.json", tmp_path / "pruned.json"
+    calmix(*command, *whole, "-o", dense).ok()
+    again = (*command, *whole, "--against", dense, "--right-only", "-o")
+    calmix(*again, pruned).ok()
     found = json.loads(pruned.read_text(encoding="utf-8"))
     assert seen == [3, 1]
     assert found["scores"]["right_only"]
     for part in ("dense", "scores"):
         assert [task["values"] for task in found[part]["tasks"]] == [[1.0, 0.0], [0.0]]
     for measure in ("accuracy", "ratio"):  # it would count what was not asked as wrong
-        refused = calmix(*again[:-1], str(tmp_path / "new.json"), "--measure", measure)
-        assert "no task has right or wrong answers" in refused.line
-        assert "no task has right or wrong" in calmix("compare", pruned, "--measure", measure).line
+        for run in ((*again, tmp_path / "new.json"), ("compare", pruned)):
+            said = calmix(*run, "--measure", measure).line
+            assert "no task has right or wrong answers" in said
     assert seen == [3, 1]
-    refused = calmix(*command, "--right-only", "--against", str(tiny_folder))
+    refused = calmix(*command, "--right-only", "--against", tiny_folder)
     assert (refused.code, "--against FILE.json" in refused.err) == (2, True)

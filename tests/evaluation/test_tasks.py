@@ -226,19 +226,21 @@ def test_tool_calls_are_asked_only_if_the_template_shows_tools(monkeypatch):
     assert not any("[" in one for one in prompts if "tips" in one or "Explain" in one)
 
 
+SENTENCES = {
+    "fr": "Le pain est dans la maison.",
+    "de": "Das Brot ist in dem Haus.",
+    "es": "El pan es bueno y está en la mesa.",
+    "it": "Il pane è buono e si mangia con gli amici.",
+    "pt": "O pão é bom e não se come com os pés.",
+}
+
+
 def test_requests_in_five_languages_have_answers_that_count():
     items = load_asked("languages")
     assert len(items) == len({one.question for one in items}) == 60
-    sentences = {
-        "fr": "Le pain est dans la maison.",
-        "de": "Das Brot ist in dem Haus.",
-        "es": "El pan es bueno y está en la mesa.",
-        "it": "Il pane è buono e si mangia con gli amici.",
-        "pt": "O pão é bom e não se come com os pés.",
-    }
     for one in items:
         spoken = one.right.get("language")
-        good = sentences[spoken] if spoken else one.right.get("is", "a, b, c").split("|")[0]
+        good = SENTENCES[spoken] if spoken else one.right.get("is", "a, b, c").split("|")[0]
         assert verdict(one, good), one.question
         wrong = "The bread is in the house." if spoken else "I do not know, sorry."
         assert not verdict(one, wrong), one.question
