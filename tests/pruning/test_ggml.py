@@ -55,13 +55,10 @@ def solved(name, weights, gram, **options):
     return get_method("ggml", **options).solve(weights, gram, [Blocks(name)] * len(weights))
 
 
-def test_block_sizes():
-    for name, kind in TYPES.items():
-        assert (kind.size, kind.bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[name]]
-
-
 @pytest.mark.parametrize("name", BY_COLUMN)
 def test_blocks_decode_with_the_gguf_package(name):
+    for each, kind in TYPES.items():
+        assert (kind.size, kind.bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[each]]
     grid = random_levels(TYPES[name], rows=20, blocks=6)
     encoded = grid.encoded()
     assert encoded.data.shape == (20, 6 * TYPES[name].bytes)

@@ -112,16 +112,11 @@ def test_asymmetric_levels_reach_from_the_least_weight_to_the_largest(bits):
 
 
 def test_groups_need_bits():
+    up = "model.layers.0.mlp.up_proj"
     for text in ("wanda,group=32", "sparsegpt,group=7", "magnitude,group=128"):
-        for pattern in (0.5, dict.fromkeys(["model.layers.0.mlp.up_proj"], 0.5)):
+        for pattern in (0.5, {up: 0.5}):
             with pytest.raises(InputError, match=r"group=\d+ has no effect .* without bits: add"):
-                prune(
-                    tiny_model("llama"),
-                    tiny_ids(),
-                    method=text,
-                    pattern=pattern,
-                    only=["model.layers.0.mlp.up_proj"],
-                )
+                prune(tiny_model("llama"), tiny_ids(), method=text, pattern=pattern, only=[up])
         with pytest.raises(InputError, match="without bits"):
             prune_request(method=text, sparsity=0.5, calibration="x")
     prune_request(method="wanda,bits=4,group=32", sparsity=0.5, calibration="x")
