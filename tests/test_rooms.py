@@ -15,7 +15,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"libggml": "ggml", "llama_cpp": "llama", "ray": "ray", "reasoning_gym": "reasoning"}
+EXTRAS = {"libggml": "ggml", "ray": "ray", "reasoning_gym": "reasoning"}
 
 
 def floors():

@@ -25,7 +25,7 @@ class ExportOptions(Options):
     to: Form | None = option(None, "Format to write.", shown="pack; jsonl for a set")
     output: Path = path_option(..., "Folder, .jsonl or .gguf file to write.")
     weights: Literal["f16", "q8_0", "q4_0", "q4_1"] | None = option(
-        None, "GGUF: type of weights without levels.", shown="f16"
+        None, "GGUF: type of weights that are not in blocks.", shown="f16"
     )
     like: Path | None = option(None, "GGUF: an existing file of the same model.", metavar="FILE")
     model: str | None = option(None, "Set: model that it is for.", flag="--model -m")
@@ -106,8 +106,7 @@ def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
     kinds = ", ".join(f"{count} {kind}" for kind, count in facts["types"].items())
     return facts, (
         f"{size_text(facts['before'])} of weights in {size_text(facts['after'])} ({kinds}; "
-        f"{facts['ours']} keep the levels of calmix), KL to the model {facts['kl']:.2g} nats per "
-        f"token, in {facts['engine']}"
+        f"{facts['solved']} as solved), KL to the model {facts['kl']:.2g} nats per token"
     )
 
 

@@ -4,11 +4,9 @@ Everything except the weights comes from a template, a GGUF file of the same mod
 tokenizer, names, the order of rows. A model that has none gets one from llama.cpp's converter, in a
 process of its own, because its package replaces files of the package `gguf`.
 
-Matrices of the method `ggml` are written as solved, byte for byte; other quantised layers keep
-their levels where GGUF has the grid: Q4_0 for up to 4 symmetric bits, Q8_0 for up to 8, with groups
-that are multiples of 32. The file is
-compared with the model before it is moved into place, in llama.cpp if llama-cpp-python is there,
-else in transformers.
+Matrices of the method `ggml` are written as solved, byte for byte; all others are rounded to
+nearest. The file is read back by transformers and compared with the model before it is moved into
+place.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,19 +55,17 @@ from calmix.pruning.file_types import RECIPES
 from calmix.pruning.methods import Look
 from calmix.pruning.solvers.ggml_types import TYPES as BLOCK_TYPES
 from calmix.pruning.solvers.ggml_types import Encoded
-from calmix.pruning.solvers.grids import Grid, read_blocks, read_grids
+from calmix.pruning.solvers.grids import read_blocks
 
 Array = np.ndarray[Any, Any]
 # The origin of a tensor in a GGUF file: the parameter's name, and an order (None: the parameter's
 # own) and offset such that tensor = parameter.take(order) - offset.
 Place = tuple[str, Array | None, float]
 
-# Types for weights without a grid that GGUF has, and the divergence from the model (nats per token)
+# Types for weights that are not in blocks, and the divergence from the model (nats per token)
 # beyond which a file is refused.
 PLAIN_TYPES = {"f16": 0.01, "q8_0": 0.2, "q4_0": 3.0, "q4_1": 3.0}
 FILE_TYPES = {"Q3_K": "Q3_K_S", "Q4_K": "Q4_K_S", "Q5_K": "Q5_K_S"}  # else those of the tensors
-# The same in llama.cpp, which rounds the inputs of quantised matrices to 8 bits.
-LLAMA_ROUNDING = 0.05
 BLOCK_WEIGHTS = 32  # weights in a block of Q4_0, Q4_1 and Q8_0
 FLOAT_TENSORS = (
     "shortconv.conv.weight",
@@ -94,12 +89,11 @@ def export(
     """Write a model as a GGUF file, and check it against the model, which is loaded into memory.
 
     Returns the bytes of the model's weight files `before` and of the file `after`, the number of
-    tensors by `types` and with our levels (`ours`), and `kl`, KL(model || file) in nats per token
-    on random ids, computed by `engine`, and `bits` per weight.
+    tensors by `types` and as solved (`solved`), and `kl`, KL(model || file) in nats per token on
+    random ids, and `bits` per weight.
 
-    Matrices without a grid that GGUF has become `weights`, one of `PLAIN_TYPES`. `like` is a GGUF
-    file of the same model, by default the one it came from; `say` is called with each step
-    as it begins.
+    Matrices that are not in blocks become `weights`, one of `PLAIN_TYPES`. `like` is a GGUF file of
+    the same model, by default the one it came from; `say` is called with each step as it begins.
     """
     template = str(like) if like is not None else _origin(name)
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
@@ -111,16 +105,12 @@ def export(
         opened = open_as_stored(name, folder)  # levels are exact in this type alone
         places = _places(opened, reader, template)
         new = beside / f".{output.name}"  # no clash with a builtin template's name
-        types, ours, size = _write(new, reader, opened, places, folder, weights)
+        types, solved, size = _write(new, reader, opened, places, folder, weights)
         say("check")
-        engine, run, most = "transformers", _in_transformers, PLAIN_TYPES[weights]
-        if find_spec("llama_cpp"):
-            engine, run = "llama.cpp", _in_llama_cpp
-            most = max(most, LLAMA_ROUNDING) if ours else most
         ids, before = reference(opened.model)
         del opened  # before the file is read: one model is in memory at a time
         with torch.no_grad():
-            kl = check_logits(name, before, run(new, ids), most, weights)
+            kl = check_logits(name, before, _read_back(new, ids), PLAIN_TYPES[weights], weights)
         new.chmod(0o644)
         sync(new)  # a rename can reach the disk before the bytes
         new.replace(real_place(output))
@@ -128,9 +118,8 @@ def export(
         "before": weight_bytes(folder),
         "after": output.stat().st_size,
         "types": types,
-        "ours": ours,
+        "solved": solved,
         "kl": kl,
-        "engine": engine,
         "bits": 8 * size / sum(int(tensor.n_elements) for tensor in reader.tensors),
     }
 
@@ -306,13 +295,12 @@ def _write(
     folder: Path,
     weights: str,
 ) -> tuple[dict[str, int], int, int]:
-    """Write the file; return the number of its tensors by type, the number with levels of a grid,
-    and the bytes of all."""
+    """Write the file; return the number of its tensors by type, the number written as solved, and
+    the bytes of all."""
     from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType, quants
 
-    kinds, state, ours, size = GGMLQuantizationType, opened.model.state_dict(), 0, 0
-    shapes = {name: value.shape for name, value in state.items()}
-    grids, blocks = read_grids(folder, shapes), read_blocks(folder, shapes)
+    kinds, state, solved, size = GGMLQuantizationType, opened.model.state_dict(), 0, 0
+    blocks = read_blocks(folder, {name: value.shape for name, value in state.items()})
     types = Counter[str]()
     writer = GGUFWriter(path, str(reader.get_field("general.architecture").contents()))
     for tensor in reader.tensors:
@@ -322,10 +310,7 @@ def _write(
             data, kind = np.asarray(tensor.data), tensor.tensor_type
         elif (own := _rows(state[parameter], blocks.get(parameter), order)) is not None:
             data, kind = own, kinds[blocks[parameter].name]
-            ours += 1
-        elif not offset and (levels := _levels(state[parameter], grids.get(parameter), lay_out)):
-            data, kind = levels
-            ours += 1
+            solved += 1
         else:
             value = lay_out(state[parameter].float().numpy() - np.float32(offset))
             kind = kinds.F32
@@ -350,7 +335,7 @@ def _write(
         inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
         writer.add_key_value(field.name, value, field.types[0], inner)
     _close(writer)
-    return dict(types), ours, size
+    return dict(types), solved, size
 
 
 def _recipe(folder: Path) -> str | None:
@@ -380,50 +365,7 @@ def _rows(weight: Tensor, blocks: Encoded | None, order: Array | None) -> Array 
     return data[first]
 
 
-def _levels(
-    weight: Tensor, grid: Grid | None, lay_out: Callable[[Array], Array]
-) -> tuple[Array, Any] | None:
-    """Return a matrix in GGUF blocks with the levels of its grid; None if that is impossible."""
-    from gguf import GGMLQuantizationType
-
-    if grid is None or grid.octaves is not None:
-        return None
-    group = weight.shape[1] // grid.scale.shape[1]
-    half = grid.scale.half()
-    if group % BLOCK_WEIGHTS or not torch.equal(half.float(), grid.scale):
-        return None
-    levels = grid.levels(weight)
-    if not torch.equal(grid.values(levels).to(weight.dtype), weight):
-        return None
-    blocks, scales = (
-        lay_out(one.numpy()).reshape(len(weight), -1, BLOCK_WEIGHTS)
-        for one in (levels, half.repeat_interleave(group, 1))
-    )
-    if (scales != scales[..., :1]).any():
-        return None
-    if -8 <= blocks.min() <= blocks.max() <= 7:
-        nibbles = (blocks + 8).astype(np.uint8)
-        data, kind = nibbles[..., :16] | (nibbles[..., 16:] << 4), GGMLQuantizationType.Q4_0
-    else:  # grids have at most 8 bits
-        data, kind = blocks.astype(np.int8).view(np.uint8), GGMLQuantizationType.Q8_0
-    head = np.ascontiguousarray(scales[..., :1]).view(np.uint8)
-    return np.concatenate([head, data], axis=-1).reshape(len(weight), -1), kind
-
-
-def _in_llama_cpp(file: Path, ids: Tensor) -> Tensor:
-    with loading(f"update or uninstall llama-cpp-python, which cannot run {file.name}"):
-        from llama_cpp import Llama
-
-        engine = Llama(str(file), n_ctx=ids.shape[1], logits_all=True, verbose=False)
-        rows = []
-        for row in ids.tolist():
-            engine.reset()
-            engine.eval(row)
-            rows.append(torch.tensor(engine.scores[: len(row)]))
-        return torch.stack(rows)
-
-
-def _in_transformers(file: Path, ids: Tensor) -> Tensor:
+def _read_back(file: Path, ids: Tensor) -> Tensor:
     with loading(f"cannot read {file.name} back"), reading_gguf():
         logits: Tensor = read_gguf(file, torch.float32).eval()(ids).logits
         return logits

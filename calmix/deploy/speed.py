@@ -16,7 +16,7 @@ from typing import Any
 from calmix.errors import ModelError
 from calmix.machine import cores
 
-BINDINGS = ("llama_cpp", "llama_cpp_py_sync")
+BINDING = "llama_cpp_py_sync"
 INSTALL = "pip install llama-cpp-py-sync"
 PROMPT_TOKENS, WRITTEN_TOKENS = 256, 64  # tokens
 CHILD = """
@@ -37,18 +37,12 @@ if kind == "transformers":
             made = model(ids[:, at : at + 1], use_cache=True, past_key_values=made.past_key_values)
 else:
     model = __import__(kind).Llama(place, n_ctx=2 * prompt, n_threads=threads, verbose=False)
-    size = model.n_vocab() if kind == "llama_cpp" else model.n_vocab
-    ids = [(at % 1000 + 100) % size for at in range(prompt + written)]
-    def feed(tokens, before):
-        if kind == "llama_cpp":
-            model.eval(tokens)
-        else:
-            model._eval_tokens(tokens, before)
+    ids = [(at % 1000 + 100) % model.n_vocab for at in range(prompt + written)]
     def run(count):
-        model.reset() if kind == "llama_cpp" else model._clear_context_state()
-        feed(ids[:prompt], 0)
+        model._clear_context_state()
+        model._eval_tokens(ids[:prompt], 0)
         for at in range(prompt + 1, prompt + count):
-            feed(ids[at : at + 1], at - 1)
+            model._eval_tokens(ids[at : at + 1], at - 1)
 def timed(count):
     start = time.perf_counter()
     run(count)
@@ -61,15 +55,15 @@ print(json.dumps({"prompt": prompt / first, "writing": (written - 1) / rest,
 """
 
 
-def engine() -> str | None:
-    """Return the module that runs GGUF files here; None if there is none."""
-    return next(filter(find_spec, BINDINGS), None)
+def engine() -> bool:
+    """Whether a module that runs GGUF files is installed."""
+    return find_spec(BINDING) is not None
 
 
 def measure(file: Path, dense: str, trust_remote_code: bool = False) -> dict[str, Any]:
     """Return tokens per second for a `prompt` and for `writing`, and bytes of `memory`, of a GGUF
     file (`llama.cpp`) and of the dense model (`transformers`)."""
-    runs = (engine(), str(file)), ("transformers", dense, trust_remote_code)
+    runs = (BINDING, str(file)), ("transformers", dense, trust_remote_code)
     return {
         "threads": cores(),
         "llama.cpp": _measured(*runs[0]),
@@ -77,7 +71,7 @@ def measure(file: Path, dense: str, trust_remote_code: bool = False) -> dict[str
     }
 
 
-def _measured(kind: str | None, place: str, *how: bool) -> dict[str, float]:
+def _measured(kind: str, place: str, *how: bool) -> dict[str, float]:
     words = json.dumps([kind, place, cores(), PROMPT_TOKENS, WRITTEN_TOKENS, *how])
     ran = subprocess.run(
         [sys.executable, "-c", CHILD, words], capture_output=True, text=True, check=False

@@ -202,7 +202,7 @@ def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp
 
 def test_the_speed_is_measured_where_llama_cpp_is_installed(calmix, out, monkeypatch):
     speeds = {"prompt": 400.0, "writing": 70.0, "memory": 3e8}
-    monkeypatch.setattr(card, "engine", lambda: "llama_cpp")
+    monkeypatch.setattr(card, "engine", lambda: True)
 
     def broken(*_):
         raise ModelError("it does not run")
@@ -223,17 +223,17 @@ def test_the_speed_is_measured_where_llama_cpp_is_installed(calmix, out, monkeyp
 STUB = """
 class Llama:
     def __init__(self, path, **options): assert path == "x.gguf"
-    def n_vocab(self): return 300
-    def reset(self): pass
-    def eval(self, ids): assert max(ids) < 300
+    n_vocab = 300
+    def _clear_context_state(self): pass
+    def _eval_tokens(self, ids, before): assert max(ids) < 300
 """
 
 
 def test_a_binding_of_llama_cpp_is_timed_in_a_process_of_its_own(tmp_path, monkeypatch):
-    (tmp_path / "llama_cpp.py").write_text(STUB)
+    (tmp_path / f"{speed.BINDING}.py").write_text(STUB)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    assert speed.engine() == "llama_cpp"
-    assert min(speed._measured("llama_cpp", "x.gguf").values()) > 0
-    with pytest.raises(ModelError, match=r"y\.gguf does not run in llama_cpp: AssertionError"):
-        speed._measured("llama_cpp", "y.gguf")
+    assert speed.engine()
+    assert min(speed._measured(speed.BINDING, "x.gguf").values()) > 0
+    with pytest.raises(ModelError, match=r"y\.gguf does not run in llama_cpp_py_sync: Assert"):
+        speed._measured(speed.BINDING, "y.gguf")

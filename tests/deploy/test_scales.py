@@ -79,7 +79,11 @@ def test_commands_refuse_damaged_scales_in_one_line(quantised, tmp_path):
         "recover": lambda model: recover(str(model), dense, request, out),
     }
     for number, (case, names) in enumerate(
-        [((CUT[0], None, CUT[1]), acts), (TRIPLED, acts), (SHORT_BLOCKS, ["export"])]
+        [
+            ((CUT[0], None, CUT[1]), ["pack", "recover"]),
+            (TRIPLED, ["pack", "recover"]),
+            (SHORT_BLOCKS, ["export"]),
+        ]
     ):
         model = shutil.copytree(quantised / case[0], tmp_path / f"model-{number}")
         damage(model, *case[1:])
