@@ -172,6 +172,7 @@ def test_card_suites_and_foreign_models(calmix, out, measured):
     assert second.startswith("made version 1 (")
     named = [one["task"] for one in card.tasks if one["task"].endswith("(abilities)")]
     assert named == ["sums (abilities)"]
+    assert words.TOO_FEW in card.shortly
     rows = Compressed(out)._rows()
     assert [list(row.values()) for row in rows[:3]] == [
         ["right answers", "math", None, None, None],  # of 8, too few to tell

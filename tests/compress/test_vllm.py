@@ -136,12 +136,15 @@ def test_whole_bits_are_mixed_for_an_average(usual, tmp_path):
             assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
 
 
-def test_sizes_are_met_and_searches_have_whole_bits(usual, tmp_path):
+def test_sizes_are_met_and_searches_have_whole_bits(calmix, words, usual, tmp_path):
     for bits in (5, 3.4):
         size = checkpoint_bytes(check_request(Compression(**usual, bits=bits)), bits)
         assert check_request(Compression(**usual, size=f"{size + 1:.0f}B")).bits == bits
     walk = begin(Compression(**usual, keep_at_least="code=0.3"), tmp_path / "out")
     assert walk.rates == (8, 6, 5, 4, 3, 2)
+    costs = json.loads(calmix(*words(tmp_path / "out", "--dry-run", "--json")).ok().out)
+    size = checkpoint_bytes(check_request(Compression(**usual)), 4)
+    assert [one["disk"] for one in costs if one["stage"] == "write the checkpoint"] == [size]
     few, odd = (
         [one.command for one in stages(check_request(Compression(**usual, **more)), tmp_path)]
         for more in ({"bits": 3}, {"asymmetric": True, "group": 32})
