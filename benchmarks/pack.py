@@ -2,7 +2,7 @@
 
     python benchmarks/pack.py MODEL [--repeats 3]
 
-MODEL is a pruned or quantised model's folder. Bytes are shares of its weight files; speeds count
+MODEL is a model's folder, best a quantised one. Bytes are shares of its weight files; speeds count
 those dense bytes, best of the repeats: a second on all cores, and a second of processor time, which
 says more on a busy machine. Unpacking writes to the disk and checks the hashes.
 """
@@ -49,8 +49,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=options.model.parent) as folder:
         packed, back = Path(folder) / "pack", Path(folder) / "back"
         made = pack(options.model, packed)
-        before, after = made.sparse
-        print(f"pack      whole {made.packed / dense:.3f}, pruned tensors {after / before:.3f}")
+        before, after = made.levels
+        levels = f", quantised tensors {after / before:.3f}" if before else ""
+        print(f"pack      whole {made.packed / dense:.3f}{levels}")
         for name, work in {
             "packed": lambda: pack(options.model, packed, overwrite=True),
             "unpacked": lambda: unpack(packed, back, overwrite=True),

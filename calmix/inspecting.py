@@ -20,7 +20,7 @@ from calmix.calibration.dataset import CalibrationSet
 from calmix.compression import plan, results
 from calmix.compression.card import CARD_PAGE
 from calmix.compression.stages import FILE_KIND
-from calmix.deploy.pack import CONFIG, config_of
+from calmix.deploy.pack import CONFIG
 from calmix.errors import CalmixError, InputError, first_line
 from calmix.evaluation import scores
 from calmix.files import RESULTS, cached_sha256, check_links, read_object, sha256_file
@@ -133,14 +133,13 @@ def _model(place: Path, health: Health, say: Say) -> None:
 
 def _pack(folder: Path, health: Health, say: Say) -> None:
     manifest = read_object(folder / PACK, f"there is no {folder / PACK}")
-    if "config" in manifest:  # packs of older formats have no hash of their own
-        check_seal(folder / PACK, manifest)
+    check_seal(folder / PACK, manifest)
     weights, others = dict(manifest["weights"]), dict(manifest["files"])
-    packed = {one.get("file", name): one["packed"] for name, one in weights.items()}
+    packed = {one["file"]: one["packed"] for one in weights.values()}
     if MANIFEST in others:
         record = read_sealed(folder / MANIFEST, "")
         unpacked = others | {name: one["sha256"] for name, one in weights.items()}
-        unpacked[CONFIG] = hashlib.sha256(config_of(folder, manifest)).hexdigest()
+        unpacked[CONFIG] = hashlib.sha256(manifest["config"].encode()).hexdigest()
         health.problems += changed(folder, record["files"], unpacked)
         health.kind = f"pack of a {record['kind']}"
         _describe(record, health)

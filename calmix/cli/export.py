@@ -79,10 +79,10 @@ def _pack(options: ExportOptions, form: str, bar: Progress) -> Made:
         text = f"{size_text(dense)} of weights"
         return {"output": str(options.output), "dense": dense}, text
     packed = pack(*folders, overwrite=overwrite, progress=bar.of("packing"))
-    before, after = packed.sparse
-    sparse = f", {after / before:.3f} where weights are pruned or quantised" if before else ""
+    before, after = packed.levels
+    levels = f", {after / before:.3f} where weights are quantised" if before else ""
     text = f"{size_text(packed.dense)} of weights in {size_text(packed.packed)} "
-    return asdict(packed), text + f"({packed.packed / packed.dense:.3f}{sparse})"
+    return asdict(packed), text + f"({packed.packed / packed.dense:.3f}{levels})"
 
 
 def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:

@@ -1,14 +1,12 @@
 """Packs: lossless compression of a model folder (our format, from well-known ideas).
 
-Pruned weights are mostly zeros, and the exponents of the others have little entropy. For every
-tensor with enough zeros a pack stores a bit mask of the nonzero values; all values kept are split
-into byte planes: each is rotated left by one bit, so that a float's exponent comes first and its
-sign last, and its bytes go to one plane each. zstandard Huffman-codes mask and planes if that
-helps: exponents shrink to a third, mantissas do not.
-
 A quantised tensor, whose scales are stored beside the weights, is stored as levels, two to a byte
-if nearly all are small, and coded in the same way. Weights that differ in any bit from the values
+if nearly all are small, Huffman-coded by zstandard. Weights that differ in any bit from the values
 of level and scale are stored separately.
+
+All other tensors are split into byte planes, coded in the same way: each value is rotated left by
+one bit, so that a float's exponent comes first and its sign last, and its bytes go to one plane
+each. Exponents shrink to a third, mantissas do not.
 
 A pack is a folder: `calmix-pack.json`, a safetensors file of plain bytes for each weight file, and
 all other files unchanged, also in subfolders, except that `config.json` has a model type of its
@@ -67,14 +65,10 @@ from calmix.models.shards import (
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, check_fit, read_grids
 
-# Without and with levels, with levels of tensors stored by another name, with a model type of their
-# own, sealed, and with weight files of other names.
-PACK_FORMATS = 1, 2, 3, 4, 5
-SEALED = 4  # the first format with a hash of its own
+PACK_FORMAT = 6
 CONFIG, PACK_TYPE = "config.json", "calmix-pack"
 TENSORS_AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
 PACKED_VALUES = 1 << 22  # values compressed together: a few megabytes
-SPARSE = 0.08  # share of zeros from which a mask, one bit per value, pays off in 16 bits
 WORTHWHILE = 0.98  # compressed parts are kept if they are smaller by this factor
 RARE = 5e-4  # largest share of levels beyond half a byte for two levels to share a byte
 ASTRAY = 1e-2  # largest share of weights off the grid for a tensor to be stored as levels
@@ -94,12 +88,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Packed:
-    """Bytes of the weight files, `dense` and `packed`; `sparse` is both for tensors with a mask or
-    levels."""
+    """Bytes of the weight files, `dense` and `packed`; `levels` is both for quantised tensors."""
 
     dense: int
     packed: int
-    sparse: tuple[int, int]
+    levels: tuple[int, int]
 
 
 def pack(
@@ -168,10 +161,10 @@ def pack(
             for name, tensors in places.items()
             for tensor, place in tensors
         ]
-        sparse = [
+        levels = [
             (size, sum(map(sum, entry["sizes"].values())))
             for size, entry in entries
-            if entry["mask"] or "levels" in entry
+            if "levels" in entry
         ]
         copy_files(folder, beside, others)
         write_json(beside / CONFIG, config | {"model_type": PACK_TYPE})
@@ -179,7 +172,7 @@ def pack(
         hashes = {name: weights[name]["sha256"] for name in weight_files(folder)}
         whole = combined(hashes | {CONFIG: hashlib.sha256(text).hexdigest()})
         manifest = {
-            "format": PACK_FORMATS[-1],
+            "format": PACK_FORMAT,
             "model": {"sha256": whole},
             "versions": versions(),
             "weights": weights,
@@ -189,7 +182,7 @@ def pack(
         }
         content = json.dumps(sealed(manifest), ensure_ascii=False)  # compact
         write_text(beside / PACK, content + "\n")
-    before, left = map(sum, zip((0, 0), *sparse, strict=True))
+    before, left = map(sum, zip((0, 0), *levels, strict=True))
     return Packed(total, after, (before, left))
 
 
@@ -217,7 +210,7 @@ def unpack(
     done = 0
     with atomic_folder(output) as beside, disk_errors(output):
         copy_files(folder, beside, manifest["files"])
-        (beside / CONFIG).write_bytes(config_of(folder, manifest))
+        (beside / CONFIG).write_bytes(manifest["config"].encode())
         for name, entry in manifest["weights"].items():
             (beside / name).parent.mkdir(parents=True, exist_ok=True)
             with (beside / name).open("wb") as file:
@@ -252,7 +245,7 @@ def load(
         if progress is not None:
             progress(number, len(weights))
     with tempfile.TemporaryDirectory() as place:
-        (Path(place) / CONFIG).write_bytes(config_of(folder, manifest))
+        (Path(place) / CONFIG).write_bytes(manifest["config"].encode())
         config = load_config(Path(place), str(folder), False, state)
     with loading(f"cannot open {folder}"):
         from transformers import AutoModelForCausalLM, GenerationConfig
@@ -263,12 +256,6 @@ def load(
         if "generation_config.json" in manifest["files"] and "generation_config" not in options:
             model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.requires_grad_(False).to(device).eval()
-
-
-def config_of(folder: Path, manifest: Mapping[str, Any]) -> bytes:
-    """Return the `config.json` of the model in a pack, which older packs have unchanged."""
-    text: str | None = manifest.get("config")
-    return (folder / CONFIG).read_bytes() if text is None else text.encode()
 
 
 def _other_files(folder: Path, weights: Collection[str]) -> list[str]:
@@ -314,18 +301,15 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     check_links(folder)
     try:
         manifest = read_object(path, f"{folder} is not a pack: it has no {PACK}")
-        if manifest["format"] not in PACK_FORMATS:
+        if manifest["format"] != PACK_FORMAT:
             raise InputError(
-                f"{folder} is a pack of format {manifest['format']}, but this calmix reads up to "
-                f"{PACK_FORMATS[-1]}: unpack it with the version that made it"
+                f"{folder} is a pack of format {manifest['format']}, but this calmix reads "
+                f"{PACK_FORMAT}: unpack it with the version that made it"
             )
-        if manifest["format"] >= SEALED:
-            check_seal(path, manifest)
-            manifest["config"].encode()
+        check_seal(path, manifest)
+        manifest["config"].encode()
         manifest["weights"] = dict(manifest["weights"])
         names = {str(name): str(stored) for name, stored in manifest.get("names", {}).items()}
-        for name, entry in manifest["weights"].items():
-            entry.setdefault("file", name)  # in older formats
         files = [*(one["file"] for one in manifest["weights"].values()), *manifest["files"]]
         for name in (*manifest["weights"], *files):
             if {"", ".", ".."} & {*name.split("/")} or "\0" in name:
@@ -424,13 +408,11 @@ def _encoded(
     raw = np.fromfile(source, f"u{place.dtype.itemsize}", count, offset=place.start)
     if grid is not None and (levels := _encoded_levels(raw, place, grid, pool)) is not None:
         return levels
-    zeros = len(raw) - np.count_nonzero(raw)
-    masked = place.dtype.is_floating_point and bool(0 < SPARSE * len(raw) <= zeros)
     chunks = [raw[at : at + PACKED_VALUES] for at in range(0, len(raw), PACKED_VALUES)]
-    coded = pool.map(lambda chunk: _encode(chunk, masked, place.dtype), chunks)
-    kinds = ["mask"] * masked + [str(plane) for plane in range(place.dtype.itemsize)]
+    coded = pool.map(lambda chunk: _encode(chunk, place.dtype), chunks)
+    kinds = [str(plane) for plane in range(place.dtype.itemsize)]
     parts = dict(zip(kinds, zip(*coded, strict=True), strict=False))  # an empty tensor has no parts
-    return {"count": len(raw), "mask": masked}, parts
+    return {"count": len(raw)}, parts
 
 
 def _encoded_levels(
@@ -465,7 +447,7 @@ def _encoded_levels(
         kind: coded,
         "astray": [_squeezed(one.view(np.uint8)) for one in (astray.astype("<u4"), raw[astray])],
     }
-    return {"count": len(raw), "mask": False, "levels": kind, "astray": len(astray)}, parts
+    return {"count": len(raw), "levels": kind, "astray": len(astray)}, parts
 
 
 def _spans(place: Place) -> list[slice]:
@@ -480,19 +462,13 @@ def _words(values: torch.Tensor) -> Words:
     return np.frombuffer(tensor_bytes(values), f"u{values.dtype.itemsize}")
 
 
-def _encode(chunk: Words, masked: bool, dtype: torch.dtype) -> list[bytes]:
-    """Return mask (if any) and planes of a chunk, each compressed if that helps."""
-    parts = []
-    if masked:
-        bits = chunk != 0
-        parts.append(np.packbits(bits))
-        chunk = chunk[np.flatnonzero(bits)]
+def _encode(chunk: Words, dtype: torch.dtype) -> list[bytes]:
+    """Return the planes of a chunk, each compressed if that helps."""
     width = 8 * chunk.itemsize
     if dtype.is_floating_point:
         turned = chunk << 1
         chunk = np.bitwise_or(turned, chunk >> (width - 1), out=turned)
-    parts += [(chunk >> right).astype(np.uint8) for right in range(width - 8, -1, -8)]
-    return [_squeezed(part) for part in parts]
+    return [_squeezed((chunk >> right).astype(np.uint8)) for right in range(width - 8, -1, -8)]
 
 
 def _squeezed(part: Words) -> bytes:
@@ -577,25 +553,16 @@ def _chunks(
         for number, rows in enumerate(_spans(place)):
             yield partial(decoded, read(kind, number), rows, grid.part(rows))
         return
-    whole, masked = math.prod(place.shape), entry["mask"] is True
+    whole = math.prod(place.shape)
 
     def joined(parts: list[bytes], count: int) -> bytes:
-        nonzero = count
-        if masked:
-            bits = np.unpackbits(_expanded(parts[0], -(-count // 8)), count=count).view(bool)
-            where = np.flatnonzero(bits)  # indices are ten times faster to fill than a mask
-            nonzero = len(where)
-        planes = np.empty((nonzero, width), np.uint8)
-        for at, part in enumerate(parts[masked:]):
-            planes[:, width - 1 - at] = _expanded(part, nonzero)
+        planes = np.empty((count, width), np.uint8)
+        for at, part in enumerate(parts):
+            planes[:, width - 1 - at] = _expanded(part, count)
         values = planes.view(f"<u{width}")[:, 0]
         if place.dtype.is_floating_point:
             values = (values >> 1) | (values << (8 * width - 1))
-        if not masked:
-            return values.tobytes()
-        filled = np.zeros(count, f"<u{width}")
-        filled[where] = values
-        return filled.tobytes()
+        return values.tobytes()
 
     for number, at in enumerate(range(0, whole, PACKED_VALUES)):
         parts = [read(kind, number) for kind in entry["sizes"]]

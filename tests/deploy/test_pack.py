@@ -13,8 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 from calmix.deploy import pack as packed
 from calmix.deploy.pack import load, pack, unpack
 from calmix.errors import InputError, ModelError
-from calmix.files import sha256_file, write_json
-from calmix.manifest import SEAL, sealed
+from calmix.manifest import sealed
 from calmix.models.folder import PACK
 from calmix.models.opening import open_model
 from calmix.models.shards import with_length
@@ -30,8 +29,9 @@ def comes_back(model, folder):
 
 
 def test_pack_round_trip(pruned, tmp_path, calmix, monkeypatch):
-    before, after = comes_back(pruned, tmp_path).sparse
-    assert after < 0.5 * before  # tiny tensors; docs have real figures
+    made = comes_back(pruned, tmp_path)
+    assert made.packed < 0.9 * made.dense  # tiny tensors; docs have real figures
+    assert made.levels == (0, 0)
     dense, seen = open_model(str(pruned)).model, []
     monkeypatch.setenv("HOME", str(tmp_path))
     model = load("~/pack", progress=lambda *of: seen.append(of))
@@ -41,7 +41,7 @@ def test_pack_round_trip(pruned, tmp_path, calmix, monkeypatch):
     assert load(tmp_path / "pack", dtype=torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ModelError, match=r"is a pack: run 'calmix export .* --to model"):
         open_model(str(tmp_path / "pack"))
-    assert "where weights are pruned" in calmix("export", pruned, "-o", tmp_path / "again").ok().out
+    assert "of weights in" in calmix("export", pruned, "-o", tmp_path / "again").ok().out
     assert tree(tmp_path / "again") == tree(tmp_path / "pack")
     calmix("export", tmp_path / "again", "--to", "model", "-o", tmp_path / "dense").ok()
     for words in (("evaluate", tmp_path / "again"), ("export", tmp_path / "again", "--to", "gguf")):
@@ -78,21 +78,6 @@ def test_pack_restores_all_files_or_refuses(pruned, tmp_path):
             pack(model, tmp_path / "out")
         (model / link).unlink()
     assert not (tmp_path / "out").exists()
-
-
-def test_older_pack_format(pruned, tmp_path):
-    """It has the model's own configuration and names of files, and no hash of its own."""
-    folder = tmp_path / "pack"
-    pack(pruned, folder)
-    manifest = json.loads((folder / PACK).read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(manifest.pop("config"), encoding="utf-8")
-    manifest["files"]["config.json"] = sha256_file(folder / "config.json")
-    for name, entry in manifest["weights"].items():
-        (folder / entry.pop("file")).rename(folder / name)
-    write_json(folder / PACK, {k: v for k, v in manifest.items() if k != SEAL} | {"format": 3})
-    unpack(folder, tmp_path / "back")
-    assert tree(tmp_path / "back") == tree(pruned)
-    load(folder)
 
 
 @given(data=st.data())
@@ -135,16 +120,16 @@ def test_damaged_packs_are_one_line(pruned, tmp_path):
     for at in (0, 7, len(whole) // 2, len(whole) - 1):
         refused(altered, whole[:at])
     for match, manifest in (
-        ("is a pack of format 6, but this calmix reads up to 5", {"format": 6}),
+        ("is a pack of format 5, but this calmix reads 6", {"format": 5}),
         (outside, {"files": {"a/../../evil": "0"}}),
         (outside, {"files": {"/evil": "0"}}),
         (outside, {"weights": {"model.safetensors": {"file": "../model"}}}),
         (outside, {"weights": {"../x": {"file": "packed-model.safetensors"}}}),
         (outside, {"weights": {"a\0b": {"file": "packed-model.safetensors"}}}),
-        ("lacks sub/model.safetensors", {"weights": {"sub/model.safetensors": {}}}),
+        ("lacks sub/model.safetensors", {"weights": {"x": {"file": "sub/model.safetensors"}}}),
         ("lacks gone.txt, which is part of the pack", {"files": {"gone.txt": "0"}}),
         (altered, {"files": {"config.json": "0"}}),
-        (altered, {"weights": {"packed-model.safetensors": {"packed": "0"}}}),
+        ("is damaged", {"weights": {"packed-model.safetensors": {"packed": "0"}}}),
         ("is damaged", {"weights": 3}),
         ("is damaged", {"weights": ["model.safetensors"]}),
         ("is damaged", {"files": [["a"]]}),
@@ -169,7 +154,8 @@ def test_damaged_packs_are_one_line(pruned, tmp_path):
 def test_levels_round_trip(quantised, name, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "PACKED_VALUES", 500)  # several chunks per tensor
     model = quantised / name
-    comes_back(model, tmp_path)
+    before, after = comes_back(model, tmp_path).levels
+    assert after < 0.6 * before
     entries = json.loads((tmp_path / "pack" / PACK).read_text())["weights"]
     tensors = [one for file in entries.values() for one in file["tensors"].values()]
     levels = [one for one in tensors if "levels" in one]
