@@ -434,7 +434,7 @@ def test_search_command_ends_with_a_card(calmix, command, tmp_path, monkeypatch)
     ended = calmix(*words, *floors, "--within", "1s", "--json")
     assert (ended.code, len(json.loads(ended.out)["search"]["candidates"])) == (0, 3)
     assert (out / "search.json").read_bytes() == before
-    monkeypatch.setattr(search, "RATES", (4.4, 4.2))
+    monkeypatch.setattr(search, "RATES", (4.4,))
     other = command(tmp_path / "no", sparse=False)
     ended = calmix(*other, *floors)
     assert ended.code == 1
