@@ -19,8 +19,9 @@ KINDS = {
 }
 
 
-def stops_and_resumes(calmix, killed, cut, output):
-    """Check that a command which is killed and resumed gives the same bytes."""
+def killed_and_resumed(calmix, place, cut, output, *more, pruned):
+    """Check that a recovery which is killed and resumed gives the bytes of its `output`."""
+    killed = command(place, cut, "distill", *more, pruned=pruned)
     stopped(partial(arm, "counted", 4), *killed)
     assert "resuming after" in calmix(*killed, "--resume").err
     assert hashes(cut) == hashes(output)
@@ -53,11 +54,10 @@ def test_levels_stay_on_the_grid(calmix, place, tmp_path, name):
     calmix("export", output, "--to", "pack", "-o", tmp_path / "pack").ok()
     if name != "joint":  # with a mask too: the others' state is a part of it
         return
-    again = ("--epochs", 1, "--lr", 0.01)  # of what is recovered already
-    ended = calmix(*command(place, tmp_path / "again", "distill", *again, pruned=output)).ok()
+    again, more = tmp_path / "again", ("--epochs", 1)  # of what is recovered already
+    ended = calmix(*command(place, again, "distill", *more, pruned=output)).ok()
     assert "weights stay on their grid" in ended.out
-    killed = command(place, cut, "distill", *more, pruned=quantised)
-    stops_and_resumes(calmix, killed, cut, output)
+    killed_and_resumed(calmix, place, cut, again, *more, pruned=output)
 
 
 def test_steps_of_blocks_are_trained(calmix, place, tmp_path):
@@ -65,7 +65,7 @@ def test_steps_of_blocks_are_trained(calmix, place, tmp_path):
     coarse, output, cut = (tmp_path / name for name in ("coarse", "out", "cut"))
     how = ("--method", "ggml", "--pattern", "Q4_1 blocks", "--calibration", place / "set")
     calmix("prune", place / "dense", *how, "-o", coarse).ok()
-    more = ("--epochs", 4, "--lr", 0.01)
+    more = ("--epochs", 1, "--lr", 0.01)
     ended = calmix(*command(place, output, "distill", *more, pruned=coarse)).ok()
     assert "weights stay on their grid (100" in ended.out
     recorded = manifest(output)["recovery"]
@@ -76,8 +76,7 @@ def test_steps_of_blocks_are_trained(calmix, place, tmp_path):
         assert torch.equal(blocks.values().to(weights[name].dtype), weights[name])
         assert not torch.equal(blocks.steps, before[name].steps)
         assert torch.equal(blocks.with_steps(before[name].steps).data, before[name].data)
-    killed = command(place, cut, "distill", *more, pruned=coarse)
-    stops_and_resumes(calmix, killed, cut, output)
+    killed_and_resumed(calmix, place, cut, output, *more, pruned=coarse)
 
 
 def test_masters_start_within_their_level():
