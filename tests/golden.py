@@ -30,16 +30,7 @@ from tests.tiny import tiny_ids, tiny_model
 FILE = Path(__file__).with_name("golden.json.gz")
 RESULTS = Path(__file__).parents[1] / "studies/results"
 MODEL = "builtin:smollm2-135m"
-FAMILIES = (
-    "llama",
-    "gemma3_text",
-    "gpt2",
-    "opt",
-    "gpt_neox",
-    "mixtral",
-    "deepseek_v3",
-    "gpt_oss",
-)
+FAMILIES = ("llama", "gemma3_text", "gpt2", "opt", "gpt_neox", "mixtral", "deepseek_v3", "gpt_oss")
 METHODS = (
     "sparsegpt",
     "sparsegpt,damping=0.1",

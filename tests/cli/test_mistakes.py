@@ -57,6 +57,8 @@ VERBS = {
 }
 # Part of the message for errors that depend on another option or the contents of a file.
 COMPRESS = "compress {model} -o {out} "
+PRUNE = "prune {model} -o {out} --length 64 --calibration {text} "
+HALF = PRUNE + "--sparsity 0.5 "
 LONG = "error: length 9999 is beyond the model's context of 256 tokens"
 SAID = {
     COMPRESS + "--keep code=0": "all weights are 0",
@@ -94,6 +96,21 @@ SAID = {
     "calibrate draw igsp --model {model} --length 9999 -o {out}": LONG,
     "calibrate show chat": "chat has no text yet: the model writes it (calmix calibrate chat)",
     "calibrate sources --dimension cod": "no source has dimension 'cod': did you mean code",
+    PRUNE: "either --sparsity",
+    HALF + "--pattern 2:4": "either --sparsity",
+    PRUNE + "--sparsity 0.5,0.6": "'0.5,0.6' is not a share",
+    PRUNE + "--sparsity 1.5": "mean 0.015",
+    PRUNE + "--pattern 2of4": "N:M",
+    HALF + "--method wanda,sparsegpt": "'sparsegpt' is not of the form option=value",
+    HALF + "--method bits=4": "unknown method 'bits=4'",
+    HALF + "--method magnitude": "--calibration has no effect",
+    HALF + "--damping 1": "sparsegpt,damping=VALUE",
+    HALF + "--skip re:(": "is not a regular expression",
+    PRUNE + "--bits 4 --embeddings 8": "less than or equal to 6",
+    PRUNE + "--bits 4 --embeddings 1": "greater than or equal to 2",
+    "prune {model} -o {out} --sparsity 0.5": "needs --calibration",
+    "prune {model} -o {out} --sparsity 0.5 --method magnitude,refit=5": "magnitude needs --cali",
+    "prune {model} -o {out} --sparsity 0.5 --method magnitude --seed 1": "--seed has no effect",
     "prune": "error: Missing argument 'MODEL' (see calmix prune --help)",
     "prue x": "error: No such command 'prue'",
     "prune x -o y --rows many": "error: --rows many: must be a valid integer",
