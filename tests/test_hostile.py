@@ -45,6 +45,7 @@ def prune(calmix, model):
     return calmix("prune", model, *options)
 
 
+TAGS = ("a: 2001-99-99", "a: !!str [b]", "a: !!int ''", "a: !!bool maybe", "a: !!timestamp x")
 TEXTS = (
     "a: &a [*a]",
     f"a: {DEEP[:600]}",
@@ -52,7 +53,7 @@ TEXTS = (
     'a: "\\ud800"',
     "a: !!python/object/apply:os.system ['touch harm']",
     "<<: &m [{a: 1}, *m]",
-    *("a: 2001-99-99", "a: !!str [b]", "a: !!int ''", "a: !!bool maybe", "a: !!timestamp x"),
+    *TAGS,
     bomb(),
 )
 
@@ -180,13 +181,15 @@ def test_chat_template_limits(calmix, tmp_path, monkeypatch, model):
 
 
 def test_a_chat_template_that_takes_no_signals_ends_the_process(monkeypatch, capfd):
-    monkeypatch.setattr(chat_template, "SECONDS", 0.1)
+    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     pairs = sixty_times("{% set ns.a = [ns.a, ns.a] %}{% set ns.b = [ns.b, ns.b] %}")
     tokenizer = tiny_tokenizer(pairs + "{{ ns.a == ns.b }}")
     if not (child := os.fork()):
         resource.setrlimit(resource.RLIMIT_CPU, (20, 20))
-        chat_template.templated(tokenizer, [{"role": "user", "content": "Hi"}])
-        os._exit(0)
+        try:
+            chat_template.templated(tokenizer, [{"role": "user", "content": "Hi"}])
+        finally:  # also if the signal comes before the comparison
+            os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
     assert "chat_template.py" in capfd.readouterr().err
 

@@ -5,20 +5,17 @@ import json
 from calmix.manifest import SEAL, sealed
 
 NESTED = "[" * 5000 + "]" * 5000
-VALUES = (
-    *(None, True, 0, -1, 2**63, 10**30, 1.5, 1e308, float("nan"), float("inf")),
-    *("", "x", "\ud800", "\x00", "\x1b[2J", "../../x", "<script>alert(1)</script>", "[/bold]"),
-    *("x" * 100_000, "{a.b}", "off", "2:4", "0.5"),
-    *([], {}, [[]], [None], [-1], {"": {}}, [1, "2", 3.0], ["x"] * 1000),
-)
-LINES = (
-    *("&a [*a]", "<<: *a", "<<: {rows: 3}", "? [a, b]\n: c", "? {a: b}\n: c", "\t", "---", "..."),
-    *("a: &a [x, x]\nb: [*a, *a]", "x: !!python/object/apply:os.system ['true']"),
-    *("x: 2001-99-99", "x: 0x", "x: 1e999", "x: .nan", "x: " + "9" * 5000, "x: " + NESTED),
-    *("- x", ": ", "rows: -1", "rows: 99999999999999999999", "seed: 1.5", "length: null"),
-    *("%YAML 9.9", "x: |\n  y", "\ufeff", "\u2028", "x: '", 'x: "\\ud800"', "x: !!binary '='"),
-    *("x: 12:30:45", "on: off", "1: 2"),
-)
+PLAIN = (None, True, 0, -1, 2**63, 10**30, 1.5, 1e308, float("nan"), float("inf"))
+MARKED = ("", "x", "\ud800", "\x00", "\x1b[2J", "../../x", "<script>alert(1)</script>", "[/bold]")
+TEXTS = ("x" * 100_000, "{a.b}", "off", "2:4", "0.5")
+PARTS = ([], {}, [[]], [None], [-1], {"": {}}, [1, "2", 3.0], ["x"] * 1000)
+VALUES = (*PLAIN, *MARKED, *TEXTS, *PARTS)
+KEYS = ("&a [*a]", "<<: *a", "<<: {rows: 3}", "? [a, b]\n: c", "? {a: b}\n: c", "\t", "---", "...")
+TAGS = ("a: &a [x, x]\nb: [*a, *a]", "x: !!python/object/apply:os.system ['true']")
+NUMBERS = ("x: 2001-99-99", "x: 0x", "x: 1e999", "x: .nan", "x: " + "9" * 5000, "x: " + NESTED)
+FIELDS = ("- x", ": ", "rows: -1", "rows: 99999999999999999999", "seed: 1.5", "length: null")
+MARKS = ("%YAML 9.9", "x: |\n  y", "\ufeff", "\u2028", "x: '", 'x: "\\ud800"', "x: !!binary '='")
+LINES = (*KEYS, *TAGS, *NUMBERS, *FIELDS, *MARKS, "x: 12:30:45", "on: off", "1: 2")
 
 
 def mutated(raw, kind, rng):
