@@ -199,7 +199,7 @@ def test_folder_of_text_or_code(tmp_path, tiny_folder, files, read, left):
 
 
 def test_installed_text():
-    package = {"type": "package", "package": "networkx", "files": ["algorithms/*.py"]}
+    package = {"type": "package", "package": "networkx", "files": ["algorithms/**/*.py"]}
     for reader in (
         PythonText(type="python-stdlib"),
         PythonText(type="python-docs"),
