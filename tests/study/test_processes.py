@@ -12,9 +12,21 @@ from calmix.errors import InputError
 from calmix.study import running
 from calmix.study.running import check_room, on_ray, run_study
 from calmix.study.spec import load_study
-from calmix.study.store import SILENCE, open_store
+from calmix.study.store import SILENCE, open_store, read_results
 from tests.forks import run
+from tests.study import conftest
 from tests.study.conftest import outcomes, states, write_study
+
+
+@pytest.mark.real
+def test_distance_of_a_trial_over_the_archive(tmp_path, tiny_folder):
+    """Two items of a task are too few for a total."""
+    seen = conftest.run(write_study(tmp_path, tiny_folder), tmp_path / "store", only=["letters*"])
+    assert seen.errors == {}
+    assert any("no retention" in text for text in seen.notes)
+    (trial,) = read_results(tmp_path / "store").trials
+    assert set(trial.distance["dimensions"]) == {"general"}
+    assert trial.distance["total"]["kl_mean"] > 0
 
 
 def killer(store, killed):

@@ -34,7 +34,7 @@ from calmix.study.store import SILENCE, open_store, read_results
 from calmix.study.trials import plan
 from tests import forks
 from tests.forks import command, start, stopped, wait
-from tests.study.conftest import outcomes, run, states, write_study
+from tests.study.conftest import outcomes, run, states
 from tests.tiny import load_weights, save_tiny_model
 
 
@@ -75,17 +75,6 @@ def test_trial_matches_its_steps_by_hand(ran):
     for folder in (store / "calibration").iterdir():
         assert CalibrationSet.open(folder).rows == 6
     assert not list((store / "locks").iterdir())
-
-
-@pytest.mark.real
-def test_distance_of_a_trial_over_the_archive(tmp_path, tiny_folder):
-    """Two items of a task are too few for a total."""
-    seen = run(write_study(tmp_path, tiny_folder), tmp_path / "store", only=["letters*"])
-    assert seen.errors == {}
-    assert any("no retention" in text for text in seen.notes)
-    (trial,) = read_results(tmp_path / "store").trials
-    assert set(trial.distance["dimensions"]) == {"general"}
-    assert trial.distance["total"]["kl_mean"] > 0
 
 
 def kill_in_second_trial():
