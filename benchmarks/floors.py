@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 import tarfile
 import tempfile
 from collections import defaultdict
@@ -49,7 +50,10 @@ from calmix.evaluation.scores import CapabilityScores
 from calmix.study.results import StudyResults
 from calmix.study.store import read_results
 
-STORES = Path(__file__).parents[1] / "studies" / "results"
+sys.path.insert(0, str(Path(__file__).parents[1] / "studies"))
+import rejudge
+
+STORES = rejudge.RESULTS
 FLOORS = np.arange(0.5, 0.951, 0.05)
 ONE_SIDED, DRAWS = 1.6448536269514722, 400
 PARTS = (
@@ -342,6 +346,7 @@ def main() -> None:
                 with tarfile.open(path) as archive:
                     archive.extractall(Path(place) / path.parent.name, filter="data")
                 path = next((Path(place) / path.parent.name).iterdir())
+                rejudge.asked_in_part(path)
             try:
                 results = read_results(path)
             except InputError as error:  # of dense scores that were not kept

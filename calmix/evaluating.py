@@ -17,7 +17,7 @@ from calmix.options import ModelOptions
 from calmix.progress import Progress
 
 # Options of a comparison, explained in `evaluate_against`, and of how models are opened.
-OPTIONS = "allow_code_execution", "right_only", "repeat", "cache", "batch_tokens"
+OPTIONS = "allow_code_execution", "repeat", "cache", "batch_tokens"
 OPENING = tuple(ModelOptions.model_fields)
 
 

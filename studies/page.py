@@ -350,12 +350,13 @@ def whole_bits(model: str, report: dict[str, Any]) -> float:
 
 
 def export(stores: Path) -> None:
-    """Write results/trials.csv from unpacked stores."""
+    """Write results/trials.csv from unpacked stores, which it changes (`rejudge.asked_in_part`)."""
     from calmix.study.store import read_results
 
     rows = []
     for store in rejudge.STORES:
         path = stores / store
+        part = rejudge.asked_in_part(path)
         results = read_results(path)
         for trial in results.trials:
             report = json.loads((path / "trials" / trial.id / "pruning.json").read_text())
@@ -368,7 +369,7 @@ def export(stores: Path) -> None:
                     "pattern": trial.pattern,
                     "calibration": trial.calibration,
                     "seed": trial.seed,
-                    "right_only": bool(results.part.get(trial.id)),
+                    "right_only": trial.id in part,
                     "kl": trial.distance and round(trial.distance["total"]["kl_mean"], 4),
                     "bits": round(whole_bits(trial.model, report), 3),
                 }

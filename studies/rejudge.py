@@ -35,6 +35,7 @@ import gzip
 import hashlib
 import io
 import itertools
+import json
 import os
 import random
 import tarfile
@@ -56,6 +57,7 @@ from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.evaluation.tasks import Ask, load_asked
+from calmix.manifest import SEAL
 from calmix.study.store import read_results
 
 RESULTS = Path(__file__).parent / "results"
@@ -96,13 +98,28 @@ def load(path: Path = TABLE) -> pd.DataFrame:
     return found[[*OF_TRIAL, "dimension", "task", "item", *judged]]
 
 
-def unpacked(names: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the name and the results of each store."""
+def asked_in_part(store: Path) -> set[str]:
+    """Return the trials that were asked only what the dense model had right (by `right_only`, an
+    option since removed), and rewrite their scores so that calmix reads them."""
+    part = set()
+    for path in store.glob("trials/*/scores.json"):
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        if scores.pop("right_only", False):
+            part.add(path.parent.name)
+            scores.pop(SEAL, None)
+            path.write_text(json.dumps(scores), encoding="utf-8")
+    return part
+
+
+def unpacked(names: Sequence[str]) -> Iterator[tuple[str, Any, set[str]]]:
+    """Yield name and results of each store, and its trials that were asked in part."""
     for name in names:
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(RESULTS / name / "store.tar.xz") as archive:
                 archive.extractall(folder, filter="data")
-            yield name, read_results(next(Path(folder).iterdir()))
+            store = next(Path(folder).iterdir())
+            part = asked_in_part(store)
+            yield name, read_results(store), part
 
 
 def verdicts(answers: Sequence[Answer], cache: Path) -> dict[Answer, bool]:
@@ -145,7 +162,9 @@ def given(task: TaskScores) -> list[Answer]:
     return [(task.name, item, answer, ended) for item, answer, ended in rows]
 
 
-def packed_rows(results: Any, name: str, judged: dict[Answer, bool]) -> Iterator[dict[str, Any]]:
+def packed_rows(
+    results: Any, name: str, part: set[str], judged: dict[Answer, bool]
+) -> Iterator[dict[str, Any]]:
     """Yield the rows of a store: of its dense models, and of its trials."""
     dense: list[tuple[TaskScores, ...]] = []
 
@@ -187,9 +206,9 @@ def packed_rows(results: Any, name: str, judged: dict[Answer, bool]) -> Iterator
         }
         for task, reference in zip(results.scores[trial.id], paired, strict=True):
             if answered(task):
-                part = task.name in results.part[trial.id]
-                asked = [not part or bool(value) for value in reference.values]
-                yield shared | packed(task, asked) | {"right_only": int(part)}
+                partly = trial.id in part
+                asked = [not partly or bool(value) for value in reference.values]
+                yield shared | packed(task, asked) | {"right_only": int(partly)}
 
 
 def sample(
@@ -276,7 +295,9 @@ def main() -> None:
     options = parser.parse_args()
     os.nice(10)
     options.cache.parent.mkdir(parents=True, exist_ok=True)
-    stores = dict(unpacked(options.stores))
+    parts, stores = dict[str, set[str]](), dict[str, Any]()
+    for name, results, part in unpacked(options.stores):
+        stores[name], parts[name] = results, part
     distinct = dict.fromkeys(
         one
         for results in stores.values()
@@ -293,7 +314,7 @@ def main() -> None:
     rows = [
         dict.fromkeys(COLUMNS, "") | row
         for name, results in stores.items()
-        for row in packed_rows(results, name, judged)
+        for row in packed_rows(results, name, parts[name], judged)
     ]
     table = pd.DataFrame(rows, columns=COLUMNS)
     with io.StringIO() as text:

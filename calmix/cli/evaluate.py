@@ -56,16 +56,7 @@ BRACKETS = (
 )
 UNITS_OF_BITS = "bits and smoothed: bits per byte, lower is better; others: higher is better."
 RETENTION = "Retention: 100 = dense model; 0 = no task knowledge, chance, or no answer kept."
-MEANINGS = {  # of tables of answers: title and explanation
-    "right": (
-        "right answers, % of the dense model's",
-        "100 = as many right answers as the dense model; total: mean over abilities.",
-    ),
-    "kept": (
-        "right answers kept, %",
-        "100 = all right answers of the dense model are still right; total: all together.",
-    ),
-}
+RIGHT = "100 = as many right answers as the dense model; total: mean over abilities."
 DENSE = "Dense model, or a .json file of its scores."
 PROMPTS_OPTION = option(None, "Your own prompts instead of a suite: mine.jsonl.", metavar="FILE")
 THINKING_OPTION = option(False, "Let models think first, if their template has the switch.")
@@ -93,9 +84,6 @@ def run(
     task: tuple[str, ...] = option((), "Only this task (repeat)."),
     without: tuple[str, ...] = option((), "Skip this task (repeat).", metavar="TASK"),
     allow_code_execution: bool = RUN_CODE,
-    right_only: bool = advanced(
-        False, "Generate only answers that DENSE, a .json file, has right."
-    ),
     text: tuple[str, ...] = advanced(
         (), "Text to measure the distance on: code=mine.jsonl (repeat).", metavar="NAME=PATH"
     ),
@@ -141,10 +129,6 @@ def run(
         )
     if measure == PRIMARY and not chosen.asks:
         raise InputError("--measure right needs generated answers: try --suite abilities")
-    if right_only and dense is None:
-        raise InputError("--right-only needs the scores of a dense model: --against FILE.json")
-    if right_only and chosen.own:
-        raise InputError("--prompts compares all answers: leave out --right-only")
     if repeat and (no_repeat or not chosen.asks or dense is not None):
         why = "scores in a file" if dense is not None else "a suite without generated answers"
         why = "--no-repeat" if no_repeat else why
@@ -152,7 +136,7 @@ def run(
     if page is not None and (against is None or not chosen.own):
         raise InputError("--page shows answers to --prompts beside those of --against: name both")
     if dense is not None:
-        _kept(replace(dense, right_only=right_only), dense, measure)
+        _kept(dense, dense, measure)
     for path in filter(None, (output, page)):
         rows = [*own_texts.values(), *(one.file for one in chosen.tasks.values() if one.file)]
         read = [local_file(str(one)).path for one in rows]
@@ -167,7 +151,6 @@ def run(
             texts=None if no_distance or original is None else texts_for(chosen, own_texts),
             on_answers=not no_distance,
             allow_code_execution=allow_code_execution,
-            right_only=right_only,
             repeat=repeat or not (quick or no_repeat or original is None),
             cache=not no_cache,
             batch_tokens=batch_tokens,
@@ -457,8 +440,7 @@ def _print_comparisons(
     from calmix.report.words import comparison, distances
 
     by = compared_by(comparisons, measure)
-    answers = by in (PRIMARY, "kept")
-    if alone and answers:
+    if alone and by == PRIMARY:
         line(
             ", ".join(f"{name}: {cell}" for name, cell in distances(comparisons[0]).items() if cell)
         )
@@ -488,7 +470,9 @@ def _print_comparisons(
             }
             table.append({"": one.name, **cells})
     suite = comparisons[0].pairs[-1][0].suite
-    what, meaning = MEANINGS.get(by, (f"retention %, by {by}", RETENTION))
+    what, meaning = f"retention %, by {by}", RETENTION
+    if by == PRIMARY:
+        what, meaning = "right answers, % of the dense model's", RIGHT
     least = ["accuracy %", "top-1 %", "flips %", "worst", "likelihood %", "p", "KL to dense"]
     least += ["kept %", "gained", "lost"]
     if table:

@@ -30,7 +30,7 @@ from calmix.errors import InputError, ModelError
 from calmix.evaluation import floors
 from calmix.evaluation.answers import Answers, Turned, compare_answers, turned
 from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
-from calmix.evaluation.retention import Retention
+from calmix.evaluation.retention import Retention, flips
 from calmix.evaluation.scores import load_pairs
 from calmix.evaluation.suites import load_suite, provenance
 from calmix.evaluation.tasks import all_items
@@ -150,7 +150,7 @@ class Card:
     def flipped(self) -> Mapping[str, Any]:
         """Items right under one model only."""
         dense, pruned = self.pairs[0]
-        return pruned.flips(dense)
+        return flips(dense.tasks, pruned.tasks)
 
     @property
     def suite(self) -> str:
@@ -212,12 +212,10 @@ class Card:
 
     @property
     def shortly(self) -> str:
-        """Right answers, or answers kept where gains were not measured, in one line."""
+        """Right answers in one line."""
         if (all_ := self.behaved.answers) is None or not all_.dense:
             return "right answers: not measured" if all_ is None else self.verdict[0]
-        if self.behaved.right is not None:
-            return f"right answers: {words.right_answers(self.behaved)}"
-        return f"kept: {words.kept_answers(self.behaved)}"
+        return f"right answers: {words.right_answers(self.behaved)}"
 
     @property
     def sizes(self) -> str:
@@ -527,14 +525,10 @@ def _speeds(out: Path, written: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kept_figure(card: Card) -> Figure | None:
-    """Return the figure of right answers by ability, of those kept if gains were not measured, or
-    of likelihood without answers."""
+    """Return the figure of right answers by ability, or of likelihood without answers."""
     does, what = card.behaved, "Likelihood kept, by dimension"
     if does.right is not None:
         shares, what = does.right.estimates, "Right answers relative to the dense model, by ability"
-    elif does.abilities:
-        shares = {one.name: one.share for one in (*does.abilities, does.answers) if one}
-        what = "Right answers kept, by ability"
     elif card.kept is None:
         return None
     else:

@@ -29,8 +29,6 @@ class Counted:
     Attributes:
         chance: accuracy of guessing.
         identical: items whose two answers are the same text; None if texts were not stored.
-        whole: whether the pruned model was asked all items, not only those that the dense model
-            gets right. If not, gains were not measured.
     """
 
     name: str
@@ -40,7 +38,6 @@ class Counted:
     kept: int
     chance: float = 0.0
     identical: int | None = None
-    whole: bool = True
 
     @property
     def lost(self) -> int:
@@ -48,20 +45,19 @@ class Counted:
         return self.dense - self.kept
 
     @property
-    def gained(self) -> int | None:
-        """Items right under the pruned model only; None if gains were not measured."""
-        return self.pruned - self.kept if self.whole else None
+    def gained(self) -> int:
+        """Items right under the pruned model only."""
+        return self.pruned - self.kept
 
     @property
     def ratio(self) -> float | None:
-        """Right answers relative to the dense model's; None if gains were not measured or the dense
-        model gets too few right."""
-        return self.pruned / self.dense if self.whole and self.dense >= FEW else None
+        """Right answers relative to the dense model's; None if that gets too few right."""
+        return self.pruned / self.dense if self.dense >= FEW else None
 
     @property
-    def p(self) -> float | None:
-        """McNemar's exact two-sided p of losses against gains; None if these were not measured."""
-        return None if self.gained is None else mcnemar(self.lost, self.gained)
+    def p(self) -> float:
+        """McNemar's exact two-sided p of losses against gains."""
+        return mcnemar(self.lost, self.gained)
 
     @property
     def share(self) -> Estimate:
@@ -90,7 +86,7 @@ class Behaviour:
 
     Attributes:
         right: the primary measure: right answers relative to the dense model, by ability and their
-            mean as `total`. None if answers were not generated, or gains were not measured.
+            mean as `total`. None if answers were not generated.
         answers, abilities: counts of generated answers, pooled and by ability.
         choices: counts of choices, pooled over tasks where the dense model beats chance.
         at_chance, not_run: names of the other tasks.
@@ -122,7 +118,6 @@ class Behaviour:
         }
         return {
             "measure": PRIMARY,
-            "gains_measured": self.right is not None,
             "right": self.right and self.right.to_dict(),
             **counts,
             "abilities": [one.to_dict() for one in self.abilities],
@@ -139,14 +134,12 @@ def behaviour(*pairs: Pair) -> Behaviour:
     written, chosen = held(pairs, answered), held(pairs, chosen_from)
     above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
     abilities = dict.fromkeys(dense.dimension for dense, _ in written)
-    whole = not any(pruned.part for _, pruned in pairs)
     counts = (
-        counted(name, [both for both in written if both[0].dimension == name], whole)
-        for name in abilities
+        counted(name, [both for both in written if both[0].dimension == name]) for name in abilities
     )
     return Behaviour(
-        retention(*zip(*written, strict=True), measure=PRIMARY) if written and whole else None,
-        counted("all", written, whole),
+        retention(*zip(*written, strict=True), measure=PRIMARY) if written else None,
+        counted("all", written),
         tuple(one for one in counts if one),
         counted("choices", above_chance),
         tuple(both[0].name for both in chosen if both not in above_chance),
@@ -208,17 +201,14 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
     return [*pairs_by_kind.values()]
 
 
-def counted(name: str, tasks: Sequence[TaskPair], whole: bool = True) -> Counted | None:
-    """Count the items of several tasks together; None if there are none. Unless the pruned model
-    was asked the `whole`, only those that the dense model gets right are counted, if any."""
+def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
+    """Count the items of several tasks together; None if there are none."""
     items = [
         both for before, after in tasks for both in zip(before.values, after.values, strict=True)
     ]
     if not items:
         return None
     chance = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
-    if not whole:
-        items = [both for both in items if both[0]] or items
     dense, pruned = (sum(map(round, values)) for values in zip(*items, strict=True))
     texts = [
         one == other
@@ -233,7 +223,6 @@ def counted(name: str, tasks: Sequence[TaskPair], whole: bool = True) -> Counted
         kept=sum(round(a * b) for a, b in items),
         chance=chance,
         identical=sum(texts) if len(texts) == len(items) else None,
-        whole=whole,
     )
 
 

@@ -68,7 +68,6 @@ def evaluate_against(
     texts: Callable[[OpenModel], Mapping[str, Tensor]] | None = None,
     on_answers: bool = True,
     allow_code_execution: bool = False,
-    right_only: bool = False,
     repeat: bool = False,
     cache: bool = True,
     batch_tokens: int | None = None,
@@ -84,7 +83,6 @@ def evaluate_against(
             by name is measured.
         on_answers: for a suite of a user's prompts, whether it is measured on the dense model's own
             answers.
-        right_only: generate only the answers that the dense model has right.
         repeat: generate the dense model's answers twice; without one, the model's own.
         cache: whether results of the dense model may come from the cache.
         allow_code_execution, batch_tokens, journal: as for `calmix.evaluate`.
@@ -125,7 +123,6 @@ def evaluate_against(
             batch_tokens=batch_tokens,
             allow_code_execution=allow_code_execution,
             floors=first,
-            right=dense.right if dense is not None and right_only else None,
             repeat=repeat and first,
             cache=cache and first and original is not None,
             dense=dense,
@@ -175,10 +172,9 @@ def scores_record(
 
 def compared_by(comparisons: Sequence[Comparison], measure: Measure | None) -> str:
     """Return what a table of several models shows: a `measure` that was chosen, else `right`, or
-    `kept` where gains were not measured, or `primary` without generated answers."""
-    if measure is not None or any(one.behaviour.answers is None for one in comparisons):
-        return measure or "primary"
-    return PRIMARY if all(one.behaviour.right for one in comparisons) else "kept"
+    `primary` without generated answers."""
+    written = all(one.behaviour.answers for one in comparisons)
+    return measure or (PRIMARY if written else "primary")
 
 
 def read_pairs(
@@ -210,11 +206,6 @@ def read_pairs(
                 raise InputError(
                     f"{path} was scored against {own.model}, not against the dense model of the "
                     f"others ({first.model}): compare it separately"
-                )
-            if small.right_only and own is not None and own.right != dense.right:
-                raise InputError(
-                    f"{path} was asked only what its own dense scores have right, and others were "
-                    "given: leave out --against"
                 )
             pairs[name].append((dense, small))
     return _in_common(pairs, note)

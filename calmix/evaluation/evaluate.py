@@ -9,7 +9,7 @@ import ast
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -70,7 +70,6 @@ def evaluate(
     batch_tokens: int | None = None,
     allow_code_execution: bool = False,
     floors: bool = True,
-    right: Mapping[str, Collection[str]] | None = None,
     repeat: bool = False,
     cache: bool = False,
     dense: CapabilityScores | None = None,
@@ -90,7 +89,6 @@ def evaluate(
             tasks that ask for programs are left out.
         floors: also compute the baselines without task knowledge (`TaskScores.floors`), which
             retention needs from the dense model only.
-        right: by task, the items to generate answers for; all others count as wrong.
         repeat: also generate the answers again, in another order and size of batches
             (`CapabilityScores.repeat`). Against the first ones they show what rounding alone
             changes: the ceiling of a comparison with this model.
@@ -114,7 +112,7 @@ def evaluate(
     first, second = progress, progress
     if repeat and progress is not None:
         first, second = half(progress, 0), half(progress, 1)
-    scores = _scored(model, chosen, floors=floors, right=right, dense=dense, progress=first, **how)
+    scores = _scored(model, chosen, floors=floors, dense=dense, progress=first, **how)
     if repeat:
         written = choose(chosen, tasks=[name for name, one in chosen.tasks.items() if one.writes])
         again = _scored(
@@ -138,7 +136,6 @@ def _scored(
     skipped: Sequence[str],
     progress: Progress | None,
     floors: bool = True,
-    right: Mapping[str, Collection[str]] | None = None,
     rearranged: bool = False,
     dense: CapabilityScores | None = None,
     journal: Journal | None = None,
@@ -149,7 +146,7 @@ def _scored(
     else:
         form = how_asked(model.tokenizer, chosen)
     cached = None
-    if cache and floors and right is None and isinstance(model, OpenModel):
+    if cache and floors and isinstance(model, OpenModel):
         # Items of a user's rows are named after their file.
         stems = sorted((name, Path(t.file).stem) for name, t in chosen.tasks.items() if t.file)
         about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS, *stems
@@ -170,11 +167,7 @@ def _scored(
     silent = set[str]()  # tasks that cannot be asked
     if isinstance(model, OpenModel) and not takes_tools(model.tokenizer):
         silent = {name for name, one in pairs if specs[name].writes and one.tools and not one.own}
-    questions = [
-        (name, item)
-        for name, item in pairs
-        if specs[name].writes and name not in silent and (right is None or item.id in right[name])
-    ]
+    questions = [(name, item) for name, item in pairs if specs[name].writes and name not in silent]
     if any(one.check == "program" for _, one in questions):
         check_sandbox()
     requests = [
@@ -202,7 +195,7 @@ def _scored(
         if name in silent:
             pass
         elif spec.writes:
-            results = [judged.get((name, item.id), (0.0, "", 0, {})) for item in of_task]
+            results = [judged[name, item.id] for item in of_task]
             columns = zip(*results, strict=True)
             record |= zip(("values", "answers", "ended", "properties"), columns, strict=True)
             own = spec.kind == "prompts"
@@ -234,7 +227,6 @@ def _scored(
         versions=deciding_versions(),
         not_run=tuple(skipped),
         form=form,
-        right_only=right is not None,
     )
     if cached is not None:
         with suppress(DiskError):  # a cache that is full or read-only costs no result

@@ -50,7 +50,7 @@ class Tested:
 
     `items` counts those the dense model gets right (for likelihood, all). `needed` is how many
     would prove the floor if all were kept, and `provable` the highest floor that `items` can prove.
-    `lost` and `gained` count items that only one model gets right; None if not measured.
+    `lost` and `gained` count items that only one model gets right; None by likelihood.
     """
 
     ability: str
@@ -74,8 +74,7 @@ class Tested:
         """The items behind the bound, as text."""
         text = f"{self.items} {MEASURES[self.measure][2]}"
         if self.lost is not None:
-            gains = "gains not measured" if self.gained is None else f"{self.gained} gained"
-            text = f"{self.lost} of {text} lost, {gains}"
+            text = f"{self.lost} of {text} lost, {self.gained} gained"
         return f"{text}, by accuracy above chance" if self.measure == ACCURACY else text
 
     @property
@@ -266,9 +265,8 @@ def judge(
             f"{', '.join(known)}{more}"
         )
     chosen = known if "" in floors else [name for name in known if name in floors]
-    gains = not any(pruned.part for _, pruned in pairs)
     tests = {
-        name: _judged(name, floors.get(name, floors.get("", 0.0)), tasks, confidence, gains)
+        name: _judged(name, floors.get(name, floors.get("", 0.0)), tasks, confidence)
         for name in chosen
     }
     tested = tuple(one for one in tests.values() if one is not None)
@@ -301,10 +299,8 @@ def _judged(
     floor: float,
     tasks: Mapping[str, Sequence[TaskPair]],
     confidence: float,
-    gains: bool,
 ) -> Tested | None:
-    """Test an ability against its floor, by the first measure with signal; None if there is none.
-    Without `gains`, answers that only the pruned model gets right were not asked."""
+    """Test an ability by the first measure with signal; None if there is none."""
     for measure, (_, score, _) in MEASURES.items():
         pairs = [
             both
@@ -316,7 +312,7 @@ def _judged(
     else:
         return None
     scored = [parts(*both, score) for both in pairs]
-    each, changed = 1.0, dict[str, int | None]()  # `each`: what a lost item loses, in mean items
+    each, changed = 1.0, dict[str, int]()  # `each`: what a lost item loses, in mean items
     if measure == LIKELIHOOD:
         rows = [(one.kept[None], one.whole[None]) for one in scored]
         many: list[Array] = [np.ones(len(one.whole)) for one in scored]
@@ -327,7 +323,7 @@ def _judged(
         pooled = np.hstack([np.stack([one.kept, one.whole]) for one in scored])
         (retained, whole), equal = np.unique(pooled, axis=1, return_counts=True)
         rows, many, most = [(retained[None], whole[None])], [equal.astype(float)], [np.ones(1)]
-        count = behaviour.counted(ability, pairs, gains or measure == ACCURACY)
+        count = behaviour.counted(ability, pairs)
         assert count is not None  # of items with signal
         items, changed = count.dense, {"lost": count.lost, "gained": count.gained}
         each = items / float(whole @ equal)

@@ -46,7 +46,6 @@ class TaskRetention:
 
     `floor` is the baseline score without task knowledge, if the measure has one; `signal` is
     whether the dense score exceeds it by more than `noise`. Without signal `kept` has no value.
-    `pruned` is None if the pruned model was not asked all items.
     """
 
     name: str
@@ -55,7 +54,7 @@ class TaskRetention:
     items: int
     floor: float | None
     dense: float
-    pruned: float | None
+    pruned: float
     dense_accuracy: float | None
     pruned_accuracy: float | None
     noise: float

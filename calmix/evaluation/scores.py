@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from calmix.errors import InputError
 from calmix.evaluation.measures import PRIMARY, TaskScores
-from calmix.evaluation.retention import Estimate, Retention, flips, retention
-from calmix.evaluation.suites import WRITTEN, Suite
+from calmix.evaluation.retention import Retention, retention
+from calmix.evaluation.suites import Suite
 from calmix.files import read_object, write_text
 from calmix.manifest import SEAL, check_seal, sealed
 from calmix.options import Measure
@@ -35,8 +35,6 @@ class CapabilityScores(Shown):
         distance: to the dense model, if measured (`calmix.evaluation.distance`).
         not_run: tasks left out because they run code the model writes.
         form: how the model is prompted, with its `chat template` or `worked examples`.
-        right_only: answers were generated only where the dense model is right; all others count as
-            wrong, so gains were not measured.
         repeat: a dense model's generated answers once more, from other batches: what rounding alone
             changes. Empty if not measured.
     """
@@ -52,30 +50,14 @@ class CapabilityScores(Shown):
     distance: dict[str, Any] | None = None
     not_run: tuple[str, ...] = ()
     form: str = ""
-    right_only: bool = False
     repeat: tuple[TaskScores, ...] = ()
-
-    @property
-    def right(self) -> dict[str, set[str]]:
-        """Items answered correctly, by task."""
-        return {
-            task.name: {item for item, value in zip(task.items, task.values, strict=False) if value}
-            for task in self.tasks
-        }
-
-    @property
-    def part(self) -> set[str]:
-        """Tasks that were not asked all items."""
-        return {one.name for one in self.tasks if self.right_only and one.metric in WRITTEN}
 
     def retention(
         self, dense: CapabilityScores, measure: Measure | None = None, **how: Any
     ) -> Retention:
         """Return this model's retention of a dense one; options are those of `retention.retention`.
 
-        The measure is `right` by default if answers were generated for all items, else `primary`.
-        Tasks that were not asked all items are measured by answers kept, and accuracy leaves them
-        out.
+        The measure is `right` by default if answers were generated, else `primary`.
 
         Raises:
             InputError: the two were scored with different suites, versions or selections, or
@@ -83,42 +65,8 @@ class CapabilityScores(Shown):
         """
         check_same_suite(self.suite, dense.suite)
         if measure is None:
-            written = any(task.written for task in self.tasks) and not self.right_only
-            measure = PRIMARY if written else "primary"
-        how["measure"] = measure
-        if measure == "right" and self.part:
-            raise InputError(
-                f"{self.model}: gains were not measured, because only answers that "
-                "the dense model has right were generated: evaluate it without "
-                "--right-only, or use --measure primary"
-            )
-        if measure in ("accuracy", "ratio"):
-            return retention(*self._asked_all(dense), **how)
-        part = self.part
-        retained = retention(
-            *(
-                [replace(one, primary="kept") if one.name in part else one for one in each.tasks]
-                for each in (dense, self)
-            ),
-            **how,
-        )
-        return replace(
-            retained,
-            tasks=tuple(
-                replace(one, pruned=None, pruned_accuracy=None) if one.name in part else one
-                for one in retained.tasks
-            ),
-        )
-
-    def flips(self, dense: CapabilityScores) -> dict[str, Estimate]:
-        """Return the flips against a dense model (`retention.flips`), of the same tasks as
-        accuracy."""
-        return flips(*self._asked_all(dense))
-
-    def _asked_all(self, dense: CapabilityScores) -> list[list[TaskScores]]:
-        """Return both models' tasks of which this one was asked all items."""
-        part = self.part
-        return [[one for one in each.tasks if one.name not in part] for each in (dense, self)]
+            measure = PRIMARY if any(task.written for task in self.tasks) else "primary"
+        return retention(dense.tasks, self.tasks, measure=measure, **how)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
@@ -262,6 +210,10 @@ def _parsed(value: dict[str, Any], path: Path) -> CapabilityScores:
         raise InputError(f"{path} is not a file of scores from 'calmix evaluate'")
     if (number := value.pop("format", None)) != FORMAT:
         raise InputError(f"{path} holds scores in format {number}, not {FORMAT}: evaluate again")
+    if value.get("right_only"):  # an option that was removed
+        raise InputError(
+            f"{path} has only the answers that the dense model had right: score the model again"
+        )
     try:
         scores = _SCORES.validate_python(value)
     except ValidationError as error:

@@ -71,11 +71,6 @@ def _opening(analysis: Analysis) -> Iterator[str]:
             yield f"Left out, as declared: {words.listed(left_out)}."
     if analysis.settings.without:
         yield f"Left out afterwards, not declared: {words.listed(analysis.settings.without)}."
-    if not analysis.whole:
-        yield (
-            "Gains were not measured: answers were asked only where the dense model is right "
-            "(right_only). The share of its right answers that are kept is analysed."
-        )
 
 
 def _exploratory(analysis: Analysis) -> str:

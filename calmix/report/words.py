@@ -10,6 +10,7 @@ from typing import Any
 from calmix.evaluation.behaviour import Behaviour
 from calmix.evaluation.comparison import Comparison
 from calmix.evaluation.measures import FEW, PRIMARY
+from calmix.evaluation.retention import flips
 from calmix.study.ranking import Ranked, leaders
 
 STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour of the pages
@@ -99,8 +100,7 @@ def listed(names: Iterable[str]) -> str:
 
 
 def right_answers(behaviour: Behaviour) -> str:
-    """Return the primary measure with losses, gains and their test; empty if gains were not
-    measured."""
+    """Return the primary measure with losses, gains and their test; empty without answers."""
     counts = behaviour.answers
     if behaviour.right is None or counts is None:
         return ""
@@ -142,24 +142,20 @@ def kept_answers(behaviour: Behaviour) -> str:
     if (worst := behaviour.worst) is not None:
         summary += f", least in {worst.name}, {worst.kept} of {worst.dense}"
     how = PLURALS.get(behaviour.form, "")
-    scope = f"asked: {counts.asked:,}{how}"
-    if counts.gained is None:
-        scope = f"only these were asked{how and f',{how}'}: gains were not measured"
-    return f"{summary} ({scope})"
+    return f"{summary} (asked: {counts.asked:,}{how})"
 
 
 def ability_rows(behaviour: Behaviour) -> list[dict[str, Any]]:
     """Return the rows of the table of generated answers; a # marks a column of numbers."""
-    rows = []
+    rows = list[dict[str, Any]]()
+    if (right := behaviour.right) is None:
+        return rows
     for one in behaviour.abilities:
         row: dict[str, Any] = {"ability": one.name, "#asked": one.asked, "#dense right": one.dense}
-        if behaviour.right is None:
-            rows.append(row | {"#lost": one.lost, "#kept %": with_span(one.share)})
-            continue
         few = one.dense < FEW
         row |= {"#small right": one.pruned, "#lost": one.lost, "#gained": one.gained}
         row["#p"] = "–" if few else p_value(one.p)
-        rows.append(row | {"#right %": TOO_FEW if few else with_span(behaviour.right.of(one.name))})
+        rows.append(row | {"#right %": TOO_FEW if few else with_span(right.of(one.name))})
     return rows
 
 
@@ -169,14 +165,10 @@ def comparison(one: Comparison, by: str, alone: bool = False) -> dict[str, Any]:
     does, counts, parts = one.behaviour, one.behaviour.answers, one.retention.dimensions
     total, more = one.retention.total, dict[str, Any]()
     cells = {part.name: with_span(part.kept) for part in parts}
-    if by == "kept" and counts is not None:
-        cells, total = {part.name: with_span(part.share) for part in does.abilities}, counts.share
-    elif by == PRIMARY:
+    if by == PRIMARY and counts is not None:
         cells |= {part.name: TOO_FEW for part in parts if part.kept.value is None}
-    if by in (PRIMARY, "kept") and counts is not None:
-        more = {"lost": counts.lost, "gained": counts.gained, "p": counts.p and p_value(counts.p)}
-        if by == PRIMARY:
-            more["kept %"] = with_span(counts.share)
+        more = {"lost": counts.lost, "gained": counts.gained, "p": p_value(counts.p)}
+        more["kept %"] = with_span(counts.share)
         more["likelihood %"] = one.likelihood and with_span(one.likelihood.total)
     else:
         more["worst"] = one.retention.worst
@@ -189,7 +181,7 @@ def distances(one: Comparison) -> dict[str, Any]:
     """Return the distance of a model to the dense one, and its flips."""
     dense, small = one.pairs[0]
     far = small.distance and small.distance.get("total")
-    changed = small.flips(dense).get("total")
+    changed = flips(dense.tasks, small.tasks).get("total")
     return {
         "KL to dense": far and number(far["kl_mean"]),
         "top-1 %": far and percent(far["top1"]),
@@ -209,7 +201,7 @@ def summary_lines(behaviour: Behaviour, likelihood: Any, measure: str) -> list[s
             "nothing can be kept."
         )
     else:
-        lines += [f"Right answers: {text}."] if (text := right_answers(behaviour)) else []
+        lines.append(f"Right answers: {right_answers(behaviour)}.")
         lines += [text] if (text := against_itself(behaviour)) else []
         lines.append(f"Kept: {kept_answers(behaviour)}.")
     if behaviour.not_run:

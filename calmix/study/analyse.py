@@ -55,7 +55,6 @@ class Analysis:
     Attributes:
         planned, finished, failed: trials of the whole study.
         measure: of all that is exploratory.
-        whole: whether every trial was asked all items; else gains were not measured.
         declarations: as in the store, oldest first; the last one is valid.
         comparisons: those declared, by the primary measure.
         afterwards: the same without the tasks that are left out now (`Settings.without`).
@@ -70,7 +69,6 @@ class Analysis:
     failed: int
     settings: Settings
     measure: Measure
-    whole: bool
     declarations: tuple[Declared, ...]
     comparisons: tuple[Comparison, ...]
     afterwards: tuple[Comparison, ...]
@@ -97,7 +95,6 @@ class Analysis:
             "finished",
             "failed",
             "measure",
-            "whole",
             "ceilings",
             "older",
             "missing",
@@ -182,7 +179,6 @@ def analyse(results: StudyResults, settings: Settings | None = None) -> Analysis
         len(results.failed),
         settings,
         measure_of(results, settings.measure),
-        not any(results.part.values()),
         results.declarations,
         tuple(judge(results, settings)),
         tuple(judge(results, settings, settings.without) if settings.without else ()),

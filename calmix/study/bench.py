@@ -140,7 +140,6 @@ class Bench:
                 self.study.suite,
                 floors=False,
                 allow_code_execution=self.allows,
-                right=self._dense.right if self.study.file.right_only else None,
                 progress=lambda *of: stage("scoring", *of),
             )
             if self._reference is not None:

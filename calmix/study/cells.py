@@ -146,14 +146,13 @@ def left_out(results: StudyResults, settings: Settings) -> set[str]:
 
 
 def measure_of(results: StudyResults, measure: Measure | None = None) -> Measure:
-    """Return the measure that is analysed, by default the study's primary one; it is `primary` in
-    place of `right` if not every trial was asked all items."""
+    """Return the measure that is analysed, by default the study's primary one."""
     if measure is None:
         written = any(task.written for tasks in results.dense.values() for task in tasks)
         measure = "right" if written else "primary"
         if results.declarations:
             measure = results.declaration.primary
-    return "primary" if measure == "right" and any(results.part.values()) else measure
+    return measure
 
 
 def tables(
@@ -225,31 +224,21 @@ def _cells(
     pruned = [results.scores[trial.id] for trial in trials]
     for scores in pruned:
         check_paired(dense, scores)
-    part = set[str]().union(*(results.part.get(trial.id, ()) for trial in trials))
-    if part:  # items right under every processor's dense model: others were not asked everywhere
-        references = [results.paired[trial.id] for trial in trials]
-        dense = tuple(
-            replace(one, values=tuple(np.min([each[at].values for each in references], 0).tolist()))
-            if one.name in part
-            else one
-            for at, one in enumerate(dense)
-        )
     if without:
         dense, *pruned = (
             tuple(task for task in tasks if task.name not in without) for tasks in (dense, *pruned)
         )
-    whole = [one.name not in part for one in dense]  # tasks asked all items
-    tasks, items, values = _measured(dense, pruned, measure, whole)
+    tasks, items, values = _measured(dense, pruned, measure)
     each, accuracies = tasks, values
     if measure != "accuracy":
-        each, _, accuracies = _measured(dense, pruned, "accuracy", whole)
+        each, _, accuracies = _measured(dense, pruned, "accuracy")
     flips = np.array(
         [
             [
                 np.not_equal(before.values, after.values).mean()
-                if every and before.values and after.values
+                if before.values and after.values
                 else math.nan
-                for before, after, every in zip(dense, scores, whole, strict=True)
+                for before, after in zip(dense, scores, strict=True)
             ]
             for scores in pruned
         ]
@@ -290,19 +279,17 @@ def _measured(
     dense: Sequence[TaskScores],
     pruned: Sequence[Sequence[TaskScores]],
     measure: Measure,
-    whole: Sequence[bool],
 ) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:
     """Return the tasks (for `right`, the abilities), the items of those with signal, and retention,
-    shape (trials, tasks). Accuracy has no signal in a task that was not asked as a whole."""
+    shape (trials, tasks)."""
     if measure == "right":
         dense, *pruned = (judged(scores, measure) for scores in (dense, *pruned))
-        whole = [True] * len(dense)
         if not dense:
             raise InputError("no task has generated answers: use another --measure")
     tasks, items = [], {}
     values = np.full((len(pruned), len(dense)), np.nan)
     for at, (before, weight) in enumerate(zip(dense, task_weights(dense, measure), strict=True)):
-        signal = has_signal(before, measure) and (whole[at] or measure not in ("accuracy", "ratio"))
+        signal = has_signal(before, measure)
         measured = [parts(before, scores[at], measure) for scores in pruned]
         tasks.append(
             Task(

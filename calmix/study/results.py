@@ -90,7 +90,6 @@ class StudyResults(BaseModel, frozen=True):
         dense: those of the dense models, by label.
         repeat: their answers generated again in other batches, by label; empty if they were not.
         paired: those of the dense model that each trial was compared with, by the trial's id.
-        part: tasks that were not asked all items, by the trial's id.
         dates: when each trial finished (UTC, ISO 8601), by the trial's id.
         declarations: what was declared before the trials, oldest first; the last one is valid.
     """
@@ -105,7 +104,6 @@ class StudyResults(BaseModel, frozen=True):
     dense: Scores = {}
     repeat: Scores = {}
     paired: Scores = {}
-    part: Annotated[Mapping[str, set[str]], Field(exclude=True)] = {}
     dates: Mapping[str, str] = {}
     declarations: tuple[Declared, ...] = ()
 

@@ -266,7 +266,6 @@ class StudyFile(_Draw, Grid):
     suite: str = "offline"
     quick: bool = False
     limit: Count | None = None
-    right_only: bool = False
     statistics: Statistics | None = None
     calibrations: Annotated[  # type: ignore[assignment]
         dict[str, Calibration], Filled, BeforeValidator(partial(_by_label, "from"))
@@ -299,9 +298,8 @@ class Study:
 
     @property
     def primary(self) -> Measure:
-        """The primary measure: if none is named, right answers where all are asked."""
-        answers = self.suite.asks and not self.file.right_only
-        return self.file.primary or ("right" if answers else "primary")
+        """The primary measure: if none is named, right answers where answers are generated."""
+        return self.file.primary or ("right" if self.suite.asks else "primary")
 
 
 def load_study(path: Path) -> Study:
@@ -370,8 +368,6 @@ def _check_declaration(file: StudyFile, suite: Suite, wrong: Callable[..., None]
     """Report what a study declares and cannot measure, or names and lacks."""
     if file.primary == "right" and not suite.asks:
         wrong(["primary"], f"suite {suite.name} has no generated answers: use another measure")
-    if file.primary == "right" and file.right_only:
-        wrong(["primary"], "right counts gains, which right_only does not measure: use primary")
     for task in file.exclude:
         if task not in suite.tasks:
             wrong(["exclude", task], f"the suite has no such task: {nearest(task, suite.tasks)}")

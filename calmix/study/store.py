@@ -243,7 +243,6 @@ def read_results(path: Path | str) -> StudyResults:
         dense={label: dense_scores[key].tasks for label, key in dense.items()},
         repeat={label: dense_scores[key].repeat for label, key in dense.items()},
         paired={name: dense_scores[record.dense].tasks for name, record in records.items()},
-        part={name: one.part for name, one in scored.items()},
         dates={name: one.run.get("finished", "") for name, one in records.items()},
         declarations=store.index.declarations,
     )

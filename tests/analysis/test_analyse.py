@@ -2,12 +2,10 @@
 
 import csv
 import json
-from dataclasses import replace
 
 import pytest
 
 from calmix.errors import InputError
-from calmix.evaluation.scores import write_scores
 from calmix.options import Settings
 from calmix.report.study import write_report
 from calmix.study.analyse import analyse
@@ -66,38 +64,6 @@ def test_analysis_of_a_store(tmp_path):
     assert again.dense == results.dense
     assert again.paired[name] == results.scores[name]
     assert again.paired[results.trials[1].id] == results.dense[results.trials[1].model]
-
-
-def test_accuracy_and_flips_skip_right_only_tasks(tmp_path):
-    """Items that were not asked count as wrong in the scores."""
-    results = study(Plan(sources=SOURCES[:2], seeds=(0,), others={}))
-
-    def asked(tasks):
-        return tuple(
-            replace(one, metric="pass@1") if one.name == "code_a" else one for one in tasks
-        )
-
-    results = results.model_copy(
-        update={
-            part: {name: asked(tasks) for name, tasks in getattr(results, part).items()}
-            for part in ("dense", "scores")
-        }
-    )
-    place = save(results, tmp_path / "s")
-    for right_only in (False, True):
-        one, named = (
-            analyse(read_results(place), QUICK.model_copy(update={"measure": measure}))
-            .conditions[0]
-            .ranking[0]
-            for measure in ("primary", "accuracy")
-        )
-        assert one.tasks["code_a"].value is not None
-        assert (one.accuracy["code"] is None, one.accuracy["math"] is None) == (right_only, False)
-        assert (one.distance["flips"]["code"] is None) == right_only
-        missing = [named.tasks[name].value is None for name in ("code_a", "math_a")]
-        assert missing == [right_only, False]
-        for file in place.glob("trials/*/scores.json"):
-            write_scores(file, json.loads(file.read_text()) | {"right_only": True})
 
 
 def test_conditions_by_bits_ignore_sparsity():

@@ -248,18 +248,6 @@ def test_summary_reports_deviations_from_the_declaration():
     ]
 
 
-def test_kept_replaces_right_without_gains():
-    results = declaring(made({"mix": 80, "a": 40}), {"mixed": over("a")})
-    assert analyse(results, QUICK).measure == "right"
-    part = {one.id: {"sums"} for one in results.trials}
-    paired = dict.fromkeys(part, results.dense["m"])
-    analysis = analyse(results.model_copy(update={"part": part, "paired": paired}), QUICK)
-    assert (analysis.measure, analysis.whole) == ("primary", False)
-    assert {task.score for task in analysis.conditions[0].cells.tasks} == {"kept"}
-    assert summarise(analysis)["opening"][-1].startswith("Gains were not measured")
-    assert analysis.comparisons[0].verdict == "more"
-
-
 def test_dense_repeat_is_the_ceiling():
     again = tuple(answers(*task, range(1, COUNT)) for task in TASKS)
     results = made({"mix": 80, "a": 40}, repeat={"m": again})

@@ -127,15 +127,12 @@ def test_card_leads_with_right_answers(calmix, command, out, measured, tmp_path)
     small = [0, 0, 0, *right[3:20], 1, *right[21:]]
     small = wrote(small, at_2="lost it", at_20="found it", at_29="neither")
 
-    def pages(**changed):
-        total = measured(out, dense, small, repeat=wrote([0, *right[1:]]), **changed)
-        calmix("report", out).ok()
-        calmix("report", out, "-o", tmp_path / "card.html").ok()
-        paths = out / "card.html", out / "model" / "README.md"
-        texts = [re.sub("<[^>]*>", " ", path.read_text("utf-8")) for path in paths]
-        return words.with_span(total), [" ".join(text.split()) for text in texts]
-
-    total, texts = pages()
+    total = words.with_span(measured(out, dense, small, repeat=wrote([0, *right[1:]])))
+    calmix("report", out).ok()
+    calmix("report", out, "-o", tmp_path / "card.html").ok()
+    paths = out / "card.html", out / "model" / "README.md"
+    texts = [re.sub("<[^>]*>", " ", path.read_text("utf-8")) for path in paths]
+    texts = [" ".join(text.split()) for text in texts]
     lead = (
         f"Right answers: {total} % of the dense model's (in math), 3 of 20 lost, 1 gained, "
         "p = 0.625."
@@ -157,9 +154,6 @@ def test_card_leads_with_right_answers(calmix, command, out, measured, tmp_path)
     ended = calmix(*command(out)).ok()
     assert " ".join(ended.out.split()).startswith(lead[0].lower() + lead[1:-1])
     assert ceiling in " ".join(ended.out.split())
-    for text in pages(right_only=True)[1]:
-        assert f"Right answers: {total}" not in text
-        assert "only these were asked: gains were not measured" in text
 
 
 def test_card_suites_and_foreign_models(calmix, out, measured):

@@ -129,8 +129,6 @@ def test_search_keeps_the_smallest_passing_candidate(want, out):
     assert said[2] == ("4.5 bits, quantise", False)
     _, recovered, scored = found.building(3.2)
     assert "--epochs 1 " in recovered.command  # 2 without a search
-    # All items are asked, and the dense model is asked twice.
-    assert "--right-only" not in scored.command
     assert "--repeat" not in scored.command
     assert "--repeat" in found.opening()[-1].command
     again = searched(want, out, stop, say=lambda *_: pytest.fail("nothing is left to do"))

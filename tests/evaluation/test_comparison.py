@@ -7,7 +7,7 @@ import pytest
 
 from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.comparison import Comparison
-from calmix.evaluation.scores import load_pair
+from calmix.evaluation.scores import load_pair, load_scores, write_scores
 from calmix.report import words
 from tests.evaluation.helpers import bits, scored, written
 
@@ -19,10 +19,10 @@ def tasks(code, math=RIGHT):
     return written("programs", "code", code), written("sums", "math", math)
 
 
-def saved(path, dense, small, **changes):
+def saved(path, dense, small):
     """Write both models' scores as `calmix evaluate --against -o` does."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    small = replace(small, model=path.stem, fingerprint=path.stem, **changes)
+    small = replace(small, model=path.stem, fingerprint=path.stem)
     value = {"scores": small.to_dict(), "dense": dense.to_dict()}
     path.write_text(json.dumps(value), encoding="utf-8")
     return path
@@ -74,19 +74,15 @@ def test_figures_are_the_same_alone_and_compared(calmix, printed, tmp_path):
     assert told["retention"]["total"] == told["behaviour"]["right"]["total"]
 
 
-def test_comparison_without_gains_uses_kept(calmix, printed, tmp_path):
-    dense, small = scored(*tasks(RIGHT)), scored(*tasks(LOST))
-    one = saved(tmp_path / "one.json", dense, small)
-    kept = scored(*tasks([a * b for a, b in zip(LOST, RIGHT, strict=True)]))
-    two = saved(tmp_path / "two.json", dense, kept, right_only=True)
-    rows, ended = printed(one, two)
-    assert rows["code"][0] == rows["code"][1] == "75.0 [46.8, 91.1]"
-    assert (rows["gained"], rows["p"]) == (["2", "-"], ["1.000", "-"])
-    assert "gains were not measured" in " ".join(ended.out.split())
-    assert "gains were not measured" in calmix("compare", one, two, "--measure", "right").line
-    other = tmp_path / "other.json"
-    scored(*tasks([*RIGHT[:11], *[0] * 9])).save(other)
-    assert "leave out --against" in calmix("compare", two, "--against", other).line
+def test_scores_of_right_answers_alone_are_refused(calmix, tmp_path):
+    """Files of an older version."""
+    path = tmp_path / "old.json"
+    value = scored(*tasks(RIGHT)).to_dict()
+    write_scores(path, value | {"right_only": False})
+    assert load_scores(path).to_dict() == value
+    write_scores(path, value | {"right_only": True})
+    said = "old.json has only the answers that the dense model had right: score the model again"
+    assert said in calmix("evaluate", "rescore", path).line
 
 
 def test_compare_folders_on_common_suites(printed, calmix, tmp_path):

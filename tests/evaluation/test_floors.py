@@ -122,10 +122,10 @@ def test_measure_order_per_ability():
 def test_gains_offset_losses():
     """The same file behind another engine loses a few answers and gains as many."""
 
-    def tested(floor, kept, gained, **changes):
+    def tested(floor, kept, gained):
         """Of 77 right answers, the first four lost, and of 19 wrong ones so many gained."""
         values = [0.0] * 4 + [1.0] * (kept + gained) + [0.0] * (96 - kept - gained)
-        pruned = replace(scored(written("mine task", "mine", values)), **changes)
+        pruned = scored(written("mine task", "mine", values))
         (found,) = judged(floor, scored(answered(77, 100, "mine")), pruned).tested
         return found
 
@@ -138,8 +138,6 @@ def test_gains_offset_losses():
     found = tested("0.5", 73, 23)
     assert found.kept > 1
     assert found.bound == found.provable == lower_bound(77, 77)
-    found = tested("0.5", 73, 0, right_only=True)
-    assert found.counts == "4 of 77 right answers lost, gains not measured"
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0.15, 0.05), (0.3, 0.2)])
@@ -169,8 +167,7 @@ def test_unprovable_floor_names_the_nearest():
     dense = scored(answered(12, 60), answered(90, 90, "chat"), answered(2, 60, "math"), guessed)
     assert judged("0.75", dense, dense).untested == ("math", "logic")
     none = scored(answered(90, 90, "chat"), answered(0, 60, "math"))
-    for asked in (none, replace(none, right_only=True)):  # of math nothing is asked then
-        assert judged("0.9", none, asked).untested == ("math",)
+    assert judged("0.9", none, none).untested == ("math",)
     for text, said in (
         ("cod=0.9", "names 'cod', which the scores lack: they have code, chat, math, logic"),
         ("math=0.9", "math=0.9: the dense model has no signal in math"),
@@ -264,41 +261,18 @@ def test_tasks_of_two_suites():
     assert found.answers.dense == 139
 
 
-def test_right_only_behaviour():
-    """A task of two suites counts where it has most items."""
+def test_task_of_two_suites_counts_where_it_has_most_items():
     dense = scored(written("qa", "general", [1] * 8 + [0, 0]))
     pruned = scored(written("qa", "general", [1] * 6 + [0] * 4))
-    found = behaviour((dense, replace(pruned, right_only=True)))
-    assert (found.answers.asked, found.answers.dense, found.answers.gained) == (8, 8, None)
-    assert found.right is None
-    assert found.to_dict()["answers"]["p"] is None
-    with pytest.raises(InputError, match="m: gains were not measured, because only answers that"):
-        replace(pruned, right_only=True).retention(dense, "right")
-    (said,) = words.summary_lines(found, None, "")
-    assert said.endswith("92.9] % (only these were asked: gains were not measured).")
-    none = scored(written("qa", "general", [0] * 10))
-    (said,) = words.summary_lines(behaviour((none, replace(none, right_only=True))), None, "")
-    assert said.startswith("The dense model gets none of 10 generated answers right")
-    hard = written("hard", "general", [0] * 30)  # of which nothing was asked
-    both = scored(*dense.tasks, hard), replace(scored(*pruned.tasks, hard), right_only=True)
-    assert behaviour(both).answers == found.answers
-    few = scored(written("qa", "general", [1] * 2 + [0] * 7), suite="few")  # fewer items
-    again = behaviour((few, few), (dense, replace(pruned, right_only=True)), (few, few))
-    assert again.answers == found.answers
-    whole = behaviour((dense, pruned))
-    assert (whole.answers.asked, whole.answers.share) == (10, found.answers.share)
+    few = scored(written("qa", "general", [1] * 2 + [0] * 7), suite="few")
+    alone = behaviour((dense, pruned)).answers
+    assert (alone.asked, alone.dense, alone.share) == (10, 8, proportion(6, 8))
+    assert behaviour((few, few), (dense, pruned), (few, few)).answers == alone
     chosen = scored(accuracy([1.0] * 10, "quiz", "general"))
-    full, part = (scored(*one.tasks, *chosen.tasks) for one in (dense, pruned))
-    (task,) = replace(part, right_only=True).retention(full, measure="accuracy").tasks
-    assert task.name == "quiz"
-    assert part.flips(full)["total"].value == pytest.approx(0.1)  # of all items: 2 of 10, and none
-    assert replace(part, right_only=True).flips(full)["total"].value == 0
-    # Whatever is right or wrong is measured by answers kept then, and of others nothing is said.
-    strict = [scored(replace(*one.tasks, primary="accuracy")) for one in (dense, pruned)]
-    assert strict[1].retention(strict[0], "primary").total.value == pytest.approx(6 / 8)
-    (task,) = replace(strict[1], right_only=True).retention(strict[0]).tasks
-    assert (task.kept.value, task.pruned, task.pruned_accuracy) == (0.75, None, None)
     assert "were not measured" in words.summary_lines(behaviour((chosen, chosen)), None, "x")[0]
+    none = scored(written("qa", "general", [0] * 10))
+    (said,) = words.summary_lines(behaviour((none, none)), None, "")
+    assert said.startswith("The dense model gets none of 10 generated answers right")
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))
 
@@ -326,15 +300,12 @@ def test_dense_repeat():
     assert (found.answers.lost, found.answers.gained, found.answers.same) == (2, 4, 38 / 40)
     assert found.right.total.value == pytest.approx((13 / 12 + 11 / 10) / 2)
     assert (found.choices, found.repeat) == (None, None)
-    for small in (pruned, replace(pruned, right_only=True)):  # says nothing of the dense model
-        (line,) = [
-            line
-            for line in words.summary_lines(behaviour((dense, small)), None, "")
-            if line.startswith("The dense model against itself, in other batches: 109.2 [")
-        ]
-        assert line.endswith(
-            "2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical."
-        )
+    (line,) = [
+        line
+        for line in words.summary_lines(behaviour((dense, pruned)), None, "")
+        if line.startswith("The dense model against itself, in other batches: 109.2 [")
+    ]
+    assert line.endswith("2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical.")
 
 
 def test_wilson_interval():

@@ -336,31 +336,3 @@ def test_dense_repeat_is_cached(folder, calmix, tiny_folder, tmp_path, monkeypat
         (("--task", "my_choices", "--measure", "right"), "needs generated answers"),
     ):
         assert said in calmix(*command[:4], *more).line
-
-
-def test_right_only(folder, calmix, tiny_folder, tmp_path, monkeypatch):
-    seen = []
-
-    def fake(opened, prompts, rearranged, progress):
-        seen.append(len(prompts))
-        return [("down", True) for _ in prompts]
-
-    monkeypatch.setattr("calmix.evaluation.evaluate.answers", fake)
-    command = ("evaluate", tiny_folder, "--suite", folder / "mine.yaml")
-    whole = ("--task", "my_answers", "--task", "my_numbers")
-    dense, pruned = tmp_path / "dense.json", tmp_path / "pruned.json"
-    calmix(*command, *whole, "-o", dense).ok()
-    again = (*command, *whole, "--against", dense, "--right-only", "-o")
-    calmix(*again, pruned).ok()
-    found = json.loads(pruned.read_text(encoding="utf-8"))
-    assert seen == [3, 1]
-    assert found["scores"]["right_only"]
-    for part in ("dense", "scores"):
-        assert [task["values"] for task in found[part]["tasks"]] == [[1.0, 0.0], [0.0]]
-    for measure in ("accuracy", "ratio"):  # it would count what was not asked as wrong
-        for run in ((*again, tmp_path / "new.json"), ("compare", pruned)):
-            said = calmix(*run, "--measure", measure).line
-            assert "no task has right or wrong answers" in said
-    assert seen == [3, 1]
-    refused = calmix(*command, "--right-only", "--against", tiny_folder)
-    assert (refused.code, "--against FILE.json" in refused.err) == (2, True)

@@ -368,7 +368,6 @@ def test_primary_measure_and_comparisons_without_pairs():
     for more, primary in (
         ("", "primary"),
         ("suite: abilities\n", "right"),
-        ("suite: abilities\nright_only: true\n", "primary"),
         ("suite: abilities\nprimary: accuracy\n", "accuracy"),
     ):
         assert parsed(DECLARES + more).primary == primary

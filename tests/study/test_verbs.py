@@ -2,23 +2,12 @@
 
 import json
 import shutil
-import tarfile
-from pathlib import Path
-
-import pytest
 
 from calmix.evaluation.scores import write_scores
 from calmix.study.declaration import declaration
 from calmix.study.spec import load_study
 from calmix.study.store import read_results
 from calmix.study.trials import plan
-from tests.tiny import quick
-
-STORES = [
-    path
-    for path in sorted(Path(__file__).parents[2].glob("studies/results/*/store.tar.xz"))
-    if path.stat().st_size < 2**21
-]  # larger ones are in the golden file
 
 
 def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
@@ -111,12 +100,3 @@ def test_retry_failed_trials(calmix, tiny_study, tmp_path):
     # Changed content is a new request, not a retry.
     assert "2 of 3 trials to run" in calmix(*run).ok().err
     assert read_results(store).failed == ()
-
-
-@pytest.mark.parametrize("path", quick(STORES[:1], STORES), ids=lambda path: path.parent.name)
-def test_committed_store_is_readable(path, tmp_path):
-    with tarfile.open(path) as archive:
-        archive.extractall(tmp_path, filter="data")
-    results = read_results(tmp_path / path.parent.name)
-    assert results.trials
-    assert results.failed == ()
