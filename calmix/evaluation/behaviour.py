@@ -209,21 +209,13 @@ def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     if not items:
         return None
     chance = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
-    dense, pruned = (sum(map(round, values)) for values in zip(*items, strict=True))
     texts = [
         one == other
         for before, after in tasks
         for one, other in zip(before.answers, after.answers, strict=False)
     ]
-    return Counted(
-        name,
-        asked=len(items),
-        dense=dense,
-        pruned=pruned,
-        kept=sum(round(a * b) for a, b in items),
-        chance=chance,
-        identical=sum(texts) if len(texts) == len(items) else None,
-    )
+    identical = sum(texts) if len(texts) == len(items) else None
+    return replace(paired(name, items), chance=chance, identical=identical)
 
 
 def paired(name: str, values: Sequence[tuple[float, float]]) -> Counted:

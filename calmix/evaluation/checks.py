@@ -412,11 +412,14 @@ def _among(text: str, value: str) -> bool:
     return 2 * sum(bool(known.search(one)) for one in named) > len(named)
 
 
-def _language(text: str, value: str) -> bool:
+def common_words(text: str) -> dict[str, int]:
+    """Return how many words of a text are common ones of each language."""
     words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
-    counts = {
-        name: sum(word in known.split() for word in words) for name, known in LANGUAGES.items()
-    }
+    return {name: sum(word in known.split() for word in words) for name, known in LANGUAGES.items()}
+
+
+def _language(text: str, value: str) -> bool:
+    counts = common_words(text)
     return counts[value] > 0 and counts[value] == max(counts.values())
 
 

@@ -295,7 +295,7 @@ def properties(
         traits["json"] = is_json(text)
     blocks = PYTHON.findall(text)
     if blocks or PYTHON.search(known):
-        traits["code"] = bool(blocks) and all(map(_parses, blocks))
+        traits["code"] = bool(blocks) and all(syntax(one) is not None for one in blocks)
     calls = tool_calls(text) if prompt.tools else []
     if calls or (prompt.tools and tool_calls(known)):
         traits["tool call"] = bool(calls) and all(valid_call(one, prompt.tools) for one in calls)
@@ -330,11 +330,7 @@ def language(text: str) -> str:
         count = len(re.findall(f"[{letters_of}]", text))
         if count > (0.1 if name == "ja" else 0.5) * letters:
             return name
-    words = re.findall(r"[^\W\d_]+(?:'[^\W\d_]+)?", text.lower())
-    counts = {
-        name: sum(word in known for word in words)
-        for name, known in ((name, known.split()) for name, known in checks.LANGUAGES.items())
-    }
+    counts = checks.common_words(text)
     first, second, *_ = sorted(counts, key=lambda name: -counts[name])
     return first if counts[first] >= 4 and counts[first] >= 2 * counts[second] else ""
 
@@ -352,12 +348,12 @@ def is_json(text: str) -> bool:
     return True
 
 
-def _parses(code: str) -> bool:
+def syntax(code: str, mode: str = "exec") -> Any:
+    """Return the syntax tree of Python code; None if it does not parse."""
     try:
-        ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+        return ast.parse(code, mode=mode)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if nested deeply
+        return None
 
 
 def tool_calls(text: str) -> list[Any]:

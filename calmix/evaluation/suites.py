@@ -25,7 +25,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from calmix import assets
 from calmix.errors import InputError, nearest
 from calmix.evaluation import checks
-from calmix.evaluation.prompts import halves, read_prompts
+from calmix.evaluation.prompts import halves, read_prompts, syntax
 from calmix.files import parse_json, sha256_file, sha256_json, user_path
 from calmix.sources.registry import local_file
 from calmix.yaml_files import packaged, parse_model, read_text
@@ -352,9 +352,8 @@ def _mistake(row: Any, kind: str) -> str:
         },
         "programs": {
             "'head' must be the head of a function, e.g. double(x)": _texts([head])
-            and _parses(f"def {head.strip()}: pass", "exec"),
-            "'tests' must be a list of expressions": _texts(tests)
-            and all(_parses(one.strip(), "eval") for one in tests),
+            and syntax(f"def {head.strip()}: pass") is not None,
+            "'tests' must be a list of expressions": _texts(tests) and all(map(_asserts, tests)),
         },
     }[kind] | {"'question' must be a text": _texts([row.get("question")])}
     return next((rule for rule, met in rules.items() if not met), "")
@@ -366,12 +365,10 @@ def _texts(value: Any) -> bool:
     return bool(known) and all(isinstance(one, str) and one.strip() for one in known)
 
 
-def _parses(code: str, mode: str) -> bool:
-    try:
-        parsed: Any = ast.parse(code, mode=mode)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if nested deeply
-        return False
-    return not isinstance(parsed.body, ast.Tuple)  # `assert` would take its second as a message
+def _asserts(code: str) -> bool:
+    """Whether code is an expression; `assert` would take the second of a tuple as a message."""
+    tree = syntax(code.strip(), "eval")
+    return tree is not None and not isinstance(tree.body, ast.Tuple)
 
 
 def template(name: str) -> dict[str, str]:
