@@ -30,7 +30,7 @@ logs = []
 if kind == "vllm":
     os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     from vllm import LLM, SamplingParams
-    model = LLM(place, max_model_len=512, max_num_seqs=1, dtype="bfloat16",
+    model = LLM(place, max_model_len=512, max_num_seqs=1, dtype="auto",
                 enable_prefix_caching=False, enforce_eager=True)  # compiling takes minutes
     ids = [(at % 1000) + 100 for at in range(PROMPT)]
     def run(written, **more):

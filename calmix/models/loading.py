@@ -61,10 +61,10 @@ def check_quantised(name: str, settings: Mapping[str, Any]) -> None:
                 f"{name} has compressed-tensors weights of the form {settings.get('format')}, "
                 "which another library reads: pip install compressed-tensors, then run it again"
             )
-    elif settings:
+    elif settings and not is_packed(settings):
         raise ModelError(
-            f"{name} is quantised by {method}, which calmix does not read: name the full-precision "
-            "model, or dequantise it (pip install gptqmodel, "
+            f"{name} is quantised by {method} in a form that calmix does not read: name the "
+            "full-precision model, or dequantise it (pip install gptqmodel, "
             "gptqmodel.utils.model_dequant.dequantize_model)"
         )
 

@@ -1,8 +1,11 @@
-"""Weights as compressed-tensors packs them (vLLM, SGLang, transformers), and models made of them.
+"""Weights in packed integers (compressed-tensors, GPTQ, AWQ), and models made of them.
 
-A matrix is integers of 1 to 8 bits, joined along the inputs, the first in the lowest bits of 32-bit
-words, with one scale per group of inputs of an output row, or per row. A weight is
-`(integer - zero point) * scale`; without zero points the middle of the integers is zero.
+A matrix is integers of 1 to 8 bits, the first in the lowest bits of 32-bit words, with one scale
+per group of inputs of an output row, or per row. A weight is `(integer - zero point) * scale`.
+
+    compressed-tensors  rows are outputs; without zero points the middle of the integers is zero
+    GPTQ                columns are outputs; zero points are stored one too low, but in gptq_v2
+    AWQ                 columns are outputs, eight of them in a word out of order
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,10 @@ QUANTIZATION_CONFIG, PACKED_METHOD, PACKED_FORMAT = (
 )
 PACKED, SCALE, SHAPE, ZERO = (f"weight_{end}" for end in ("packed", "scale", "shape", "zero_point"))
 GROUP_INDEX = "weight_g_idx"  # the group of each input, if they are not in order
+# The same in GPTQ and AWQ.
+INTEGERS, SCALES, ZEROS, INDEX = "qweight", "scales", "qzeros", "g_idx"
+OF_A_MATRIX = PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX, INTEGERS, SCALES, ZEROS, INDEX
+AWQ_PLACES = 0, 4, 1, 5, 2, 6, 3, 7  # of eight outputs in a word
 
 
 def pack(numbers: Tensor, bits: int) -> Tensor:
@@ -55,11 +63,18 @@ def quantization(folder: Path) -> dict[str, Any]:
 
 
 def is_packed(settings: Mapping[str, Any]) -> bool:
-    """Whether weights are packed integers, and nothing else is quantised."""
+    """Whether weights are packed integers of a form that is read here, and nothing else is
+    quantised."""
+    method, bits = settings.get("quant_method"), settings.get("bits", settings.get("w_bit"))
+    if method == "gptq":
+        form = settings.get("checkpoint_format", "gptq"), settings.get("pack_dtype", "int32")
+        return form in (("gptq", "int32"), ("gptq_v2", "int32")) and bits in (2, 3, 4, 8)
+    if method == "awq":
+        return str(settings.get("version", "gemm")).lower() == "gemm" and bits == 4
     groups = settings.get("config_groups")
     parts = list(groups.values()) if isinstance(groups, dict) else []
     return (
-        (settings.get("quant_method"), settings.get("format")) == (PACKED_METHOD, PACKED_FORMAT)
+        (method, settings.get("format")) == (PACKED_METHOD, PACKED_FORMAT)
         and all(isinstance(one, dict) and not one.get("input_activations") for one in parts)
         and not settings.get("kv_cache_scheme")
     )
@@ -68,18 +83,18 @@ def is_packed(settings: Mapping[str, Any]) -> bool:
 def unpacked(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a model with packed weights by name, its weights in the type of their
     scales; ModelError if they are damaged."""
-    stored = stored_tensors(folder)
-    layers = [name.removesuffix(PACKED) for name in stored if name.endswith(f".{PACKED}")]
-    beside = {
-        f"{layer}{end}" for layer in layers for end in (PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX)
-    }
+    stored, settings = stored_tensors(folder), quantization(folder)
+    main = PACKED if settings.get("quant_method") == PACKED_METHOD else INTEGERS
+    layers = [name.removesuffix(main) for name in stored if name.endswith(f".{main}")]
+    beside = {f"{layer}{end}" for layer in layers for end in OF_A_MATRIX}
     yield from ((name, read_tensor(stored[name])) for name in stored if name not in beside)
     for layer in layers:
         try:
-            yield f"{layer}weight", _weight(layer, stored)
+            weight = _weight if main == PACKED else partial(_turned_weight, settings=settings)
+            yield f"{layer}weight", weight(layer, stored)
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             raise ModelError(
-                f"{stored[layer + PACKED].path} is damaged: the packed weights of "
+                f"{stored[layer + main].path} is damaged: the packed weights of "
                 f"{layer.removesuffix('.')} do not fit their scales ({first_line(error)})"
             ) from error
 
@@ -108,3 +123,28 @@ def _weight(layer: str, stored: Mapping[str, Place]) -> Tensor:
     levels = levels.view(rows, scale.shape[1], -1)
     zero = zero.to(scale.dtype)[..., None]
     return ((levels - zero) * scale[..., None]).add_(0.0).view(rows, columns)  # no -0.0
+
+
+def _turned_weight(layer: str, stored: Mapping[str, Place], settings: Mapping[str, Any]) -> Tensor:
+    """Return one matrix of GPTQ or AWQ."""
+    words, scale, zero = (read_tensor(stored[layer + end]) for end in (INTEGERS, SCALES, ZEROS))
+    groups, rows = scale.shape
+    if settings["quant_method"] == "awq":
+        bits, columns = 4, len(words)
+        levels, zero = (
+            unpack(one, bits, rows).view(len(one), -1, 8)[..., AWQ_PLACES].reshape(len(one), rows)
+            for one in (words, zero)
+        )
+        levels = levels.T
+    else:
+        bits, columns = settings["bits"], 32 * len(words) // settings["bits"]
+        levels, zero = unpack(words.T, bits, columns), unpack(zero, bits, rows)
+        if settings.get("checkpoint_format") != "gptq_v2":
+            zero = (zero + 1) & (2**bits - 1)
+    index = torch.arange(columns) // -(-columns // groups)
+    if layer + INDEX in stored:
+        index = read_tensor(stored[layer + INDEX]).long()
+    if len(levels) != rows or not 0 <= index.min() <= index.max() < groups or len(index) != columns:
+        raise ValueError(f"{tuple(words.shape)} words for {groups} groups of {rows} outputs")
+    zero = zero.T.to(scale.dtype)[:, index]
+    return ((levels.to(scale.dtype) - zero) * scale.T[:, index]).add_(0.0)

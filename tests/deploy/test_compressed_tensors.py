@@ -112,6 +112,60 @@ def test_checkpoints_of_other_tools_open(tmp_path):
         assert torch.equal(opened, (levels - zero) * factor)
 
 
+def words_of(numbers, bits, order=range(8)):
+    """Integers (n, columns), joined along the rows as GPTQ's and AWQ's own programs do."""
+    per = 32 // bits
+    parts = [numbers[place::per].long() << bits * at for at, place in enumerate(order[:per])]
+    whole = sum(parts)
+    return torch.where(whole >= 2**31, whole - 2**32, whole).int()
+
+
+@pytest.mark.parametrize(
+    ("settings", "order"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, range(8)),
+        ({"quant_method": "gptq", "bits": 8, "checkpoint_format": "gptq_v2"}, range(8)),
+        ({"quant_method": "gptq", "bits": 4, "desc_act": True}, range(8)),
+        ({"quant_method": "awq", "bits": 4, "version": "GEMM"}, (0, 2, 4, 6, 1, 3, 5, 7)),
+    ],
+)
+def test_gptq_and_awq_checkpoints_open(tmp_path, settings, order):
+    bits, ours = settings["bits"], tmp_path / "model"
+    torch.manual_seed(0)
+    checkpoint(ours, torch.ones(64, 1))
+    levels, zeros = (torch.randint(2**bits, size) for size in ((64, 32), (64, 2)))
+    scale, index = torch.rand(64, 2).half() + 0.5, torch.arange(32) // 16
+    if settings.get("desc_act"):
+        index = index[torch.randperm(32)]
+    tensors = {
+        name: value
+        for name, value in load_file(ours / "model.safetensors").items()
+        if LAYER not in name
+    }
+    stored = zeros.T if "checkpoint_format" in settings else (zeros.T - 1) % 2**bits
+    if settings["quant_method"] == "awq":
+        tensors[f"{LAYER}.qweight"] = words_of(levels, bits, order).T
+        tensors[f"{LAYER}.qzeros"] = words_of(zeros, bits, order).T
+    else:
+        tensors[f"{LAYER}.qweight"] = words_of(levels.T, bits)
+        tensors[f"{LAYER}.qzeros"] = words_of(stored.T, bits).T
+        tensors[f"{LAYER}.g_idx"] = index.int()
+    tensors[f"{LAYER}.scales"] = scale.T
+    save_file({k: v.contiguous() for k, v in tensors.items()}, ours / "model.safetensors")
+    config = json.loads((ours / "config.json").read_text()) | {"quantization_config": settings}
+    (ours / "config.json").write_text(json.dumps(config))
+    opened = open_model(ours).model.get_parameter(f"{LAYER}.weight")
+    wanted = (levels - zeros[:, index]).half() * scale[:, index]
+    assert torch.equal(opened, wanted.float())
+
+
+def test_three_bits_of_gptq_run_on_across_words():
+    numbers = torch.arange(64).remainder(8).to(torch.uint8).view(1, 64)
+    words = pack(numbers, 3)[0].tolist()
+    assert (words[0] >> 30) & 3 == int(numbers[0, 10]) & 3  # as in GPTQ's own packing
+    assert words[1] & 1 == int(numbers[0, 10]) >> 2
+
+
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     for scale, said in (
@@ -129,7 +183,8 @@ def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "find_spec", lambda name: None)
     for changed, said in (
         ({"format": "float-quantized"}, "pip install compressed-tensors, then run it again"),
-        ({"quant_method": "awq"}, r"is quantised by awq, .*\(pip install gptqmodel, gptqmodel\.ut"),
+        ({"quant_method": "awq", "bits": 3}, r"is quantised by awq in a .*\(pip install gptqmodel"),
+        ({"quant_method": "quip"}, "is quantised by quip in a form that calmix does not read"),
         ({"transform_config": {"config_groups": {"u": {}}}}, "has rotated weights"),
     ):
         text = json.dumps(config | {"quantization_config": config["quantization_config"] | changed})

@@ -122,7 +122,7 @@ def test_invalid_model_names(tmp_path, tiny_folder):
     save_file(whole, file, metadata={"format": "pt"})
     rejected(folder, "lacks 1 weights")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 5}
     (folder / "config.json").write_text(json.dumps(config))
     rejected(folder, "is quantised")
     file.rename(folder / "pytorch_model.bin")
