@@ -42,14 +42,6 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("calmix")
 
 
-@pytest.fixture(autouse=True)
-def exact_products():
-    """Float32 products are exact when a test begins, whatever ran before it in this process."""
-    if torch := sys.modules.get("torch"):
-        for backend in (torch.backends.mkldnn.matmul, torch.backends.cuda.matmul):
-            backend.fp32_precision = "none"
-
-
 @dataclass(frozen=True)
 class Ended:
     """How a run of the command line ended."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForMultimodalLM
 
+from calmix.pruning import engine
 from tests.tiny import quick
 
 ROOT = Path(__file__).parents[1]
@@ -37,7 +38,8 @@ MORE = (
 def architectures():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT / "benchmarks")
-        return importlib.import_module("architectures")
+        patch.setattr(engine, "SMOOTHING", engine.SMOOTHING)  # which a sweep changes
+        yield importlib.import_module("architectures")
 
 
 @pytest.fixture(scope="module")
