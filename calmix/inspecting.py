@@ -36,11 +36,10 @@ from calmix.manifest import (
     record_file,
 )
 from calmix.models.folder import PACK
-from calmix.options import option_words
+from calmix.options import NONE, option_words
 from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX
 from calmix.pruning.work import read_record as read_work
-from calmix.specs import NONE
 from calmix.study.store import open_store
 
 # Run records and pages, which no hash covers; they and manifests are in no manifest's list.

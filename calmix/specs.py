@@ -13,6 +13,7 @@ from calmix.errors import InputError, nearest
 from calmix.options import (
     BITS_METHOD,
     METHOD,
+    NONE,
     PRUNE,
     RECOVERY_OPTIONS,
     DrawOptions,
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
 LENGTH, SEED = 512, 0
 BOTH = "give either --sparsity (such as 0.5) or --pattern (such as 2:4)"
-NONE = "none"  # method of a request that only drops experts
 SCORED = {"calibration", "drop_experts", *DrawOptions.model_fields}  # read to drop experts
 CALIBRATED = {"propagation", "statistics", *SCORED}  # read by methods that use data
 

@@ -76,11 +76,8 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
             for name, what in named.items():
                 value = getattr(request, name)
                 for one in value if isinstance(value, tuple) else (value,):
-                    # The user's own sources are named in a file.
-                    if one is not None and not (
-                        what == "calibration" and getattr(request, "sources", None)
-                    ):
-                        _look_up(what, one)
+                    if one is not None:
+                        _look_up(what, one, getattr(request, "sources", None))
             before, out.quiet = out.quiet, getattr(request, "as_json", False)
             try:
                 handler(*[request] * len(shared), **{key: getattr(request, key) for key in own})
@@ -105,12 +102,13 @@ def verb(name: str, *, of: typer.Typer = app, json: bool = True) -> Callable[[Ha
     return register
 
 
-def _look_up(what: str, name: Any) -> None:
-    """Raise a CalmixError if there is no such model, path, source or method."""
+def _look_up(what: str, name: Any, sources: Any) -> None:
+    """Raise a CalmixError if there is no such model, path, method or source, the user's own
+    `sources` included."""
     if what == "calibration":
         from calmix.sources.registry import check_names
 
-        return check_names(name)
+        return check_names(name, sources)
     if what == "method":
         return check_method(name)
     scores = str(name).lower().endswith(".json")  # those of a model can stand for it

@@ -67,8 +67,8 @@ def is_packed(settings: Mapping[str, Any]) -> bool:
     quantised."""
     method, bits = settings.get("quant_method"), settings.get("bits", settings.get("w_bit"))
     if method == "gptq":
-        form = settings.get("checkpoint_format", "gptq"), settings.get("pack_dtype", "int32")
-        return form in (("gptq", "int32"), ("gptq_v2", "int32")) and bits in (2, 3, 4, 8)
+        known = settings.get("checkpoint_format", "gptq") in ("gptq", "gptq_v2")
+        return known and settings.get("pack_dtype", "int32") == "int32" and bits in (2, 3, 4, 8)
     if method == "awq":
         return str(settings.get("version", "gemm")).lower() == "gemm" and bits == 4
     groups = settings.get("config_groups")
@@ -84,13 +84,14 @@ def unpacked(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors of a model with packed weights by name, its weights in the type of their
     scales; ModelError if they are damaged."""
     stored, settings = stored_tensors(folder), quantization(folder)
-    main = PACKED if settings.get("quant_method") == PACKED_METHOD else INTEGERS
+    main, weight = INTEGERS, partial(_turned_weight, settings=settings)
+    if settings.get("quant_method") == PACKED_METHOD:
+        main, weight = PACKED, partial(_weight)
     layers = [name.removesuffix(main) for name in stored if name.endswith(f".{main}")]
     beside = {f"{layer}{end}" for layer in layers for end in OF_A_MATRIX}
     yield from ((name, read_tensor(stored[name])) for name in stored if name not in beside)
     for layer in layers:
         try:
-            weight = _weight if main == PACKED else partial(_turned_weight, settings=settings)
             yield f"{layer}weight", weight(layer, stored)
         except (KeyError, RuntimeError, ValueError, IndexError) as error:
             raise ModelError(

@@ -52,7 +52,7 @@ from calmix.models.loading import quiet_transformers
 from calmix.models.opening import OpenModel, check_ids, check_models, open_model
 from calmix.models.shards import read_file, stored_tensors, write_file, write_index
 from calmix.models.streaming import StreamedModel
-from calmix.options import Recovering
+from calmix.options import NONE, Recovering
 from calmix.precision import dtype_name, narrower
 from calmix.pruning.allocation import check_mixed, loss_pass
 from calmix.pruning.budget import Plan, plan_for
@@ -72,7 +72,7 @@ from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.token_weights import token_weights
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
-from calmix.specs import NONE, How, PruneRequest
+from calmix.specs import How, PruneRequest
 
 COSTS = "token-weights.safetensors"
 

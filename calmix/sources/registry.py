@@ -178,14 +178,15 @@ def get_source(name: str, own: Mapping[str, Source] | None = None) -> Source:
     )
 
 
-def check_names(text: str) -> None:
+def check_names(text: str, sources: Path | str | Mapping[str, Any] | None = None) -> None:
     """Refuse a calibration text that names an unknown source, as far as can be told without
-    PyTorch."""
+    PyTorch; `sources` are the user's own (`own_sources`)."""
     written = text.partition(",")[0].strip() in GENERATOR_NAMES  # with settings
     if written or os.path.lexists(user_path(text)):
         return
+    own = own_sources(sources)
     for name in parse_mix(text).keys() - {*MIXES, *GENERATOR_NAMES, OFFLINE}:
-        get_source(name)
+        get_source(name, own)
 
 
 def local_file(name: str) -> LocalFile:
