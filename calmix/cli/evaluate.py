@@ -111,8 +111,6 @@ def run(
     )
     chosen = _thoughtful(chosen, thinking)
     chosen, left_out = suites.runnable(chosen, allow_code_execution)
-    if left_out:
-        note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     # Only now, because they take seconds to import.
     from calmix.calibration.distance_texts import parse_texts, texts_for
     from calmix.evaluation.comparison import evaluate_against, scores_record
@@ -143,6 +141,8 @@ def run(
         inputs = [model, against, suite and suites.suite_file(suite), *read]
         check_output_file(path, inputs=inputs, overwrite=overwrite)
     models = _models([model, *([original] if original else [])], opening, servers)
+    if left_out:
+        note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
     with journal_beside(output, note) as journal, Progress() as bar:
         scores, dense = evaluate_against(
             models[model],

@@ -38,12 +38,13 @@ from calmix.options import (
 from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
 from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
-from calmix.pruning.file_types import check_whole
+from calmix.pruning.file_types import RECIPES, check_whole
 from calmix.pruning.held_out import PER_INPUT, rows_needed
 from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.methods.gptq import Gptq
 from calmix.pruning.patterns import Mixed, Recipe
+from calmix.pruning.solvers.ggml_types import block_type
 from calmix.sources.mixes import MIXES, mix_text, parse_mix
 from calmix.sources.registry import get_source, local_file
 from calmix.specs import LENGTH, SEED, prune_request
@@ -59,6 +60,7 @@ WHOLE = 4.0  # default bits of levels in a checkpoint for vLLM
 # Bits per weight that --size may result in. Above, levels do not fit a byte; below, a Huffman code
 # takes more than their entropy.
 FEWEST_BITS, MOST_BITS = 1.5, 7.0
+COARSE = 3.5  # most bits of a GGUF file whose steps are trained at effort best
 SURVIVED = 2.0  # fewest bits at which a measured model keeps much of its answers
 SPARSEST = 0.7  # largest share of zeros at which answers of a model were measured
 BUILDS = 3  # candidates that a search for --keep-at-least builds at most
@@ -256,6 +258,18 @@ def aim(request: Target) -> dict[str, Any]:
         "bits": None if request.bits is None else f"{request.bits:g}",
         "embeddings": None if request.bits is None else embedding_bits(request.bits),
     }
+
+
+def recoveries(request: Target) -> tuple[str, ...]:
+    """Return the methods of recovery, one after the other."""
+    effort = EFFORTS[request.effort]
+    if product_of(request) == "gguf":  # by block, levels would move
+        if request.effort != "best" or request.imatrix is not None:
+            return ()
+        bits = request.bits or block_type(RECIPES[request.type or DEFAULT_TYPE][0]).bits
+        return effort.recoveries[-1:] if bits <= COARSE else ()
+    few = request.bits is not None and request.bits <= effort.levels
+    return effort.recoveries if is_sparse(request) or few else ()
 
 
 def embedding_bits(bits: float) -> float:

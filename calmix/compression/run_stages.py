@@ -20,6 +20,7 @@ from calmix.compression.plan import (
     Request,
     aim,
     parse_size,
+    recoveries,
     slices,
     splits,
 )
@@ -39,7 +40,7 @@ Say = Callable[[Stage, bool], None]  # receives a stage, and whether its result 
 
 def stages(request: Request, out: Path, existing: str | None = None) -> list[Stage]:
     """Return the stages in order; `existing` is the folder of an existing calibration set."""
-    effort, listed, how = EFFORTS[request.effort], list[Stage](), request.how
+    listed, how = list[Stage](), request.how
     dense = Input(request.model, request.sha256)
     if existing is None and request.saved:
         existing = request.calibration
@@ -49,12 +50,10 @@ def stages(request: Request, out: Path, existing: str | None = None) -> list[Sta
         what = f"{'write' if drawn.written else 'draw'} the calibration set"
         listed.append(Stage(what, drawn, out / CALIBRATION))
     target, product = aim(request), out / request.file
-    sparse = target["method"] == COMPRESS_METHOD
-    trained = sparse or (request.bits is not None and request.bits <= effort.levels)
-    recoveries = effort.recoveries if trained and request.product != "gguf" else ()
+    sparse, trained = target["method"] == COMPRESS_METHOD, recoveries(request)
     exported = request.product in ("gguf", "vllm")
     last = out / QUANTISED if exported else product  # of prune and recoveries
-    before = out / "pruned" if recoveries else last
+    before = out / "pruned" if trained else last
     existing = existing or ""
     text = Input(existing, CalibrationSet.open(user_path(existing)).sha256 if request.saved else "")
     work: dict[str, Any] = {"how": how, "max_memory": request.max_memory}
@@ -63,8 +62,8 @@ def stages(request: Request, out: Path, existing: str | None = None) -> list[Sta
     pruned = Prune(target, reads=reads, **work)
     spent = product if before.name == QUANTISED else None
     listed.append(Stage("prune" if sparse else "quantise", pruned, before, spent))
-    for method in recoveries:
-        ends = method == effort.recoveries[-1]
+    for method in trained:
+        ends = method == trained[-1]
         after = last if ends else out / method
         reads = {"model": Input(str(before), ""), "against": dense, "calibration": text}
         recovery = Recover(method, request.epochs if ends else None, reads=reads, **work)

@@ -447,3 +447,4 @@ REQUESTED = {
     "sentences": lambda text, value: _sentences(text) == int(value),
     "language": _language,
 }
+COUNTS = ("words", "lines", "commas", "each_words", "most_words", "sentences")  # take numbers

@@ -268,9 +268,14 @@ def _rule(key: str, value: Any) -> Any:
     """Return the value of a rule as `checks.as_requested` takes it."""
     if key == "json" and not isinstance(value, str):
         return json.dumps(value)
-    if isinstance(value, list):
-        return "|".join(map(str, value))
-    return value if isinstance(value, bool) else str(value)
+    if key in checks.COUNTS and not re.fullmatch(r"\d+", str(value)):
+        raise ValueError(f"the rule '{key}' needs a whole number, not '{value}'")
+    if key == "language" and value not in checks.LANGUAGES:
+        raise ValueError(f"unknown language '{value}': {nearest(str(value), checks.LANGUAGES)}")
+    if isinstance(value, bool):
+        return value
+    parts = [str(one) for one in value] if isinstance(value, list) else str(value).split("|")
+    return "|".join(map(re.escape, parts) if key == "among" else parts)
 
 
 # What can be seen of an answer

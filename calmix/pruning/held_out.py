@@ -140,9 +140,7 @@ def uncorrected(
             return solved
         return method.rounded(solved, _diagonal_factor(squares, method.rounding_damping))
     if isinstance(method, Ggml):
-        factor = _diagonal_factor(squares, method.damping)
-        alone = method.model_copy(update={"sweeps": 0})
-        return alone.solve_factored(weights, squares, factor, patterns)
+        return method.solve_alone(weights, squares, patterns)
     if isinstance(method, Quantiser):
         return method.solve_factored(weights, _diagonal_factor(squares, method.damping), patterns)
     return None

@@ -6,17 +6,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from calmix.compression import card
 from calmix.compression.card import read_card
-from calmix.compression.plan import check_request
+from calmix.compression.plan import check_request, recoveries
 from calmix.compression.results import read_compressed
 from calmix.compression.run_stages import stages
 from calmix.deploy import gguf, speed
 from calmix.errors import ModelError
+from calmix.manifest import MANIFEST
 from calmix.models.opening import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
+from calmix.pruning.solvers.ggml_types import TYPES
+from calmix.pruning.solvers.grids import read_blocks
 from tests.compress.conftest import arguments, damage, finish, interrupts, names
 from tests.pruning.test_imatrix import save_gguf, vectors
 from tests.tiny import save_tiny_model, tiny_gguf
@@ -174,6 +178,32 @@ def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp
     for stage in stages(request, out)[:3]:
         stage.run(Progress())
     assert 0.98 * 28_000 < (out / "model.gguf").stat().st_size <= 28_000
+
+
+def test_coarse_types_are_recovered_at_effort_best(options, file, tmp_path):
+    """The levels stay, their scales are trained, and the file holds both."""
+    usual, out = options | {"model": str(file), "effort": "best"}, tmp_path / "out"
+    assert recoveries(check_request(Compression(**usual, type="Q3_K_M"))) == ("distill",)
+    assert not recoveries(check_request(Compression(**usual)))
+    quick = usual | {"type": "Q2_K", "effort": "standard"}
+    assert not recoveries(check_request(Compression(**quick)))
+    request = check_request(Compression(**usual, type="Q2_K")).model_copy(update={"rows": 16})
+    for stage in stages(request, out)[:4]:
+        stage.run(Progress())
+    state = open_model(out / "model.gguf").model.state_dict()
+    before, after = (read_blocks(out / name) for name in ("pruned", "quantised"))
+    assert before.keys() == after.keys()
+    for name, one in after.items():
+        assert torch.equal(state[name], one.values().bfloat16())
+    manifest = json.loads((out / "quantised" / MANIFEST).read_text())
+    assert manifest["recovery"]["method"] == "distill"
+    for name, one in after.items():
+        steps = TYPES[one.name].steps
+        rest = [
+            np.delete(blocks.data.numpy().reshape(-1, TYPES[one.name].bytes), np.r_[steps], 1)
+            for blocks in (before[name], one)
+        ]
+        np.testing.assert_array_equal(*rest)
 
 
 def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp_path):

@@ -103,6 +103,8 @@ ROWS = [  # that cannot be asked, and the error
     ({"prompt": "x", "check": "contain", "answer": "y"}, "did you mean contains?"),
     ({"prompt": "x", "check": "text"}, "the check 'text' needs an 'answer'"),
     ({"prompt": "x", "check": {"line": 3}}, "unknown rule 'line': did you mean lines?"),
+    ({"prompt": "x", "check": {"words": "abc"}}, "'words' needs a whole number, not 'abc'"),
+    ({"prompt": "x", "check": {"language": "ja"}}, "unknown language 'ja': "),
     ({"prompt": "x", "check": "number", "answer": "y"}, "must be a number, not 'y'"),
     ({"prompt": "x", "tools": [{"title": "y"}]}, "a tool must be"),
     ({"prompt": "x", "tools": TOOLS, "check": "tool", "answer": {}}, "must be a valid call"),

@@ -11,7 +11,7 @@ from calmix.pruning.engine import prune
 from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method, ggml
 from calmix.pruning.patterns import Blocks, as_pattern
-from calmix.pruning.solvers.ggml_scales import BlockGrid, solve_blocks
+from calmix.pruning.solvers.ggml_scales import BlockGrid, rounded_alone, solve_blocks
 from calmix.pruning.solvers.ggml_types import TYPES, Encoded, Levels, block_type
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
@@ -162,6 +162,16 @@ def test_scales_are_as_good_as_ggmls(name):
         return float(((result - weight).square() * importance).sum())
 
     assert error(ours) < 1.01 * error(theirs)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q8_0", "IQ4_NL", "IQ4_XS"])
+def test_rounding_alone_is_the_loop_without_corrections(name):
+    """All blocks at once, also where there are more outputs than are searched at a time."""
+    kind, weight = TYPES[name], torch.cat([matrix(200, 512), matrix(400, 512, seed=7)])
+    importance = (3 * matrix(1, 512, seed=4)[0]).exp()
+    identity = inverse_factor(torch.eye(512), 1e-9)
+    [_], [grid] = solve_columns([weight], identity, None, BlockGrid([weight], kind, importance))
+    assert torch.equal(rounded_alone(weight, kind, importance).data, grid.data)
 
 
 @pytest.mark.parametrize(

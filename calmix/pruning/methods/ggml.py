@@ -21,7 +21,7 @@ from calmix.pruning.file_types import recipe_name
 from calmix.pruning.gram import Factor, Gram, Squares, Statistic, inverse_factor
 from calmix.pruning.methods.base import DAMPING, Damping, Method, Solution, by_kind
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
-from calmix.pruning.solvers.ggml_scales import BlockGrid, fitting, rounded_rows, solve_blocks
+from calmix.pruning.solvers.ggml_scales import BlockGrid, fitting, rounded_alone, solve_blocks
 from calmix.pruning.solvers.ggml_types import BlockType, Encoded
 from calmix.pruning.solvers.libggml import check_library, quantise
 from calmix.pruning.solvers.surgeon import solve_columns
@@ -111,11 +111,26 @@ class Ggml(Typed):
         factor = None if gram is None else inverse_factor(gram, self.damping)
         for rows in parts:
             if gram is None or factor is None:
-                yield rounded_rows(rows, type_of(pattern, rows.shape[1]))
+                yield rounded_alone(rows, type_of(pattern, rows.shape[1]))
             else:
                 [blocks] = self.solve_factored([rows], gram, factor, [pattern]).grids
                 assert isinstance(blocks, Encoded)
                 yield blocks
+
+    def solve_alone(
+        self, weights: Sequence[Tensor], squares: Tensor, patterns: Sequence[Pattern]
+    ) -> Solution:
+        """Quantise layers with no weight making up for another's error.
+
+        Args:
+            squares: sum of squares of each input, (columns,).
+        """
+        importance = squares + self.damping * squares.mean()
+        grids = [
+            rounded_alone(weight, type_of(pattern, weight.shape[1]), importance)
+            for weight, pattern in zip(weights, patterns, strict=True)
+        ]
+        return Solution([grid.values() for grid in grids], [0] * len(grids), grids=grids)
 
     def importance(self, gram: Tensor, factor: Factor) -> Tensor:
         """Return what a squared error in each column costs, once later ones have made up for it."""
