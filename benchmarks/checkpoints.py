@@ -1,6 +1,6 @@
 """compressed-tensors by calmix, llm-compressor and rounding to nearest: KL to the dense model.
 
-    python benchmarks/compressed_tensors.py --rival RIVAL_PYTHON [--model builtin:smollm2-135m]
+    python benchmarks/checkpoints.py --rival RIVAL_PYTHON [--model builtin:smollm2-135m]
         [--bits 4 3] [--group 64] [--rows 64] [--ways calmix gptq rtn]
 
 The model is a twin (twins.py): the file it came from leaves no grid. All ways quantise the matrices
