@@ -84,7 +84,7 @@ def main() -> None:
         m.weight for n, m in model.named_modules() if ".layers." in n and hasattr(m, "weight")
     ]
     matrices = [w for w in weights if w.ndim == 2]
-    zero = sum(int((w == 0).sum()) for w in matrices) / sum(w.numel() for w in matrices)
+    zero = sum(int((w == 0).sum()) for w in matrices) / max(1, sum(w.numel() for w in matrices))
     print(json.dumps({"seconds": seconds, "zeros": zero, "version": llmcompressor.__version__}))
 
 
