@@ -117,6 +117,8 @@ def compress(
         )
     if card.file and not card.gguf:
         line(f"levels: {card.levels} bits and a scale {card.groups}")
+        if {*card.file["levels"]} - {"4", "8"}:
+            line("kernels: for other levels than 4 and 8 bits vLLM needs a GPU")
     for command in card.runs:
         line(f"run: {command}")
     line(f"card: {page}, after {duration(time.monotonic() - began)}")

@@ -27,6 +27,7 @@ from calmix.evaluation.scores import (
 )
 from calmix.evaluation.served import Served, connect
 from calmix.files import check_output_file, user_path, write_json, write_text
+from calmix.manifest import MANIFEST, lineage, read_if_there
 from calmix.models.hub import is_served
 from calmix.options import (
     MEASURE,
@@ -98,7 +99,7 @@ def run(
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Score a model on a suite or on your own prompts; with --against, report what it kept."""
-    wanted = _suite(suite, prompts, test_half) or "offline"
+    wanted = _suite(suite, prompts, test_half, [model]) or "offline"
     servers = _servers([model, *([against] if against else [])], serving)
     chosen = suites.choose(
         wanted,
@@ -175,7 +176,9 @@ def run(
         note(f"wrote {path}")
 
 
-def _suite(suite: str | None, prompts: str | None, test_half: bool) -> suites.Suite | str | None:
+def _suite(
+    suite: str | None, prompts: str | None, test_half: bool, models: Sequence[str]
+) -> suites.Suite | str | None:
     """Return the suite of a user's prompts, or the name of one; None if neither was given."""
     if prompts is None:
         if test_half:
@@ -184,7 +187,20 @@ def _suite(suite: str | None, prompts: str | None, test_half: bool) -> suites.Su
     if suite is not None:
         raise InputError("--prompts and --suite cannot be combined: leave one out")
     read_prompts(prompts, note)
+    for name in () if test_half else filter(_has_seen_prompts, models):
+        note(
+            f"{name} was calibrated on half of a file of prompts: if it is this one, --test-half "
+            "asks only the others"
+        )
     return suites.prompt_suite(prompts, test_half=test_half)
+
+
+def _has_seen_prompts(model: str) -> bool:
+    """Whether a model's record says that prompts are in its calibration text."""
+    path = user_path(model)
+    record = path / MANIFEST if path.is_dir() else path.with_name(f"{path.name}.json")
+    drawn = [one.get("calibration") for one in lineage(read_if_there(record))]
+    return any("prompts" in (one.get("mix") or {}) for one in drawn if isinstance(one, dict))
 
 
 def _thoughtful(suite: suites.Suite, thinking: bool) -> suites.Suite:
@@ -280,7 +296,7 @@ def compare(
     overwrite: bool = option(False, "Replace the output file."),
 ) -> None:
     """Compare several smaller models of one dense model; with --prompts or --suite, score them."""
-    chosen = _suite(suite, prompts, test_half)
+    chosen = _suite(suite, prompts, test_half, scores)
     servers = _servers(scores, serving) if chosen is not None else {}
     if chosen is not None:
         if against is not None or measure is not None:

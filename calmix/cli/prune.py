@@ -103,7 +103,7 @@ def prune(
         print_costs(costs, f"{model}, on this machine")
         return
     with work.running("calibrating") as (bar, how):
-        report = prune_checkpoint(model, output, request, progress=bar.of("pruning blocks"), **how)
+        report = prune_checkpoint(model, output, request, progress=bar.of("blocks"), **how)
     print_json({"output": str(output)} | report.to_dict())
     _print_pruned(output, report)
 

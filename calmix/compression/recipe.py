@@ -34,6 +34,8 @@ def recipe_text(request: Mapping[str, Any]) -> str:
         if value is not None and value != Compression.model_fields[name].default:
             values[key] = value if isinstance(value, int | float) else str(value)
     head = f"# calmix compress {request['model']} --recipe {RECIPE} -o OUT\n"
+    if {"prompts", "like", "imatrix"} & {*values}:
+        head += "# Paths start at the folder in which this ran.\n"
     return head + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 

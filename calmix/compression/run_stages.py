@@ -60,14 +60,13 @@ def stages(request: Request, out: Path, existing: str | None = None) -> list[Sta
     reads = {"model": dense} if not existing else {"model": dense, "calibration": text}
     target |= {"licence": request.licence if request.saved else None}
     pruned = Prune(target, reads=reads, **work)
-    spent = product if before.name == QUANTISED else None
+    spent = product if exported else None  # of what is removed once the product is written
     listed.append(Stage("prune" if sparse else "quantise", pruned, before, spent))
     for method in trained:
         ends = method == trained[-1]
         after = last if ends else out / method
         reads = {"model": Input(str(before), ""), "against": dense, "calibration": text}
         recovery = Recover(method, request.epochs if ends else None, reads=reads, **work)
-        spent = product if after.name == QUANTISED else None
         listed.append(Stage(f"recover by {method}", recovery, after, spent))
         before = after
     model = {"model": Input(str(product), "")}

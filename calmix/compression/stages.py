@@ -139,7 +139,7 @@ class Prune(StageRequest):
         return "prune", self.named("model"), *options
 
     def run(self, output: Path, bar: Progress) -> None:
-        how = self.work(bar) | {"progress": bar.of("pruning blocks")}
+        how = self.work(bar) | {"progress": bar.of("blocks")}
         prune_checkpoint(self.named("model"), output, self.request, **how)
 
 

@@ -57,6 +57,10 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
     assert "Say &lt;b&gt;&amp; " in page
     assert "<b>&" not in page
     assert "mine" in calmix("check", out, "--keep-at-least", "min=0.5").line
+    # Who tests on all of them is told; refused here for a page without --against.
+    again = ("evaluate", out / "model", "--prompts", mine, "--page", tmp_path / "page.html")
+    seen = "was calibrated on half of a file of prompts"
+    assert [seen in calmix(*again, *half).err for half in ((), ("--test-half",))] == [True, False]
     # The printed command draws the same set.
     record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
     draw = shlex.split(record["commands"]["write the calibration set"])[1:]
