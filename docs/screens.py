@@ -28,7 +28,7 @@ def main() -> None:
     if PROGRAM is None:
         parser.error("no Chromium is installed")
     with ExitStack() as several:
-        profile = several.enter_context(tempfile.TemporaryDirectory())
+        profile = several.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         page = several.enter_context(browser(PROGRAM, Path(profile)))
         for path in options.pages:
             if path.is_dir():
