@@ -45,7 +45,10 @@ def picture(page: Path) -> None:
 
     if PROGRAM is None:
         raise SystemExit("no Chromium is installed: the picture is not made")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile, browser(PROGRAM, Path(profile)) as shown:
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
+        browser(PROGRAM, Path(profile)) as shown,
+    ):
         shown.open(page, width=1000, dark=False)
         shown.screenshot(PICTURE, whole=False)
 
