@@ -80,12 +80,7 @@ def main() -> None:
             vars(model.config).pop("quantization_config", None)
         model.save_pretrained(options.output, save_compressed=bool(options.packed))
         AutoTokenizer.from_pretrained(options.model).save_pretrained(options.output)
-    weights = [
-        m.weight for n, m in model.named_modules() if ".layers." in n and hasattr(m, "weight")
-    ]
-    matrices = [w for w in weights if w.ndim == 2]
-    zero = sum(int((w == 0).sum()) for w in matrices) / max(1, sum(w.numel() for w in matrices))
-    print(json.dumps({"seconds": seconds, "zeros": zero, "version": llmcompressor.__version__}))
+    print(json.dumps({"seconds": seconds, "version": llmcompressor.__version__}))
 
 
 if __name__ == "__main__":

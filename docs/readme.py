@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import sys
-import tempfile
 from pathlib import Path
 
 from calmix.compression.card import read_card
@@ -45,10 +44,7 @@ def picture(page: Path) -> None:
 
     if PROGRAM is None:
         raise SystemExit("no Chromium is installed: the picture is not made")
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile,
-        browser(PROGRAM, Path(profile)) as shown,
-    ):
+    with browser(PROGRAM) as shown:
         shown.open(page, width=1000, dark=False)
         shown.screenshot(PICTURE, whole=False)
 

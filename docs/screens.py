@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,8 +27,7 @@ def main() -> None:
     if PROGRAM is None:
         parser.error("no Chromium is installed")
     with ExitStack() as several:
-        profile = several.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        page = several.enter_context(browser(PROGRAM, Path(profile)))
+        page = several.enter_context(browser(PROGRAM))
         for path in options.pages:
             if path.is_dir():
                 address: Path | str = several.enter_context(served(path))

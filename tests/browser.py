@@ -9,6 +9,8 @@ import urllib.request
 from contextlib import contextmanager
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 import pytest
@@ -105,30 +107,32 @@ class Page:
 
 
 @contextmanager
-def browser(program, profile):
-    """Yield a page of a fresh browser that keeps its profile in an empty folder."""
+def browser(program):
+    """Yield a page of a fresh browser."""
     from websockets.sync.client import connect
 
-    process = subprocess.Popen(
-        [program, f"--user-data-dir={profile}", *FLAGS],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    try:
-        port_file = profile / "DevToolsActivePort"
-        until = time.monotonic() + START_S
-        while not port_file.is_file() or not port_file.read_text():
-            assert process.poll() is None, "the browser ended at its start"
-            assert time.monotonic() < until, "the browser did not start in time"
-            time.sleep(0.05)
-        port = port_file.read_text().splitlines()[0]
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
-            pages = [one for one in json.load(answer) if one["type"] == "page"]
-        with connect(pages[0]["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
-            yield Page(socket)
-    finally:
-        process.terminate()
-        process.wait(timeout=20)
+    # Some of its processes write into the profile after the first has ended.
+    with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
+        process = subprocess.Popen(
+            [program, f"--user-data-dir={profile}", *FLAGS],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            port_file = Path(profile) / "DevToolsActivePort"
+            until = time.monotonic() + START_S
+            while not port_file.is_file() or not port_file.read_text():
+                assert process.poll() is None, "the browser ended at its start"
+                assert time.monotonic() < until, "the browser did not start in time"
+                time.sleep(0.05)
+            port = port_file.read_text().splitlines()[0]
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list") as answer:
+                pages = [one for one in json.load(answer) if one["type"] == "page"]
+            with connect(pages[0]["webSocketDebuggerUrl"], max_size=None, proxy=None) as socket:
+                yield Page(socket)
+        finally:
+            process.terminate()
+            process.wait(timeout=20)
 
 
 # Every visible text with its size and its contrast to what is behind it, in a page's own numbers.

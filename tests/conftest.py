@@ -100,10 +100,10 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def page(tmp_path_factory):
+def page():
     """A page of a real browser; for tests that need one."""
     assert PROGRAM is not None
-    with browser(PROGRAM, tmp_path_factory.mktemp("profile")) as opened:
+    with browser(PROGRAM) as opened:
         yield opened
 
 

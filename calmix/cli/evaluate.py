@@ -27,7 +27,7 @@ from calmix.evaluation.scores import (
 )
 from calmix.evaluation.served import Served, connect
 from calmix.files import check_output_file, user_path, write_json, write_text
-from calmix.manifest import MANIFEST, lineage, read_if_there
+from calmix.manifest import lineage, read_if_there, record_file
 from calmix.models.hub import is_served
 from calmix.options import (
     MEASURE,
@@ -198,7 +198,9 @@ def _suite(
 def _has_seen_prompts(model: str) -> bool:
     """Whether a model's record says that prompts are in its calibration text."""
     path = user_path(model)
-    record = path / MANIFEST if path.is_dir() else path.with_name(f"{path.name}.json")
+    record = record_file(path)
+    if record is None or record == path:
+        return False
     drawn = [one.get("calibration") for one in lineage(read_if_there(record))]
     return any("prompts" in (one.get("mix") or {}) for one in drawn if isinstance(one, dict))
 

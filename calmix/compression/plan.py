@@ -60,7 +60,6 @@ WHOLE = 4.0  # default bits of levels in a checkpoint for vLLM
 # Bits per weight that --size may result in. Above, levels do not fit a byte; below, a Huffman code
 # takes more than their entropy.
 FEWEST_BITS, MOST_BITS = 1.5, 7.0
-COARSE = 3.5  # most bits of a GGUF file whose steps are trained at effort best
 SURVIVED = 2.0  # fewest bits at which a measured model keeps much of its answers
 SPARSEST = 0.7  # largest share of zeros at which answers of a model were measured
 BUILDS = 3  # candidates that a search for --keep-at-least builds at most
@@ -78,6 +77,7 @@ class Effort:
     likelihood: Mapping[str, Any] | None  # the slice of the likelihood suite that is scored, if any
     behaviour: Mapping[str, Any]  # the slice of the behaviour suite
     levels: float = 3.9  # most bits at which quantised weights are trained
+    steps: float = 0.0  # most bits at which the steps of a GGUF file are trained
     repeat: bool = True  # whether the dense model's answers are generated twice
     per_input: int = PER_INPUT  # tokens for each input of the widest layer, at least
 
@@ -94,7 +94,7 @@ def guarded(suite: str) -> str:
 EFFORTS = {
     "quick": Effort(16, ("distill",), 1, None, SHORT, repeat=False, per_input=PER_INPUT // 2),
     "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
-    "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.5, per_input=2 * PER_INPUT),
+    "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.5, 3.5, per_input=2 * PER_INPUT),
 }
 
 
@@ -263,11 +263,11 @@ def aim(request: Target) -> dict[str, Any]:
 def recoveries(request: Target) -> tuple[str, ...]:
     """Return the methods of recovery, one after the other."""
     effort = EFFORTS[request.effort]
+    if request.imatrix is not None:  # there is no text to train on
+        return ()
     if product_of(request) == "gguf":  # by block, levels would move
-        if request.effort != "best" or request.imatrix is not None:
-            return ()
         bits = request.bits or block_type(RECIPES[request.type or DEFAULT_TYPE][0]).bits
-        return effort.recoveries[-1:] if bits <= COARSE else ()
+        return effort.recoveries[-1:] if bits <= effort.steps else ()
     few = request.bits is not None and request.bits <= effort.levels
     return effort.recoveries if is_sparse(request) or few else ()
 

@@ -130,7 +130,7 @@ class Ggml(Typed):
             rounded_alone(weight, type_of(pattern, weight.shape[1]), importance)
             for weight, pattern in zip(weights, patterns, strict=True)
         ]
-        return Solution([grid.values() for grid in grids], [0] * len(grids), grids=grids)
+        return _decoded(grids)
 
     def importance(self, gram: Tensor, factor: Factor) -> Tensor:
         """Return what a squared error in each column costs, once later ones have made up for it."""
@@ -183,13 +183,18 @@ class Llama(Typed):
             quantise(weight, importance, name=type_of(pattern, weight.shape[1]).name)
             for weight, pattern in zip(weights, patterns, strict=True)
         ]
-        return Solution([grid.values() for grid in grids], [0] * len(grids), grids=grids)
+        return _decoded(grids)
 
     def solve_outer(
         self, parts: Sequence[Tensor], gram: Tensor | None, pattern: Blocks
     ) -> Iterator[Encoded]:
         for rows in parts:
             yield quantise(rows, None, name=type_of(pattern, rows.shape[1]).name)
+
+
+def _decoded(grids: Sequence[Encoded]) -> Solution:
+    """Return layers whose weights are those that their blocks hold."""
+    return Solution([grid.values() for grid in grids], [0] * len(grids), grids=grids)
 
 
 def type_of(
