@@ -36,6 +36,7 @@ def summarise(analysis: Analysis) -> dict[str, Any]:
     return {
         "opening": list(_opening(analysis)),
         "declared": list(_declared(analysis)),
+        "judged": any(one.gap.value is not None for one in analysis.comparisons),
         "exploratory": _exploratory(analysis),
         "headline": _headline(analysis),
         "conditions": [list(_condition(each)) for each in analysis.conditions],
@@ -96,7 +97,11 @@ def _declared(analysis: Analysis) -> Iterator[str]:
     """Say what each declared comparison shows, and what it shows with a later exclusion."""
     several = len({one.model for one in analysis.comparisons}) > 1
     later = {(one.name, one.model): one for one in analysis.afterwards}
+    waiting: dict[str, list[str]] = {}
     for one in analysis.comparisons:
+        if one.gap.value is None:
+            waiting.setdefault(one.name, []).append(one.model)
+            continue
         text = f"{one.name}{f' ({one.model})' if several else ''}: {_verdict(one)}"
         said = analysis.declarations[-1].declaration.comparisons[one.name]
         if one.best:
@@ -110,11 +115,17 @@ def _declared(analysis: Analysis) -> Iterator[str]:
             without = words.listed(analysis.settings.without)
             text += f". Afterwards, without {without}: {_verdict(after)}"
         yield f"{text}."
+    if waiting:
+        names = [
+            f"{name} ({words.listed(models)})" if several else name
+            for name, models in waiting.items()
+        ]
+        yield f"Without trials on both sides: {'; '.join(names)}."
 
 
 def _verdict(one: Comparison) -> str:
     if one.gap.value is None:
-        return f"{one.verdict}, without trials on both sides"
+        return "without trials on both sides"
     return (
         f"{one.verdict}, {words.with_span(one.gap, sign=True)} points over {SEEDS[one.seeds]}, "
         f"p {words.p_value(one.gap.p)}, corrected {words.p_value(one.p_corrected)}"
@@ -179,6 +190,8 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) > 1:
         yield f"{words.which_is_best(ranked)}."
+    for one in ranked if len(ranked) == 1 else ():
+        yield f"{one.calibration}: {words.with_span(one.total)} %."
 
 
 def _methods(analysis: Analysis) -> Iterator[str]:

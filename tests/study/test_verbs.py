@@ -23,7 +23,7 @@ def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
     assert "1/2 code sparsegpt 60% seed 0: total" in ended.err
     part = calmix("study", "report", store, "--resamples", 20).ok().out
     assert "Declared and not run: mix sparsegpt 60% seed 0 (tiny) and mix" in part
-    assert "mixed: cannot be told, without trials on both sides." in part
+    assert "Without trials on both sides: mixed." in part
     assert "2 finished, 4 pending" in calmix("study", "status", store).out
     assert "6 of 6 trials finished" in calmix("study", "run", path, "-o", store).out
     data = json.loads(calmix("study", "status", store, "--json").out)

@@ -23,3 +23,10 @@ for (const button of document.querySelectorAll("thead button")) {
     table.tBodies[0].append(...rows);
   });
 }
+// A table that is wider than the page says so; in a closed box it has no width yet.
+const widths = new ResizeObserver((tables) => {
+  for (const { target } of tables) {
+    target.classList.toggle("wide", target.scrollWidth > target.clientWidth);
+  }
+});
+for (const each of document.querySelectorAll(".scroll")) widths.observe(each);
