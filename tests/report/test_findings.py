@@ -70,7 +70,7 @@ def test_small_and_unfinished_studies():
     assert any("empty cell" in line for line in sentences)
     alone = of(study(Plan(sources=("a",), seeds=(0,))))
     assert "nothing to compare" in alone["headline"]
-    assert alone["conditions"] == [[]]
+    assert alone["conditions"] == [["a: 44.5 [43.3, 45.8] %."]]
     equal = of(study(Plan(others={"mix-8": ("mix", 0.0)}, noise=0.0, draw=0.02)))
     assert " are tied (" in equal["conditions"][0][0]
     silent = trial("a", "single", "sparsegpt", "60%", 0, {"general": None})
