@@ -14,9 +14,9 @@ setup: $(VENV)/.ready
 $(BIN)/python:
 	$(PYTHON) -m venv --without-pip $(VENV)
 
-# A recent pip resolves dependencies three times as fast as Python 3.11's, and installs itself faster
-# than venv does. Modules are compiled on all cores, except rarely imported ones. Errors are ignored:
-# some packages contain templates.
+# A recent pip resolves dependencies three times as fast as Python 3.11's, and installs itself
+# faster than venv does. Modules are compiled on all cores, except rarely imported ones. Errors are
+# ignored: some packages contain templates.
 SELDOM := tests?|testing|transformers/models|ray|sklearn|nltk|pip|mypy|debugpy|libcst|textual|IPython
 SELDOM := $(SELDOM)|setuptools|pygments|networkx|physics|distutils|_inductor|onnx|_export
 define install

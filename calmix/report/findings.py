@@ -190,8 +190,8 @@ def _condition(each: ConditionAnalysis) -> Iterator[str]:
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) > 1:
         yield f"{words.which_is_best(ranked)}."
-    for one in ranked if len(ranked) == 1 else ():
-        yield f"{one.calibration}: {words.with_span(one.total)} %."
+    elif ranked:
+        yield f"{ranked[0].calibration}: {words.with_span(ranked[0].total)} %."
 
 
 def _methods(analysis: Analysis) -> Iterator[str]:
