@@ -144,6 +144,7 @@ def test_hostile_gguf(calmix, tmp_path, model):
         (with_value(whole, "llama.block_count", 77, 0), "unknown type 77"),
         (whole[:2000], "cut short"),
         (b"GGUF", "cut short"),
+        (b"not a model", "not a GGUF file"),
     ):
         (path := tmp_path / "bad.gguf").write_bytes(content)
         with pytest.raises(ModelError, match=rf"bad\.gguf: .*{says}"):

@@ -80,6 +80,7 @@ class Effort:
     steps: float = 0.0  # most bits at which the steps of a GGUF file are trained
     repeat: bool = True  # whether the dense model's answers are generated twice
     per_input: int = PER_INPUT  # tokens for each input of the widest layer, at least
+    length: int = LENGTH  # of a row of the calibration set
 
 
 QUICK = {"quick": True}
@@ -92,7 +93,7 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(16, ("distill",), 1, None, SHORT, repeat=False, per_input=PER_INPUT // 2),
+    "quick": Effort(16, ("distill",), 1, None, SHORT, repeat=False, per_input=2, length=256),
     "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.5, 3.5, per_input=2 * PER_INPUT),
 }
@@ -483,7 +484,8 @@ def check_request(options: Compression) -> Request:
                 check_bits(target["bits"], empty.model, empty.blocks)
             except InputError as error:
                 raise InputError(f"{sized}{error}") from error
-    length = min(LENGTH, tokenizer.context or LENGTH)
+    length = EFFORTS[options.effort].length
+    length = min(length, tokenizer.context or length)
     return Request(
         **{name: getattr(options, name) for name in Target.model_fields}
         | target
