@@ -19,6 +19,7 @@ from pydantic import TypeAdapter
 from calmix.calibration.dataset import CalibrationSet
 from calmix.compression import plan, results
 from calmix.compression.card import CARD_PAGE
+from calmix.compression.folder import COMPRESSED_RUN, SEARCH
 from calmix.compression.stages import FILE_KIND
 from calmix.deploy.pack import CONFIG
 from calmix.errors import CalmixError, InputError, first_line
@@ -43,7 +44,7 @@ from calmix.pruning.work import read_record as read_work
 from calmix.study.store import open_store
 
 # Run records and pages, which no hash covers; they and manifests are in no manifest's list.
-UNSEALED = (RUN, results.COMPRESSED_RUN, CARD_PAGE, "README.md")
+UNSEALED = (RUN, COMPRESSED_RUN, CARD_PAGE, "README.md")
 UNLISTED = {MANIFEST, PACK, *UNSEALED}
 Say = Callable[[str], None]
 
@@ -233,11 +234,7 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
     names = [one.path.name for one in stages]
     begun = [one for one in names if any((folder / (one + end)).exists() for end in ("", SUFFIX))]
     parts = _parts(folder, begun, health, say)
-    ran = (
-        read_object(file, "")["seconds"]
-        if (file := folder / results.COMPRESSED_RUN).exists()
-        else {}
-    )
+    ran = read_object(file, "")["seconds"] if (file := folder / COMPRESSED_RUN).exists() else {}
     health.problems += [
         f"{path} is missing"
         for stage, path in left.items()
@@ -256,7 +253,7 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
 
 def _search(folder: Path, health: Health, say: Say) -> None:
     """Check the candidates of a search that has chosen none."""
-    record = read_sealed(folder / results.SEARCH, "")
+    record = read_sealed(folder / SEARCH, "")
     request = plan.Request(**record["request"])
     health.facts = {
         "dense model": request.model,
@@ -317,7 +314,7 @@ FOLDERS: dict[str, Check] = {
 # Kind and check of each folder, by the file that marks it.
 MARKED = {RESULTS[kind][0]: (kind, check) for kind, check in FOLDERS.items()}
 MARKED |= {
-    results.SEARCH: ("search for a size", _search),
+    SEARCH: ("search for a size", _search),
     RECORD: ("unfinished work", _work),
 }
 FILES: dict[str, Check] = {

@@ -13,9 +13,11 @@ import typer
 
 from calmix.cli.common import line, not_here, note, print_costs, print_json, print_table
 from calmix.cli.verbs import verb
+from calmix.compression.folder import check_foreign
 from calmix.errors import InputError
+from calmix.evaluation.prompts import read_prompts
 from calmix.evaluation.scores import load_pairs
-from calmix.files import cached_sha256, check_output_file, write_json
+from calmix.files import cached_sha256, check_apart, check_output_file, write_json
 from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
 from calmix.pruning.file_types import recipe_name
@@ -52,8 +54,13 @@ def compress(
       IQ2_XXS  0.58 GB
       --for vllm --bits 3 --group 32: 58 and 80
     """
+    # Before imports that take seconds.
     if options.type:
-        recipe_name(options.type)  # before imports that take seconds
+        recipe_name(options.type)
+    if options.prompts is not None:
+        read_prompts(options.prompts)
+    check_apart(output, [options.model])
+    check_foreign(output)
     from calmix.compression.card import CARD_PAGE, read_card
     from calmix.compression.compress import begin, dry, make
     from calmix.compression.plan import check_options
@@ -173,14 +180,9 @@ def check(
     No model is opened: it reads the scores that compress or evaluate --against wrote, and hashes
     the model that they are of.
     """
+    from calmix.compression.folder import COMPRESSED
     from calmix.compression.plan import BEHAVIOUR, PROMPTS, SCORES
-    from calmix.compression.results import (
-        COMPRESSED,
-        Results,
-        read_compressed,
-        recorded,
-        result_in,
-    )
+    from calmix.compression.results import Results, read_compressed, recorded, result_in
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.report import words
 

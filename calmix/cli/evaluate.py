@@ -432,8 +432,9 @@ def _compare_models(
 def _result(path: Path) -> tuple[str, list[Path]]:
     """Return the name of a result and its files of scores; one of calmix compress is named after
     its folder."""
+    from calmix.compression.folder import COMPRESSED
     from calmix.compression.plan import BEHAVIOUR, SCORES
-    from calmix.compression.results import COMPRESSED, verified
+    from calmix.compression.results import verified
 
     names = SCORES, BEHAVIOUR
     if not path.is_dir():

@@ -13,13 +13,13 @@ from typing import Any
 from calmix.calibration.dataset import saved_set
 from calmix.compression.card import CARD_PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
+from calmix.compression.folder import COMPRESSED, SEARCH, check_foreign
 from calmix.compression.plan import check_request
 from calmix.compression.recipe import with_recipe
-from calmix.compression.results import COMPRESSED, SEARCH
 from calmix.compression.run_stages import Run, Say, run_stages, stages
 from calmix.compression.search import Search
 from calmix.compression.stages import Stage
-from calmix.errors import InputError, NotKeptError
+from calmix.errors import NotKeptError
 from calmix.evaluation.retention import Retention, bounds
 from calmix.evaluation.suites import suite_file
 from calmix.files import check_apart, check_output_folder, check_unlocked
@@ -129,11 +129,8 @@ def begin(options: Compression, out: Path) -> Search:
     ]
     check_apart(out, inputs)
     check_unlocked(out)
+    check_foreign(out)
     if not (out / COMPRESSED).exists() and not (out / SEARCH).exists():
-        if out.is_dir() and any(out.iterdir()):
-            raise InputError(
-                f"{out} is not empty and was not made by calmix compress: name another folder"
-            )
         check_output_folder(out)
     return Search(check_request(options), out)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet, saved_set
+from calmix.compression.folder import COMPRESSED, SEARCH
 from calmix.errors import InputError
 from calmix.evaluation.scores import CapabilityScores
 from calmix.files import cached_sha256, user_path
@@ -24,9 +25,6 @@ from calmix.manifest import (
 from calmix.manifest import MANIFEST as CHECKPOINT
 from calmix.models.folder import combined, model_files
 from calmix.models.opening import resolve_model
-
-COMPRESSED, COMPRESSED_RUN = "compress.json", "compress-run.json"
-SEARCH = "search.json"  # state of a search for --keep-at-least
 
 
 @dataclass(frozen=True)

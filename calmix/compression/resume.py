@@ -9,8 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from calmix.compression.folder import COMPRESSED, SEARCH
 from calmix.compression.plan import Request
-from calmix.compression.results import COMPRESSED, SEARCH, read_compressed
+from calmix.compression.results import read_compressed
 from calmix.errors import InputError
 from calmix.manifest import read_sealed
 

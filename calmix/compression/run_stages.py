@@ -10,6 +10,7 @@ from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.compression.card import Report
+from calmix.compression.folder import COMPRESSED, COMPRESSED_RUN, SEARCH
 from calmix.compression.plan import (
     CALIBRATION,
     EFFORTS,
@@ -24,7 +25,7 @@ from calmix.compression.plan import (
     slices,
     splits,
 )
-from calmix.compression.results import COMPRESSED, COMPRESSED_RUN, SEARCH, Results, ready
+from calmix.compression.results import Results, ready
 from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation.suites import choose

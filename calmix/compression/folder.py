@@ -1,0 +1,20 @@
+"""The folder that a compression writes: names of its files, and whether it may write there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from calmix.errors import InputError
+
+COMPRESSED, COMPRESSED_RUN = "compress.json", "compress-run.json"
+SEARCH = "search.json"  # state of a search for --keep-at-least
+
+
+def check_foreign(out: Path) -> None:
+    """Refuse a folder that holds something, but nothing of a compression."""
+    if not out.is_dir() or (out / COMPRESSED).exists() or (out / SEARCH).exists():
+        return
+    if any(out.iterdir()):
+        raise InputError(
+            f"{out} is not empty and was not made by calmix compress: name another folder"
+        )
