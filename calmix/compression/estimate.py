@@ -80,6 +80,7 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
             case Export():
                 memory = PROGRAM + 5 * model.weights  # the file is read back
                 disk = plan.file_bytes(request)
+                work = f"{8 * disk / model.weights:.2f} bits per weight"
             case Score() as score:
                 size = suite_size(score.chosen[0])
                 work = f"{'' if size.exact else 'about '}{size.items} items"
