@@ -231,6 +231,12 @@ class Card:
         return size_text(self.packed or self.size)
 
     @property
+    def share(self) -> str:
+        """These bytes relative to the dense model's."""
+        dense = self.record.get("dense_bytes")
+        return f"{(self.packed or self.size) / dense:.0%} of the dense model" if dense else ""
+
+    @property
     def measure(self) -> str:
         """The command that measures generated answers, including programs."""
         request = Request(**self.request)
