@@ -39,6 +39,7 @@ def main() -> None:
                     name = f"{path.parent.name}-{path.stem}-{width}-{'dark' if dark else 'light'}"
                     page.screenshot(options.output / f"{name}.png", whole=not options.first)
                     wide = page.run("document.documentElement.scrollWidth")
+                    page.run("localStorage.clear(), sessionStorage.clear()")  # a site's own choice
                     print(f"{name}.png{'' if wide <= width else f': {wide} pixels wide'}")
 
 
