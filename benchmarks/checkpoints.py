@@ -7,8 +7,9 @@ The model is a twin (twins.py): the file it came from leaves no grid. All ways q
 of the blocks on the same calibration rows. `gptq` is llm-compressor's, which writes the checkpoint
 that calmix opens; `rtn` rounds to the scales of its default observer. `calmix` is our `gptq` with
 its default statistics, `asymmetric` the same with zero points, `plain` with the papers' statistics.
-`--folders` adds checkpoints made before. Printed is KL(dense || quantised) in nats per token as in
-gguf_types.py, and wall-clock seconds.
+`--folders` adds checkpoints and files made from the twin before (`calmix prune TWIN --method
+ggml,type=Q4_K_M`, and `llama,type=Q4_K_M` for llama.cpp's rounding). Printed is KL(dense ||
+quantised) in nats per token as in gguf_types.py, and wall-clock seconds.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=8, help="rows of each held-out text")
     parser.add_argument("--data", help="the data folder")
-    parser.add_argument("--ways", nargs="+", default=[*SOLVED, "gptq", "rtn"])
+    parser.add_argument("--ways", nargs="*", default=[*SOLVED, "gptq", "rtn"])
     parser.add_argument("--folders", type=Path, nargs="*", default=[])
     options = parser.parse_args()
     print(
@@ -77,7 +78,7 @@ def main() -> None:
     print("|---|---|---|---|---|" + "---|" * (len(texts) + 1), flush=True)
 
     def row(bits: object, way: str, model: Any, seconds: float) -> None:
-        result = distance(model, dense)
+        result = distance(model, dense, dense=lambda: opened)  # a file has a head of its own
         print(f"| {bits} | {way} | {cells(result)} | {seconds:.0f} |", flush=True)
 
     with tempfile.TemporaryDirectory() as place:
