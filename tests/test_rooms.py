@@ -55,6 +55,14 @@ def test_imports_follow_the_layers():
     assert not climbing
 
 
+def test_architecture_page_names_files_that_exist():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    rooms = ROOT / "calmix", ROOT / "tests"
+    files = [f"/{path.relative_to(ROOT)}" for room in rooms for path in room.rglob("*.py")]
+    names = set(re.findall(r"`([\w/]+\.py)", page))
+    assert not {name for name in names if not any(one.endswith(f"/{name}") for one in files)}
+
+
 def test_imports_are_declared_dependencies():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     required = {Requirement(line).name.lower() for line in project["dependencies"]}
