@@ -60,7 +60,7 @@ def fault_rows(answers: Answers) -> list[dict[str, Any]]:
 
 def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str, Any]]:
     """Return the rows of the table of several models, the smallest first."""
-    rows = []
+    rows, timed = [], any(one.speed for one in candidates)  # servers are
     for one in sorted(candidates, key=lambda one: one.size or math.inf):
         counts, changed, far = one.counted, one.answers, one.pair[1].distance
         rows.append(
@@ -68,7 +68,7 @@ def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str
                 "model": one.name,
                 "#MB": one.size and words.megabytes(one.size),
                 "#bits": one.bits and f"{one.bits:.2f}",
-                "#tokens/s": one.speed and f"{one.speed:.0f}",
+                **({"#tokens/s": one.speed and f"{one.speed:.0f}"} if timed else {}),
                 "#good %": words.with_span(proportion(counts.pruned, counts.asked)),
                 "#lost": counts.lost,
                 "#gained": counts.gained,
