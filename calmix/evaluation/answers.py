@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass
 from itertools import chain, islice, zip_longest
 from typing import Any
 
-from calmix.evaluation.behaviour import Counted, Pair, TaskPair, held, paired, proportion
-from calmix.evaluation.measures import TaskScores
+from calmix.evaluation.behaviour import Counted, Pair, columns, held, paired, proportion, twice
+from calmix.evaluation.measures import TaskPair, TaskScores
 from calmix.evaluation.prompts import FAULTS, faults
-from calmix.evaluation.retention import Estimate, check_paired
+from calmix.evaluation.retention import Estimate, task_pairs
 from calmix.evaluation.scores import CapabilityScores
 from calmix.evaluation.tasks import shared_start
 
@@ -57,20 +57,13 @@ def own(task: TaskScores) -> bool:
     return bool(task.prompts)
 
 
-def compare_answers(*pairs: Pair) -> Answers | None:
-    """Compare two models' answers to a user's prompts; None if their suites have none."""
-    tasks = held(pairs, own)
+def compare_answers(pair: Pair) -> Answers | None:
+    """Compare two models' answers to a user's prompts; None if their suite has none."""
+    tasks, again = held([pair], own), held(twice([pair]), own)
     if not tasks:
         return None
-    again = [
-        (before, second)
-        for before, _ in tasks
-        for dense, _ in pairs
-        for second in dense.repeat
-        if second.name == before.name and second.items == before.items
-    ]
-    texts, second = _columns(tasks, "answers"), _columns(again, "answers")
-    checked, values = _columns(tasks, "properties"), _columns(tasks, "values")
+    texts, second = columns(tasks, "answers"), columns(again, "answers")
+    checked, values = columns(tasks, "properties"), columns(tasks, "values")
     sound = [both for both, (one, _) in zip(values, checked, strict=True) if "right" not in one]
     apart = [words for one, other in texts if (words := parted(one, other)) is not None]
     counts = [_counted(name, tasks) for name in FAULTS]
@@ -119,17 +112,11 @@ def turned(pairs: Sequence[Pair], most: int) -> list[Turned]:
     return sorted(islice(in_turn, most), key=lambda one: not one.lost)
 
 
-def _columns(tasks: Sequence[TaskPair], field: str) -> list[tuple[Any, Any]]:
-    """Return a field of both models' items, in pairs."""
-    pairs = (zip(getattr(a, field), getattr(b, field), strict=True) for a, b in tasks)
-    return [*chain.from_iterable(pairs)]
-
-
 def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     """Count the answers that have a property, of those where one of the two is expected to."""
     values = [
-        (float(one.get(name, True)), float(other.get(name, True)))
-        for one, other in _columns(tasks, "properties")
+        (one.get(name, True), other.get(name, True))
+        for one, other in columns(tasks, "properties")
         if name in one or name in other
     ]
     return paired(name, values) if values else None
@@ -174,7 +161,7 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
     models = [pairs[0][0], *(small for _, small in pairs)]
     tasks = [[task for task in one.tasks if own(task)] for one in models]
     for each in tasks[1:]:
-        check_paired(tasks[0], each)
+        task_pairs(tasks[0], each)
     for several in zip(*tasks, strict=True):
         for at, item in enumerate(several[0].items):
             records.append(

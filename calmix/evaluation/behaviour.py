@@ -8,17 +8,25 @@ counts are Wilson's (1927), which do not collapse when all or none of a few item
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import FEW, PRIMARY, RIGHT_OR_WRONG, TaskScores, Z, has_signal
-from calmix.evaluation.retention import Estimate, Retention, check_paired, retention
+from calmix.evaluation.measures import (
+    FEW,
+    PRIMARY,
+    RIGHT_OR_WRONG,
+    TaskPair,
+    TaskScores,
+    Z,
+    has_signal,
+)
+from calmix.evaluation.retention import Estimate, Retention, retention, task_pairs
 from calmix.evaluation.scores import CapabilityScores, check_same_form, check_same_suite
 
 Pair = tuple[CapabilityScores, CapabilityScores]  # dense, pruned
-TaskPair = tuple[TaskScores, TaskScores]
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def behaviour(*pairs: Pair) -> Behaviour:
     suites. A task that occurs in several is taken from the one with the most items."""
     written, chosen = held(pairs, answered), held(pairs, chosen_from)
     above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
-    abilities = dict.fromkeys(dense.dimension for dense, _ in written)
+    abilities, again = dict.fromkeys(dense.dimension for dense, _ in written), twice(pairs)
     counts = (
         counted(name, [both for both in written if both[0].dimension == name]) for name in abilities
     )
@@ -145,19 +153,19 @@ def behaviour(*pairs: Pair) -> Behaviour:
         tuple(both[0].name for both in chosen if both not in above_chance),
         not_run(pairs),
         next((pruned.form for _, pruned in pairs if pruned.form), ""),
-        itself(dense for dense, _ in pairs if dense.repeat),
+        behaviour(*again) if again else None,
     )
 
 
-def itself(scores: Iterable[CapabilityScores]) -> Behaviour | None:
-    """Count a dense model's answers against those it generated in other batches."""
-    pairs = []
-    for dense in scores:
+def twice(pairs: Sequence[Pair]) -> list[Pair]:
+    """Return the dense models' answers beside those they generated again in other batches."""
+    repeated = []
+    for dense in (dense for dense, _ in pairs if dense.repeat):
         names = {task.name for task in dense.repeat}
         once = tuple(task for task in dense.tasks if task.name in names)
         again = replace(dense, tasks=dense.repeat, repeat=())
-        pairs.append((replace(again, tasks=once), again))
-    return behaviour(*pairs) if pairs else None
+        repeated.append((replace(again, tasks=once), again))
+    return repeated
 
 
 def answered(task: TaskScores) -> bool:
@@ -184,15 +192,14 @@ def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
 
 
 def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
-    """Return both models' scores of the tasks that fit, each from the suite where it has the most
-    items. An `InputError` unless both models were given the same items in the same form."""
+    """Return both models' scores of the tasks where both fit, each from the suite where it has the
+    most items. An `InputError` unless both models were given the same items in the same form."""
     pairs_by_kind: dict[tuple[str, ...], TaskPair] = {}
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
-        check_paired(dense.tasks, pruned.tasks)
         check_same_form(dense.form, pruned.form)
-        for before, after in zip(dense.tasks, pruned.tasks, strict=True):
-            if not fits(before):
+        for before, after in task_pairs(dense.tasks, pruned.tasks):
+            if not (fits(before) and fits(after)):
                 continue
             # Tasks of two suites are the same if their items are of one data set.
             key = before.name, before.dimension, before.items[0].partition("/")[0]
@@ -201,20 +208,19 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
     return [*pairs_by_kind.values()]
 
 
+def columns(tasks: Sequence[TaskPair], field: str) -> list[tuple[Any, Any]]:
+    """Return a field of both models' items, in pairs; it may be missing in either."""
+    pairs = (zip(getattr(one, field), getattr(two, field), strict=False) for one, two in tasks)
+    return [*chain.from_iterable(pairs)]
+
+
 def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     """Count the items of several tasks together; None if there are none."""
-    items = [
-        both for before, after in tasks for both in zip(before.values, after.values, strict=True)
-    ]
+    items, texts = columns(tasks, "values"), columns(tasks, "answers")
     if not items:
         return None
     chance = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
-    texts = [
-        one == other
-        for before, after in tasks
-        for one, other in zip(before.answers, after.answers, strict=False)
-    ]
-    identical = sum(texts) if len(texts) == len(items) else None
+    identical = sum(one == other for one, other in texts) if len(texts) == len(items) else None
     return replace(paired(name, items), chance=chance, identical=identical)
 
 
@@ -242,20 +248,18 @@ def proportion(right: int, of: int) -> Estimate:
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def behind(best: Sequence[float], other: Sequence[float]) -> Estimate:
-    """Return how far one model's share of right answers is behind another's, on the same items,
-    with its 95 % interval for paired proportions (Newcombe 1998, method 10)."""
-    pairs = [(bool(one), bool(two)) for one, two in zip(best, other, strict=True)]
-    both, first = pairs.count((True, True)), pairs.count((True, False))
-    second, none = pairs.count((False, True)), pairs.count((False, False))
-    one, two = (proportion(both + alone, len(pairs)) for alone in (first, second))
-    apart, margins = float(both * none - first * second), 1.0
-    for count in (both + first, second + none, both + second, first + none):
+def behind(counts: Counted) -> Estimate:
+    """Return how far the second model's share of right answers is behind the first's, with its 95 %
+    interval for paired proportions (Newcombe 1998, method 10)."""
+    wrong = counts.asked - counts.dense, counts.asked - counts.pruned
+    none = wrong[0] - counts.gained
+    apart, margins = float(counts.kept * none - counts.lost * counts.gained), 1.0
+    for count in (counts.dense, counts.pruned, *wrong):
         margins *= count
     if apart > 0:
-        apart = max(0.0, apart - len(pairs) / 2)
+        apart = max(0.0, apart - counts.asked / 2)
     phi = apart / math.sqrt(margins) if margins else 0.0
-    ends = [tuple(v or 0.0 for v in (e.value, e.low, e.high)) for e in (one, two)]
+    ends = [tuple(v or 0.0 for v in (e.value, e.low, e.high)) for e in counts.accuracy]
     (p1, l1, u1), (p2, l2, u2) = ends
 
     def reach(a: float, b: float) -> float:
@@ -267,8 +271,7 @@ def behind(best: Sequence[float], other: Sequence[float]) -> Estimate:
 def likelihood(dense: CapabilityScores, pruned: CapabilityScores) -> Retention | None:
     """Return the retention of the tasks scored by likelihood; None if there are none, or if the
     dense model's baselines were not stored."""
-    check_same_suite(pruned.suite, dense.suite)
-    tasks = [both for both in zip(dense.tasks, pruned.tasks, strict=True) if likely(both[0])]
+    tasks = held([(dense, pruned)], likely)
     try:
         return retention(*zip(*tasks, strict=True)) if tasks else None
     except InputError:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 from calmix.evaluation.answers import Answers, compare_answers
-from calmix.evaluation.behaviour import Counted, Pair, TaskPair, answered, behind, held, paired
+from calmix.evaluation.behaviour import Counted, Pair, answered, behind, columns, held, paired
 from calmix.evaluation.retention import Estimate
 
 MARGIN = 0.05  # share of right answers by which a model may be worse
@@ -30,25 +29,20 @@ class Candidate:
         return 8 * self.size / self.weights if self.size and self.weights else None
 
     @property
-    def values(self) -> list[float]:
-        """Whether each of its answers counts: is right, or without a check has no fault."""
-        return [*chain.from_iterable(small.values for _, small in self.tasks)]
+    def values(self) -> list[tuple[float, float]]:
+        """Whether each answer of the dense model and its own counts: is right, or without a check
+        has no fault."""
+        return columns(held([self.pair], answered), "values")
 
     @property
     def counted(self) -> Counted:
         """Its answers that count beside the dense model's."""
-        dense = chain.from_iterable(before.values for before, _ in self.tasks)
-        return paired("answers", [*zip(dense, self.values, strict=True)])
+        return paired("answers", self.values)
 
     @property
     def answers(self) -> Answers | None:
         """What changed in answers to a user's prompts."""
         return compare_answers(self.pair)
-
-    @property
-    def tasks(self) -> list[TaskPair]:
-        """The tasks with generated answers."""
-        return held([self.pair], answered)
 
 
 @dataclass(frozen=True)
@@ -67,11 +61,13 @@ def choose_smallest(candidates: Sequence[Candidate], dense: str, margin: float) 
 
     A model is not worse if the upper end of the 95 % interval of its deficit is at most `margin`.
     """
-    known = {one.name: one.values for one in candidates}
-    before = [*chain.from_iterable(task.values for task, _ in candidates[0].tasks)]
-    all_of = {dense: before, **known}
+    known = {one.name: [small for _, small in one.values] for one in candidates}
+    all_of = {dense: [before for before, _ in candidates[0].values], **known}
     best = max(all_of, key=lambda name: sum(all_of[name]))
-    apart = {name: behind(all_of[best], values) for name, values in known.items()}
+    apart = {
+        name: behind(paired(name, [*zip(all_of[best], values, strict=True)]))
+        for name, values in known.items()
+    }
     fine = [
         one
         for one in candidates

@@ -17,7 +17,7 @@ from calmix.evaluation.distance import distance, pooled, reference
 from calmix.evaluation.evaluate import can_think, evaluate, how_asked, own_answers
 from calmix.evaluation.journal import Journal
 from calmix.evaluation.measures import PRIMARY
-from calmix.evaluation.retention import Retention, check_paired
+from calmix.evaluation.retention import Retention, task_pairs
 from calmix.evaluation.scores import (
     CapabilityScores,
     check_same_form,
@@ -232,8 +232,7 @@ def _in_common(
     }
     for name in others:
         for (one, _), (other, _) in zip(common[head], common[name], strict=True):
-            check_paired(one.tasks, other.tasks)
-            tasks = zip(one.tasks, other.tasks, strict=True)
+            tasks = task_pairs(one.tasks, other.tasks)
             if differ := sum(sum(map(ne, left.values, right.values)) for left, right in tasks):
                 note(
                     f"the dense model's own results in {head} and {name} differ in {differ} items "

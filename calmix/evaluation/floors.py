@@ -24,8 +24,8 @@ import numpy as np
 
 from calmix.errors import InputError
 from calmix.evaluation import behaviour
-from calmix.evaluation.behaviour import Pair, TaskPair
-from calmix.evaluation.measures import Array, Measure, TaskScores, has_signal, parts
+from calmix.evaluation.behaviour import Pair
+from calmix.evaluation.measures import Array, Measure, TaskPair, TaskScores, has_signal, parts
 from calmix.evaluation.retention import RESAMPLES
 from calmix.manifest import sealed, versions
 from calmix.options import parse_share
@@ -323,8 +323,7 @@ def _judged(
         pooled = np.hstack([np.stack([one.kept, one.whole]) for one in scored])
         (retained, whole), equal = np.unique(pooled, axis=1, return_counts=True)
         rows, many, most = [(retained[None], whole[None])], [equal.astype(float)], [np.ones(1)]
-        count = behaviour.counted(ability, pairs)
-        assert count is not None  # of items with signal
+        count = behaviour.paired(ability, behaviour.columns(pairs, "values"))
         items, changed = count.dense, {"lost": count.lost, "gained": count.gained}
         each = items / float(whole @ equal)
     best = 1 - each * (1 - lower_bound(items, items, confidence))

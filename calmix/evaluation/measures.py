@@ -7,6 +7,7 @@ bootstrap serves all. With l the log-likelihoods of an item's choices and g the 
 
     right         right generated answers, s1 / s0, of all items of an ability together (`pooled`)
     kept          right answers that stay right (kept = s1 s0, whole = s0): gains do not count
+    flips         items right under one model only (kept = |s1 - s0|, whole = 1): a distance
     accuracy      1 if the answer is right, else 0
     bits          -l_g, in bits per byte of all answers together
     smoothed      as bits, of (exp(l_g) + exp(u_g)) / 2, with u_g from a unigram code
@@ -24,9 +25,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ from calmix.evaluation.suites import WRITTEN, Score
 from calmix.options import Measure
 
 Array = NDArray[np.float64]
+Ratio = Measure | Literal["flips"]  # all that is a ratio of two sums over items
 
 Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LN2 = math.log(2)
@@ -110,6 +112,9 @@ class TaskScores:
         )
 
 
+TaskPair = tuple[TaskScores, TaskScores]  # of the dense and the smaller model
+
+
 def rounded(rows: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
     """Round log-likelihoods as they are stored."""
     return tuple(tuple(round(float(value), DIGITS) for value in row) for row in rows)
@@ -134,13 +139,17 @@ class Parts:
         return float(self.kept.sum()) / whole if whole > 0 else math.nan
 
 
-def judged(tasks: Sequence[TaskScores], measure: Measure) -> list[TaskScores]:
+def judged(pairs: Sequence[TaskPair], measure: Ratio) -> list[TaskPair]:
     """Return what a measure judges: for `right` the generated answers pooled by ability, for
-    accuracy the tasks with right and wrong answers, else all tasks."""
+    accuracy and flips the tasks with right and wrong answers, else all but answers that one of the
+    models was not asked for."""
+    answered = [both for both in pairs if both[0].values and both[1].values]
     if measure == "right":
-        return pooled([task for task in tasks if task.written])
-    written = (task for task in tasks if task.values or task.metric not in WRITTEN)
-    return [task for task in written if task.values or measure != "accuracy"]
+        sides = zip(*(both for both in answered if both[0].written), strict=True)
+        return [*zip(*map(pooled, sides), strict=True)]
+    if measure in ("accuracy", "flips"):
+        return answered
+    return [both for both in pairs if both[0].metric not in WRITTEN or both in answered]
 
 
 def pooled(tasks: Sequence[TaskScores]) -> list[TaskScores]:
@@ -162,12 +171,12 @@ def pooled(tasks: Sequence[TaskScores]) -> list[TaskScores]:
     ]
 
 
-def score_of(task: TaskScores, measure: Measure) -> Score:
+def score_of(task: TaskScores, measure: Ratio) -> Score:
     """Return the score of a task under a measure; its primary one if that does not apply (a
     generated answer has no log-likelihood)."""
     if measure == "right":
         return "right"
-    if measure in ("accuracy", "ratio"):
+    if measure in ("accuracy", "ratio", "flips"):
         return "accuracy" if task.values else "bits"
     if measure == "primary" or not task.loglikelihoods:
         return task.primary
@@ -179,14 +188,12 @@ def item_scores(task: TaskScores, score: Score) -> Array:
     smoothed yet."""
     if score in RIGHT_OR_WRONG:
         return np.asarray(task.values, dtype=float)
-    values = task.loglikelihoods
-    right = np.array([row[gold] for row, gold in zip(values, task.gold, strict=True)])
-    return -right / LN2
+    return -of_right_choices(task, task.loglikelihoods) / LN2
 
 
-def _sizes(task: TaskScores) -> Array:
-    """Return the bytes of each right answer, shape (items,)."""
-    return np.array([row[at] for row, at in zip(task.bytes, task.gold, strict=True)], dtype=float)
+def of_right_choices(task: TaskScores, rows: Sequence[Sequence[float]]) -> Array:
+    """Return the values of each item's right choice, shape (items,), from those of all choices."""
+    return np.array([row[at] for row, at in zip(rows, task.gold, strict=True)], dtype=float)
 
 
 def baseline_scores(dense: TaskScores, score: Score) -> Array:
@@ -199,23 +206,27 @@ def baseline_scores(dense: TaskScores, score: Score) -> Array:
             "knowledge: evaluate the dense model without --against, or use --measure accuracy"
         )
     codes = -np.asarray(dense.unigram) / LN2
-    ignorant = replace(dense, loglikelihoods=dense.floors)
-    return np.minimum(codes, item_scores(ignorant, score)) if dense.floors else codes
+    if not dense.floors:
+        return codes
+    return np.minimum(codes, -of_right_choices(dense, dense.floors) / LN2)
 
 
-def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -> Parts:
+def parts(dense: TaskScores, pruned: TaskScores, measure: Ratio = "primary") -> Parts:
     """Return the terms of retention, `kept` and `whole`, for each item."""
     score = score_of(dense, measure)
     before, after = item_scores(dense, score), item_scores(pruned, score)
-    anchored = measure not in ("right", "ratio") and (measure != "accuracy" or score not in BITS)
+    anchored = measure not in ("right", "ratio", "flips")
+    anchored = anchored and (measure != "accuracy" or score not in BITS)
     baseline = baseline_scores(dense, score) if anchored else None
     # As printed: a mean, or bits per byte over all answers.
-    count = _sizes(dense).sum() if score in BITS else len(before)
+    count = of_right_choices(dense, dense.bytes).sum() if score in BITS else len(before)
     shown = (
         float(before.sum() / count),
         float(after.sum() / count),
         None if baseline is None else float(baseline.sum() / count),
     )
+    if measure == "flips":
+        return Parts(score, np.abs(after - before), np.ones_like(before), *shown)
     if score == "kept":
         return Parts(score, before * after, before, *shown)
     if baseline is None:
@@ -228,10 +239,12 @@ def parts(dense: TaskScores, pruned: TaskScores, measure: Measure = "primary") -
     return Parts(score, sign * (after - baseline), sign * (before - baseline), *shown)
 
 
-def task_weights(dense: Sequence[TaskScores], measure: Measure = "primary") -> list[float]:
+def task_weights(dense: Sequence[TaskScores], measure: Ratio = "primary") -> list[float]:
     """Return each task's weight in its dimension: 1, or, if all scores of the dimension are 0 or 1,
     the sum of `whole`, which pools the items of its tasks."""
-    tasks = [task for task in dense if measure != "ratio" and has_signal(task, measure)]
+    if measure in ("ratio", "flips"):
+        return [1.0] * len(dense)
+    tasks = [task for task in dense if has_signal(task, measure)]
     mixed = {task.dimension for task in tasks if score_of(task, measure) not in RIGHT_OR_WRONG}
     pooled = {
         task.name: float(parts(task, task, measure).whole.sum())
@@ -246,11 +259,13 @@ def noise(whole: Array) -> float:
     return float(Z * whole.std(ddof=1) / math.sqrt(len(whole))) if len(whole) > 1 else math.inf
 
 
-def has_signal(dense: TaskScores, measure: Measure = "primary") -> bool:
+def has_signal(dense: TaskScores, measure: Ratio = "primary") -> bool:
     """Whether the dense model is above the baseline by more than its noise (ours); for `right`,
-    whether it gets at least `FEW` answers right."""
+    whether it gets at least `FEW` answers right. Flips have no baseline."""
     if measure == "right":
         return sum(dense.values) >= FEW
+    if measure == "flips":
+        return True
     anchored = "accuracy" if measure == "ratio" else measure
     if anchored == "accuracy" and not dense.values:
         return measure == "ratio"  # the paper's ratio of bits per byte has no baseline

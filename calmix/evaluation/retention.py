@@ -18,7 +18,7 @@ import numpy as np
 
 from calmix.errors import InputError
 from calmix.evaluation import measures
-from calmix.evaluation.measures import Array, Measure, Parts, TaskScores, parts
+from calmix.evaluation.measures import Array, Parts, Ratio, TaskPair, TaskScores, parts
 from calmix.evaluation.suites import Score
 from calmix.shown import Shown, percent
 
@@ -76,7 +76,7 @@ class DimensionRetention:
 class Retention(Shown):
     """Retention per task and dimension, in total (mean over dimensions) and at worst."""
 
-    measure: Measure
+    measure: Ratio
     tasks: tuple[TaskRetention, ...]
     dimensions: tuple[DimensionRetention, ...]
     total: Estimate
@@ -114,7 +114,7 @@ def retention(
     dense: Sequence[TaskScores],
     pruned: Sequence[TaskScores],
     *,
-    measure: Measure = "primary",
+    measure: Ratio = "primary",
     resamples: int = RESAMPLES,
     seed: int = 0,
     level: float = LEVEL,
@@ -129,13 +129,12 @@ def retention(
         InputError: the models were scored on different tasks or items, or the scores lack
             what the measure needs.
     """
-    check_paired(dense, pruned)
-    dense, pruned = measures.judged(dense, measure), measures.judged(pruned, measure)
-    if not dense:
+    pairs = measures.judged(task_pairs(dense, pruned), measure)
+    if not pairs:
         lacks = "generated" if measure == "right" else "right or wrong"
         raise InputError(f"no task has {lacks} answers: use another --measure")
-    tasks, points = [], np.full((len(dense), 1 + resamples), np.nan)
-    for before, after, point in zip(dense, pruned, points, strict=True):
+    tasks, points = [], np.full((len(pairs), 1 + resamples), np.nan)
+    for (before, after), point in zip(pairs, points, strict=True):
         scored, signal = parts(before, after, measure), measures.has_signal(before, measure)
         if signal:
             point[:] = resampled(before.name, scored, resamples=resamples, seed=seed)
@@ -155,26 +154,28 @@ def retention(
                 estimate(point, level),
             )
         )
-    rolled = by_dimension(dense, points, measures.task_weights(dense, measure))
-    total, dimensions = estimate(rolled.pop("total"), level), []
-    for name, point in rolled.items():
+    weights = measures.task_weights([before for before, _ in pairs], measure)
+    of, dimensions = [task.dimension for task in tasks], []
+    names = list(dict.fromkeys(of))
+    total, *rolled = (estimate(point, level) for point in rolled_up(points.T, weights, of, names).T)
+    for name, kept in zip(names, rolled, strict=False):
         members = [task for task in tasks if task.dimension == name]
         silent = tuple(task.name for task in members if not task.signal)
-        dimensions.append(DimensionRetention(name, len(members), silent, estimate(point, level)))
-    known = [name for name, point in rolled.items() if not math.isnan(point[0])]
-    worst = min(known, key=lambda name: rolled[name][0], default=None)
+        dimensions.append(DimensionRetention(name, len(members), silent, kept))
+    known = {one.name: one.kept.value for one in dimensions if one.kept.value is not None}
+    worst = min(known, key=lambda name: known[name], default=None)
     return Retention(measure, tuple(tasks), tuple(dimensions), total, worst, resamples, seed)
 
 
-def by_dimension(
-    tasks: Sequence[TaskScores], points: Array, weights: Sequence[float] | float = 1.0
-) -> dict[str, Array]:
-    """Return the weighted mean over each dimension's tasks, and the mean over dimensions as
-    `total`; points have shape (tasks, values)."""
-    column, names = np.broadcast_to(weights, len(tasks))[:, None], [t.dimension for t in tasks]
-    masks = {name: [other == name for other in names] for name in names}
-    rolled = {name: nan_mean(points[mask], 0, column[mask]) for name, mask in masks.items()}
-    return {**rolled, "total": nan_mean(np.stack([*rolled.values()]), 0)}
+def rolled_up(
+    values: Array, weights: Sequence[float], of: Sequence[str], dimensions: Sequence[str]
+) -> Array:
+    """Return the mean over dimensions, the weighted mean over the tasks of each, then the tasks,
+    from values of shape (..., tasks); nan is ignored. `of` has each task's dimension."""
+    members = [[at for at, other in enumerate(of) if other == name] for name in dimensions]
+    column = np.asarray(weights)
+    stacked = np.stack([nan_mean(values[..., at], -1, column[at]) for at in members], -1)
+    return np.concatenate([nan_mean(stacked, -1)[..., None], stacked, values], -1)
 
 
 def nan_mean(values: Array, axis: int, weights: Array | float = 1.0) -> Array:
@@ -192,21 +193,14 @@ def flips(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> dict[str
     Tasks with a single answer per item are left out. Intervals are from the same bootstrap over
     items as in `retention`, and the same errors are raised.
     """
-    check_paired(dense, pruned)
-    judged = [both for both in zip(dense, pruned, strict=True) if both[0].values and both[1].values]
-    if not judged:
+    if not measures.judged(task_pairs(dense, pruned), "flips"):
         return {}
-    points = []
-    for before, after in judged:
-        changed = np.not_equal(before.values, after.values).astype(float)
-        scored = Parts("accuracy", changed, np.ones_like(changed))
-        points.append(resampled(before.name, scored, resamples=RESAMPLES, seed=0))
-    rolled = by_dimension([before for before, _ in judged], np.stack(points))
-    return {name: estimate(point) for name, point in rolled.items()}
+    return retention(dense, pruned, measure="flips").estimates
 
 
-def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> None:
-    """Raise an `InputError` unless tasks and items are the same; it names the first difference."""
+def task_pairs(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> list[TaskPair]:
+    """Return the tasks of two models in pairs; an `InputError` unless tasks and items are the same,
+    which names the first difference."""
     names = [task.name for task in dense], [task.name for task in pruned]
     if names[0] != names[1]:
         odd = sorted(set(names[0]) ^ set(names[1])) or names[1]
@@ -214,12 +208,14 @@ def check_paired(dense: Sequence[TaskScores], pruned: Sequence[TaskScores]) -> N
             f"the two models were scored on different tasks (first: {odd[0]}): "
             "evaluate both on the same suite"
         )
-    for before, after in zip(dense, pruned, strict=True):
+    pairs = [*zip(dense, pruned, strict=True)]
+    for before, after in pairs:
         if (before.items, before.bytes, before.metric) != (after.items, after.bytes, after.metric):
             raise InputError(
                 f"the two models were scored on different items of task {before.name} "
                 f"({len(before.items)} and {len(after.items)}): evaluate both again"
             )
+    return pairs
 
 
 def item_weights(task: str, count: int, *, resamples: int, seed: int) -> Array:

@@ -34,7 +34,7 @@ from calmix.evaluation import retention
 from calmix.evaluation.measures import Array, Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Settings
-from calmix.study.cells import Cells, left_out, rolled_up, shared, tables
+from calmix.study.cells import Cells, all_quantities, left_out, shared, tables
 from calmix.study.results import StudyResults, Trial
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
@@ -235,7 +235,7 @@ def joint(
         # Influence of each item on the ratio; the sum of squares is the ratio's variance.
         moved = (sums - point * whole) / total
         by_items[at] = unbiased * moved @ moved.T
-    rolled = rolled_up(points, cells.tasks, cells.dimensions).transpose(0, 2, 1)
+    rolled = all_quantities(points, cells.tasks, cells.dimensions).transpose(0, 2, 1)
     values, seeds = rolled[..., 0], Seeds.of(cells)
     squares = (mean_of > 0) @ (seeds.residuals @ cells.weights.T) ** 2
     several = np.where(counts > 1, counts - 1, np.nan)[:, None]

@@ -12,26 +12,24 @@ from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import groupby, pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from calmix.errors import InputError, nearest
 from calmix.evaluation.measures import (
     Array,
-    TaskScores,
+    Ratio,
+    TaskPair,
     has_signal,
     judged,
     parts,
     task_weights,
 )
-from calmix.evaluation.retention import check_paired, nan_mean
+from calmix.evaluation.retention import rolled_up, task_pairs
 from calmix.options import Measure, Settings
 from calmix.specs import target_of
 from calmix.study.results import StudyResults, Trial
-
-if TYPE_CHECKING:
-    from pandas import DataFrame
 
 TOTAL, WORST = "total", "worst"
 
@@ -109,21 +107,17 @@ class Cells:
         """Weights of the tasks with signal in each quantity, shape (quantities, tasks)."""
         known = [task.signal for task in self.tasks]
         unit = np.where(known, np.eye(len(self.tasks)), np.nan)
-        return np.nan_to_num(rolled_up(unit, self.tasks, self.dimensions).T)
+        return np.nan_to_num(all_quantities(unit, self.tasks, self.dimensions).T)
 
     def of(self, strategy: str) -> list[int]:
         """Return the positions of the sets made by a strategy."""
         return [at for at, one in enumerate(self.per_set) if one.strategy == strategy]
 
 
-def rolled_up(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
+def all_quantities(values: Array, tasks: Sequence[Task], dimensions: Sequence[str]) -> Array:
     """Compute all quantities from values of the tasks, shape (..., tasks), ignoring nan."""
-    weights = np.array([task.weight for task in tasks])
-    members = [
-        [at for at, task in enumerate(tasks) if task.dimension == name] for name in dimensions
-    ]
-    stacked = np.stack([nan_mean(values[..., at], -1, weights[at]) for at in members], -1)
-    return np.concatenate([nan_mean(stacked, -1)[..., None], stacked, values], -1)
+    weights, of = [task.weight for task in tasks], [task.dimension for task in tasks]
+    return rolled_up(values, weights, of, dimensions)
 
 
 def dimensions_of(results: StudyResults) -> tuple[str, ...]:
@@ -221,39 +215,24 @@ def _cells(
             )
     first = tuple(next(same) for _, same in groupby(trials, key=lambda one: one.calibration))
     dense = results.dense[condition.model]
-    pruned = [results.scores[trial.id] for trial in trials]
-    for scores in pruned:
-        check_paired(dense, scores)
-    if without:
-        dense, *pruned = (
-            tuple(task for task in tasks if task.name not in without) for tasks in (dense, *pruned)
-        )
-    tasks, items, values = _measured(dense, pruned, measure)
-    each, accuracies = tasks, values
-    if measure != "accuracy":
-        each, _, accuracies = _measured(dense, pruned, "accuracy")
-    flips = np.array(
-        [
-            [
-                np.not_equal(before.values, after.values).mean()
-                if before.values and after.values
-                else math.nan
-                for before, after in zip(dense, scores, strict=True)
-            ]
-            for scores in pruned
-        ]
-    )
+    pairs = [
+        [both for both in task_pairs(dense, results.scores[one.id]) if both[0].name not in without]
+        for one in trials
+    ]
+    tasks, items, values = _measured(pairs, measure)
     names = [trial.calibration for trial in trials]
     measured = [trial.distance for trial in trials]
     alike = len({one["texts"] for one in measured if one}) == 1  # else distances are not comparable
     far = [{**one["dimensions"], TOTAL: one["total"]} if alike and one else {} for one in measured]
 
-    def table(rows: Sequence[Any] | Array) -> DataFrame:
+    def averaged(rows: Any) -> Array:
         """Average rows of trials over the seeds of each set."""
-        return pd.DataFrame(rows).groupby(names, sort=False).mean()
+        return pd.DataFrame(rows).groupby(names, sort=False).mean().to_numpy()
 
-    def rolled(of_tasks: Array, tasks: Sequence[Task]) -> Array:
-        return table(rolled_up(of_tasks, tasks, dimensions)).to_numpy()
+    def averaged_by(other: Ratio) -> Array:
+        """Return the means of all quantities by another measure."""
+        each, _, ratios = _measured(pairs, other)
+        return averaged(all_quantities(ratios, each, dimensions))
 
     distance = {}
     for key, field in (("kl", "kl_mean"), ("top1", "top1")):
@@ -261,7 +240,7 @@ def _cells(
             [each.get(name, {}).get(field, math.nan) for name in (TOTAL, *dimensions)]
             for each in far
         ]
-        distance[key] = table(rows).to_numpy()
+        distance[key] = averaged(rows)
     return Cells(
         condition,
         first,
@@ -269,28 +248,26 @@ def _cells(
         tasks,
         tuple((trial.calibration, trial.seed) for trial in trials),
         items,
-        rolled(values, tasks),
-        rolled(accuracies, each),
-        distance | {"flips": rolled(flips, [replace(one, weight=1.0) for one in each])},
+        averaged(all_quantities(values, tasks, dimensions)),
+        averaged_by("accuracy"),
+        distance | {"flips": averaged_by("flips")},
     )
 
 
 def _measured(
-    dense: Sequence[TaskScores],
-    pruned: Sequence[Sequence[TaskScores]],
-    measure: Measure,
+    trials: Sequence[Sequence[TaskPair]], measure: Ratio
 ) -> tuple[tuple[Task, ...], dict[int, tuple[Array, Array]], Array]:
     """Return the tasks (for `right`, the abilities), the items of those with signal, and retention,
     shape (trials, tasks)."""
-    if measure == "right":
-        dense, *pruned = (judged(scores, measure) for scores in (dense, *pruned))
-        if not dense:
-            raise InputError("no task has generated answers: use another --measure")
+    columns = [*zip(*(judged(pairs, measure) for pairs in trials), strict=True)]
+    if measure == "right" and not columns:
+        raise InputError("no task has generated answers: use another --measure")
+    dense = [column[0][0] for column in columns]
     tasks, items = [], {}
-    values = np.full((len(pruned), len(dense)), np.nan)
+    values = np.full((len(trials), len(dense)), np.nan)
     for at, (before, weight) in enumerate(zip(dense, task_weights(dense, measure), strict=True)):
         signal = has_signal(before, measure)
-        measured = [parts(before, scores[at], measure) for scores in pruned]
+        measured = [parts(before, after, measure) for _, after in columns[at]]
         tasks.append(
             Task(
                 before.name,

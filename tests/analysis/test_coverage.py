@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from calmix.study.bootstrap import Seeds, corrected, joint
-from calmix.study.cells import Cells, Condition, Task, rolled_up
+from calmix.study.cells import Cells, Condition, Task, all_quantities
 from calmix.study.differences import compare
 from calmix.study.ranking import shrink
 from tests.tiny import quick
@@ -63,7 +63,7 @@ def made(truth, rng):
         for at in range(count)
     )
     cells = Cells(AT, sets, ("a", "b"), TASKS, tuple(trials), items, nothing, nothing, {})
-    return cells, rolled_up(np.stack(expected, 1), TASKS, "ab")
+    return cells, all_quantities(np.stack(expected, 1), TASKS, "ab")
 
 
 def studies(truth, times, seed=0):
