@@ -5,6 +5,11 @@
 H9: the curve of Qwen2.5-Coder-0.5B, logit(kept) = -0.60 - 0.88 ln(KL), against the share of right
 answers that each trial keeps. H10: whether KL orders pairs of trials as right answers do: two texts
 under one method, or two types or methods with one text, of one seed.
+
+The study is not finished. To go on, beside a copy of third-model.yaml and its twins:
+
+    tar xJf studies/results/third-model/store.tar.xz
+    CALMIX_DATA=FOLDER calmix study run third-model.yaml -o third-model --allow-code-execution
 """
 
 from __future__ import annotations
