@@ -43,18 +43,18 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
+from calmix import memory
 from calmix.deploy import pack as packed
 from calmix.errors import CalmixError
 from calmix.evaluation.likelihood import row_nll
 from calmix.evaluation.scorer import Scorer
-from calmix.models.blocks import Prunable, find_blocks
+from calmix.models.blocks import Prunable, find_blocks, first_tensor
 from calmix.models.opening import open_model
-from calmix.pruning import budget, checkpoint, engine
+from calmix.pruning import checkpoint, engine
 from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import PruneReport
-from calmix.pruning.trace import first_tensor
 from calmix.pruning.work import States
 from calmix.recovery.blocks import relative_error
 from calmix.recovery.checkpoint import recover
@@ -349,7 +349,7 @@ class Sweep:
         room = mock.patch.object(
             checkpoint, "States", lambda folder, device, *_: States(folder, device)
         )
-        few = mock.patch.object(budget, "tokens_at_once", return_value=5 * LENGTH)
+        few = mock.patch.object(memory, "tokens_at_once", return_value=5 * LENGTH)
         with room if files else mock.MagicMock(), few:
             return prune_checkpoint(str(self.dense), output, request, dtype=dtype, started=drawn)
 

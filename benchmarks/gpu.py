@@ -23,9 +23,9 @@ import torch
 from common import HERE, commit, machine
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calmix.machine import device_memory, host_memory, tokens_at_once
+from calmix.machine import host_memory, tokens_at_once
+from calmix.memory import GIB, device_memory, solver_bytes
 from calmix.models.opening import device_of
-from calmix.pruning.budget import GIB, solver_bytes
 from calmix.pruning.engine import prune
 from calmix.pruning.gram import Gram, Squares, relative_error
 from calmix.pruning.methods import get_method

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from calmix.pruning.budget import parse_memory
+from calmix.memory import parse_memory
 
 SHAPES = {
     "llama-3.1-8b": {

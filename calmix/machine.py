@@ -56,23 +56,6 @@ def cores() -> int:
     return max(1, most)
 
 
-def device_memory(device: torch.device) -> tuple[int, int, int | None]:
-    """Return a device's memory in bytes: used by this process, still available to it, and total;
-    None for the total where memory can be swapped."""
-    if device.type not in ("cuda", "xpu"):
-        return psutil.Process().memory_info().rss, host_memory()[0], None
-    backend = torch.get_device_module(device)
-    free, total = backend.mem_get_info(device)
-    in_use = backend.memory_allocated(device)
-    return in_use, free + backend.memory_reserved(device) - in_use, total
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """Whether a device ran out of memory; backends share no exception class."""
-    known = any(part in str(error) for part in ("out of memory", "ALLOC_FAILED", "allocate memory"))
-    return known or isinstance(error, torch.OutOfMemoryError)
-
-
 class Laps:
     """Seconds by activity, from the host's clock or from events in a device's queue."""
 

@@ -7,7 +7,7 @@ import psutil
 import pytest
 import torch
 
-from calmix import machine
+from calmix import machine, memory
 from calmix.models import opening
 
 MIB = 2**20
@@ -62,8 +62,8 @@ def test_device_memory(monkeypatch):
         **{key: lambda _, value=value: value for key, value in values.items()}
     )
     monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
-    assert machine.device_memory(torch.device("cuda", 1)) == (30, 90, 200)
-    stored, free, total = machine.device_memory(torch.device("cpu"))
+    assert memory.device_memory(torch.device("cuda", 1)) == (30, 90, 200)
+    stored, free, total = memory.device_memory(torch.device("cpu"))
     assert 0 < stored < free + stored
     assert total is None
 

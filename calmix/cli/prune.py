@@ -44,7 +44,7 @@ class WorkOptions(TextField, DrawOptions, ModelOptions):
 
     def most(self) -> int | None:
         """Return the bytes of memory to use at most."""
-        from calmix.pruning.budget import parse_memory
+        from calmix.memory import parse_memory
 
         return None if self.max_memory is None else parse_memory(self.max_memory)
 

@@ -17,12 +17,12 @@ from calmix.compression.plan import Request, empty_model
 from calmix.compression.run_stages import stages
 from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.files import check_free
+from calmix.memory import BEHIND, check_memory
 from calmix.models.opening import check_models, resolve_model
 from calmix.models.shards import MOST_FILE_BYTES, weight_bytes
 from calmix.options import BITS_METHOD, NONE, Recovering
 from calmix.pruning.allocation import planned_bytes
 from calmix.pruning.checkpoint import planned
-from calmix.recovery.memory import BEHIND, check_memory
 from calmix.specs import PruneRequest
 from calmix.study.estimate import PROGRAM, SCORED_BYTES, EmptyModel, suite_size
 

@@ -23,6 +23,7 @@ from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
 from calmix.evaluation.suites import Suite, choose, prompt_suite, runnable, suite_file
 from calmix.evaluation.tasks import suite_items
 from calmix.files import cached_sha256, sha256_file, size_text, user_path
+from calmix.memory import parse_memory
 from calmix.models.folder import fingerprint
 from calmix.models.opening import OpenModel, check_models, resolve_model
 from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype
@@ -36,7 +37,6 @@ from calmix.options import (
     parse_share,
 )
 from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
-from calmix.pruning.budget import parse_memory
 from calmix.pruning.engine import check_pattern
 from calmix.pruning.file_types import RECIPES, check_whole
 from calmix.pruning.held_out import PER_INPUT, rows_needed

@@ -21,11 +21,11 @@ from calmix.evaluation.scores import describe, load_dense, write_scores
 from calmix.evaluation.suites import Suite, choose, runnable
 from calmix.files import sha256_file, write_json
 from calmix.manifest import MANIFEST, Input, read_sealed, record
+from calmix.memory import parse_memory
 from calmix.models.folder import fingerprint
 from calmix.models.opening import open_model, resolve_model
 from calmix.options import DrawOptions, Recovering, option_words
 from calmix.progress import Progress
-from calmix.pruning.budget import parse_memory
 from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.recovery.checkpoint import recover
 from calmix.specs import PruneRequest, prune_request, recover_request

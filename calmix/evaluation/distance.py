@@ -28,12 +28,12 @@ from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import Array
 from calmix.evaluation.retention import estimate, item_weights
 from calmix.files import write_bytes
+from calmix.memory import LOGIT_POSITIONS
 from calmix.models.opening import OpenModel
 from calmix.precision import dtype_name
 
 REFERENCE_VERSION = 2  # raised when references change, so that cached ones are not reused
 ANSWER = 128  # tokens of an answer on which the distance is measured
-POSITIONS = 128  # positions whose logits of both models are in memory at a time
 REPORTED = ("kl_median", "kl_p99", "top1")
 
 Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
@@ -216,7 +216,7 @@ def logit_pairs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield float32 logits of two models, a few positions at a time; `states` enter their heads,
     shape (positions, width)."""
-    for both in zip(*(one.split(POSITIONS) for one in states), strict=True):
+    for both in zip(*(one.split(LOGIT_POSITIONS) for one in states), strict=True):
         logits = [head(part) for head, part in zip(heads, both, strict=True)]
         for first, second in zip(*map(likelihood.in_cache, logits), strict=True):
             yield first.float(), second.float()

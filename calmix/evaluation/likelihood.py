@@ -20,6 +20,7 @@ from torch import Tensor
 
 from calmix.errors import InputError, ModelError, first_line
 from calmix.machine import tokens_at_once, values_at_once
+from calmix.memory import in_parts
 from calmix.models.blocks import decoder_of
 from calmix.models.loading import check_length, to_continue
 from calmix.models.opening import OpenModel
@@ -140,9 +141,11 @@ def hidden_states(decoder: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     device = next(decoder.parameters()).device
     step = max(1, tokens_at_once(device) // ids.shape[1])
-    for start in range(0, len(ids), step):
-        part = slice(start, min(start + step, len(ids)))
-        yield part, decoder(input_ids=ids[part].to(device), use_cache=False)[0][:, :-1]
+
+    def run(part: slice) -> Tensor:
+        return decoder(input_ids=ids[part].to(device), use_cache=False)[0][:, :-1]
+
+    yield from in_parts(run, len(ids), step)
 
 
 @torch.inference_mode()

@@ -17,8 +17,9 @@ models are scored one sequence per right-padded row.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch.nn.utils.rnn import pad_sequence
 from calmix.errors import ModelError
 from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import Progress, close, decoder_and_head, log_sums
+from calmix.memory import halving
 from calmix.models.caches import cache_argument, repeated_cache
 from calmix.models.loading import quiet_transformers, to_continue
 from calmix.models.opening import OpenModel
@@ -155,11 +157,10 @@ class Scorer:
         short = [one for one in scored if len(one[0]) - 1 <= self.window]
         for prefix, beside in plan(short, row_tokens=ROW_TOKENS):
             cache = prefix_cache(self._decoder, prefix) if prefix else None
-            for rows in batches(beside, self.batch_tokens):
-                yield rows, self._run_packed(rows, cache, len(prefix))
+            run = partial(self._run_packed, cache=cache, prefix=len(prefix))
+            yield from batches(beside, self.batch_tokens, run)
         long = [one for one in scored if len(one[0]) - 1 > self.window]
-        for rows in batches(trees(long, [0] * len(long)), self.batch_tokens):
-            yield rows, self._run(rows)
+        yield from batches(trees(long, [0] * len(long)), self.batch_tokens, self._run)
 
     def _run(self, rows: Sequence[Row], **more: Any) -> Tensor:
         """Return the last hidden states of right-padded rows; causality makes padding harmless."""
@@ -267,12 +268,19 @@ def attention_window(model: Any) -> float:
     return float(min((value for value in known if isinstance(value, int)), default=float("inf")))
 
 
-def batches(rows: Sequence[Row], tokens: int) -> Iterator[list[Row]]:
-    """Yield rows, longest first, in batches of at most `tokens` tokens including padding."""
+def batches(
+    rows: Sequence[Row], tokens: int, run: Callable[[list[Row]], Tensor]
+) -> Iterator[tuple[list[Row], Tensor]]:
+    """Yield rows, longest first, in batches of at most `tokens` tokens including padding, and what
+    running them returns; in smaller ones where a device has no memory for that."""
     left = sorted(rows, key=len, reverse=True)
+
+    def run_next(count: int) -> Tensor:
+        return run(left[:count])
+
     while left:
-        count = max(1, tokens // max(1, len(left[0])))
-        yield left[:count]
+        count, result = halving(run_next, min(len(left), max(1, tokens // max(1, len(left[0])))))
+        yield left[:count], result
         left = left[count:]
 
 

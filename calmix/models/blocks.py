@@ -363,3 +363,8 @@ def outer_layers(model: Any) -> dict[str, nn.Parameter]:
     """Return the same weights by the names of their modules."""
     names = {id(weight): name for name, weight in model.named_parameters()}
     return {names[id(weight)].removesuffix(".weight"): weight for weight in outer_weights(model)}
+
+
+def first_tensor(result: Any) -> Tensor:
+    """Return the hidden states in a block's output."""
+    return result[0] if isinstance(result, tuple | list) else result

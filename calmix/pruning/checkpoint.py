@@ -10,6 +10,7 @@ device, or in files if there is no room.
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -47,15 +48,15 @@ from calmix.manifest import (
     record,
     run_record,
 )
+from calmix.memory import Plan, plan_pruning
 from calmix.models.folder import BESIDE_WEIGHTS, save_config, save_tokenizer, weight_files
 from calmix.models.loading import quiet_transformers
 from calmix.models.opening import OpenModel, check_ids, check_models, open_model
 from calmix.models.shards import read_file, stored_tensors, write_file, write_index
 from calmix.models.streaming import StreamedModel
-from calmix.options import NONE, Recovering
+from calmix.options import BITS_METHOD, NONE, Recovering
 from calmix.precision import dtype_name, narrower
 from calmix.pruning.allocation import check_mixed, loss_pass
-from calmix.pruning.budget import Plan, plan_for
 from calmix.pruning.engine import (
     BACKWARD,
     Patterns,
@@ -65,8 +66,8 @@ from calmix.pruning.engine import (
     memory_errors,
 )
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, unscored, write_dropped
-from calmix.pruning.held_out import held_out_rows
-from calmix.pruning.methods import Look, Method
+from calmix.pruning.held_out import held_out_rows, widest_to_move
+from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Mixed, Recipe, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.solvers.grids import SCALES, stored
@@ -206,17 +207,22 @@ class _Pruning:
     def plan(self, shape: Sequence[int], method: Method | None = None) -> Plan:
         """Return the memory plan of pruning, or of a pass over the dense model with a `method`."""
         run, how = self.engine(), dict[str, Any]()
-        outer = self.request.mixed or bool(run.outer)
         if method is None:
             how["sequential"] = run.propagation == "sequential"
             how["rows_at_once"] = self.work.state.get("report", {}).get("rows_at_once", 0)
-            how["dense_targets"] = run.has_dense_targets and bool(held_out_rows(shape[0]))
-        how |= {"budget": self.run.max_memory, "embeddings": outer}
-        return plan_for(self.source, shape, method or self.method, **how)
+            if run.has_dense_targets and held_out_rows(shape[0]):
+                how["followed"] = widest_to_move(math.prod(shape))
+        else:
+            how["backward"] = self.weighs
+        if self.request.mixed or run.outer:
+            how["outer"] = get_method(BITS_METHOD), method or self.method
+        return plan_pruning(
+            self.source, shape, method or self.method, budget=self.run.max_memory, **how
+        )
 
     def plans(self, shape: Sequence[int]) -> list[Plan]:
         """Return the memory plans of pruning and of the passes before it."""
-        dense = self.request.drop_experts is not None or self.request.mixed
+        dense = self.request.drop_experts is not None or self.request.mixed or self.weighs
         return [self.plan(shape), *([self.plan(shape, Look())] if dense else [])]
 
     def check_room(self, shape: Sequence[int]) -> None:

@@ -35,14 +35,15 @@ from torch import Tensor, nn
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError, PassingError, SolverError, nearest
-from calmix.machine import Laps, out_of_memory, tokens_at_once
+from calmix.machine import Laps, tokens_at_once
+from calmix.memory import EXPERT_BYTES, ROUNDED_AT_ONCE, out_of_memory
 from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation, Statistics
 from calmix.precision import bfloat16_products, dtype_name, narrower, reproducible
 from calmix.progress import half
-from calmix.pruning.experts import EXPERT_BYTES, SMOOTHING, Routed, Step
+from calmix.pruning.experts import SMOOTHING, Routed, Step
 from calmix.pruning.gram import (
     Cross,
     Gram,
@@ -58,7 +59,7 @@ from calmix.pruning.held_out import (
     HeldOut,
     checked,
     held_out_rows,
-    may_move,
+    widest_to_move,
 )
 from calmix.pruning.held_out import STORED_TOKENS as JUDGING
 from calmix.pruning.imatrix import importance
@@ -75,7 +76,6 @@ from calmix.pruning.work import States
 
 Patterns = Pattern | Mapping[str, Pattern]  # one for all layers, or one per layer name
 BACKWARD = 4  # times fewer rows run backward than forward at a time
-ROUNDED_AT_ONCE = 2**23  # weights of an embedding rounded at a time
 Work = Callable[[int, tuple[Any, ...], dict[str, Any]], None]  # on a micro-batch and its arguments
 
 
@@ -477,7 +477,7 @@ class Run:
 
     def _follows(self, shared: SharedInput) -> bool:
         """Whether the layers of an input make up for the errors of earlier ones."""
-        return self.follows_dense and may_move(shared[0].shape[1], self.report.tokens)
+        return self.follows_dense and shared[0].shape[1] <= widest_to_move(self.report.tokens)
 
     def _key(self, at: int, number: int) -> int:
         """Return where the states hold the dense model's `at`-th input of the block."""

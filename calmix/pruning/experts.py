@@ -23,7 +23,6 @@ from torch.overrides import TorchFunctionMode
 from calmix.errors import ModelError
 from calmix.models.blocks import Mixture, Prunable
 
-EXPERT_BYTES = 2**30  # for statistics of experts at a time
 SMOOTHING = 32.0  # weight of the all-token average, in tokens
 MATMULS = frozenset(
     {

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from calmix.errors import SolverError
+from calmix.memory import LAYER_ENTRIES
 from calmix.precision import bfloat16_products, large_products, widest
 
 CONVERTED_TOKENS = 2048  # tokens converted to float32 at a time: they fit in the L2 cache
@@ -29,7 +30,6 @@ ACCELERATOR_PANEL = 2048  # elsewhere: each product launches a kernel, and large
 PROBES = 8  # random vectors that estimate the norm of a row's Gram matrix
 MOST_SHRINKAGE = 1.0  # of the mean diagonal, added to the diagonal
 OUTPUTS = 512  # rows of a layer processed at a time: a fast product, little extra memory
-LAYER_ENTRIES = 2**25  # of a layer processed at a time on an accelerator, to launch few kernels
 # Precision and multiple of the requested damping, tried in turn until the factor exists.
 ATTEMPTS = (
     (torch.float32, 1),

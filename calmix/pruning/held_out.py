@@ -43,9 +43,10 @@ def held_out_rows(rows: int, sources: Sequence[str] = ()) -> list[int]:
     return sorted(order[SHARE // 2 :: SHARE]) if rows >= SHARE else []
 
 
-def may_move(columns: int, tokens: int) -> bool:
-    """Whether there are tokens enough for a layer to make up for the errors of earlier ones."""
-    return tokens >= PER_MOVE * columns
+def widest_to_move(tokens: int) -> int:
+    """Return the most inputs of a layer for which there are tokens enough to make up for the errors
+    of earlier ones."""
+    return tokens // PER_MOVE
 
 
 def rows_needed(columns: int, length: int, per_input: int = PER_INPUT) -> int:

@@ -29,13 +29,12 @@ from torch import Tensor, nn
 
 from calmix.errors import ModelError
 from calmix.evaluation.likelihood import in_cache
+from calmix.memory import LOGIT_POSITIONS, STORED, token_bytes
 from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, outer_layers
 from calmix.precision import reproducible
-from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls, token_bytes
+from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls
 
-LOGIT_POSITIONS = 128  # whose logits are in memory at a time
 POWER = 0.5  # of a cost in a token's weight
-STORED = 4 * 2**30  # bytes of hidden states stored at a time, of all blocks
 # From layers that share an input (their outputs by name), calibration rows and their inputs: the
 # inputs, each token times the square root of its weight.
 Weighting = Callable[[Mapping[str, int], slice, Tensor], Tensor]

@@ -18,10 +18,9 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from calmix.errors import ModelError, first_line
-from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of
+from calmix.models.blocks import DecoderBlocks, Dense, Prunable, decoder_of, first_tensor
 from calmix.pruning.experts import Routed
 
 TRACED_TOKENS = 8  # tokens a block is traced on
@@ -306,38 +305,3 @@ def observe_block(
             if isinstance(one, Prunable):
                 place.append(one)
     return list(inputs.values()), dense
-
-
-def token_bytes(model: Any, blocks: DecoderBlocks) -> int:
-    """Return the bytes per token of the hidden states between blocks.
-
-    Measured by running the first block on two tokens, with zeros for weights not in memory: some
-    blocks return float32 whatever their weights, and some return several streams.
-    """
-    decoder, block = decoder_of(model), blocks.blocks[0]
-    later = {id(p) for other in blocks.blocks[1:] for p in other.parameters()}
-    none = {
-        name: torch.zeros_like(p, device="cpu")
-        for name, p in decoder.named_parameters()
-        if p.is_meta and id(p) not in later
-    }
-    first = next(block.parameters())
-    ids = torch.zeros(1, 2, dtype=torch.int64, device="cpu" if first.is_meta else first.device)
-    sizes: list[int] = []
-
-    def stop(module: nn.Module, args: Any, result: Any) -> None:
-        sizes.append(first_tensor(result).nbytes)
-        raise StopIteration  # the rest need not run
-
-    # If this fails for any reason, the configuration is used instead.
-    with block.register_forward_hook(stop), suppress(Exception), torch.no_grad():
-        functional_call(decoder, none, kwargs={"input_ids": ids, "use_cache": False})
-    if sizes:
-        return sizes[0] // ids.numel()
-    width = blocks.width or max(layer.shape[1] for layer in blocks.prunables(0, every=True))
-    return width * first.element_size()
-
-
-def first_tensor(result: Any) -> Tensor:
-    """Return the hidden states in a block's output."""
-    return result[0] if isinstance(result, tuple | list) else result

@@ -24,7 +24,7 @@ from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import InputError, disk_errors
 from calmix.evaluation.likelihood import close
 from calmix.files import check_free, copy_files, matching, sha256_json, write_json
-from calmix.machine import device_memory, give_memory_back
+from calmix.machine import give_memory_back
 from calmix.manifest import (
     MANIFEST,
     RUN,
@@ -36,26 +36,23 @@ from calmix.manifest import (
     record,
     run_record,
 )
+from calmix.memory import budgeted, check_memory, device_memory, plan_recovery, token_bytes
 from calmix.models.folder import BESIDE_WEIGHTS
 from calmix.models.opening import check_ids, device_of, open_model
 from calmix.models.shards import weight_dtype, write_index
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, reproducible, suited
-from calmix.pruning.budget import GIB
 from calmix.pruning.checkpoint import check_request, is_of
 from calmix.pruning.expert_pruning import experts_of
 from calmix.pruning.solvers.grids import SCALES, read_blocks, read_grids, replace_blocks
-from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import CHECKPOINT, WorkFolder, draw_set
 from calmix.recovery.blocks import recover_blocks
 from calmix.recovery.distill import distill_model
-from calmix.recovery.memory import check_memory, make_plan
-from calmix.recovery.training import Masters, rows_at_once, split_rows, trained_parameters
+from calmix.recovery.training import Masters, rows_at_once, split_rows, trained_weights
 from calmix.shown import Shown
 from calmix.specs import How
 
-ROOM = 0.8  # of the free memory, used without a budget
 DENSE_ZEROS = 0.01  # share of zeros below which a model counts as dense
 UNRELATED = 0.9  # relative distance of embeddings beyond which models are unrelated
 COMPARED_ROWS = 4096  # rows of the embeddings that are compared
@@ -112,7 +109,7 @@ class RecoveryRun:
         fixed: names of those whose grid is not stored (experts in one tensor, or a matrix stored
             transposed); they are not trained.
         calibration: the set; `training` and `held_out` are indices of its rows.
-        rows, sparing: the memory plan, from `make_plan`.
+        rows, sparing: the memory plan, from `plan_recovery`.
     """
 
     def __init__(self, request: Recovering, output: Path, run: How) -> None:
@@ -172,11 +169,7 @@ class RecoveryRun:
             )
 
     def begin(self, calibration: CalibrationSet) -> None:
-        """Set the calibration set, hold rows out, plan the memory, and resume the clock.
-
-        The process's memory is rounded up to a quarter of a GiB, so that the same budget gives the
-        same plan.
-        """
+        """Set the calibration set, hold rows out, plan the memory, and resume the clock."""
         self.calibration = calibration
         seed = calibration.manifest.get("seed")
         self.seed = seed if isinstance(seed, int) else 0
@@ -184,19 +177,18 @@ class RecoveryRun:
         self.training, self.held_out = split_rows(sources, batch, self.seed)
         self.began = time.perf_counter() - self.work.state.get("seconds", 0.0)  # of earlier runs
         give_memory_back()
-        resident, free, _ = device_memory(self.device)
-        rows = rows_at_once(self.request.batch, calibration.length)
-        if (most := self.run.max_memory) is None:
-            rows, room = rows[:1], int(ROOM * free)
-        else:
-            resident = -(-resident // (GIB // 4)) * (GIB // 4)
-            room = most - resident
+        limit, rows = self.run.max_memory, rows_at_once(self.request.batch, calibration.length)
+        resident, most = budgeted(self.device, limit)
+        if limit is None and self.device.type == "cpu":  # results do not depend on the free memory
+            rows = rows[:1]
         if begun := self.work.state.get("rows_at_once"):
             rows = [begun]
-        self.rows, self.sparing, needed = make_plan(
-            self.pruned, self.request.method, calibration.length, rows, room
+        trained = trained_weights(self.pruned.model, self.request.method)
+        self.rows, self.sparing, needed = plan_recovery(
+            self.pruned, calibration.length, rows, most - resident, trained
         )
-        self.run.note("recovery " + check_memory(needed, resident, most, free))
+        free = device_memory(self.device)[1]
+        self.run.note("recovery " + check_memory(needed, resident, limit, free))
 
     def check_room(self, tokens: int) -> None:
         """Refuse a recovery if the disk has no room for the files of this many tokens."""
@@ -204,9 +196,8 @@ class RecoveryRun:
         needed = sum(place.size for place in source.places.values())
         width = source.model.get_output_embeddings().weight.shape[1]
         states = tokens * width * source.dtype.itemsize
-        if self.request.method == "distill":
-            trained = trained_parameters(source.model).values()
-            needed += states + 2 * (12 + 4) * sum(p.numel() for p in trained)
+        if trained := trained_weights(source.model, self.request.method):
+            needed += states + 2 * (12 + 4) * trained
         else:
             needed += 2 * tokens * token_bytes(source.model, source.blocks)
         check_free(self.output, needed - self.work.bytes, "checkpoint and states take up to")

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
+from calmix.memory import LOGIT_POSITIONS, LOGITS_AT_ONCE
 from calmix.models.blocks import find_blocks
 from calmix.models.opening import open_model
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.solvers.grids import stored
-from calmix.recovery.memory import CHUNK_TOKENS, LOGITS_AT_ONCE
 from calmix.recovery.training import TrainingState, grouped, steps_of, train, trained_parameters
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def divergence(
     """
     learns = torch.is_grad_enabled() and hidden.requires_grad
     total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    chunk = max(CHUNK_TOKENS, LOGITS_AT_ONCE // vocabulary)
+    chunk = max(LOGIT_POSITIONS, LOGITS_AT_ONCE // vocabulary)
     gradients: list[Tensor] = []
     for states, dense_states in zip(hidden.detach().split(chunk), target.split(chunk), strict=True):
         states.requires_grad_(learns)

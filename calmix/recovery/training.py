@@ -104,6 +104,13 @@ def trained_parameters(model: Any) -> dict[str, nn.Parameter]:
     }
 
 
+def trained_weights(model: Any, method: str) -> int | None:
+    """Return the number of weights that distillation trains; None if another method recovers."""
+    if method != "distill":
+        return None
+    return sum(p.numel() for p in trained_parameters(model).values())
+
+
 def size_of(stored: Tensor) -> float:
     """Return the root mean square of a tensor's nonzero weights, clamped to `SIZES`.
 

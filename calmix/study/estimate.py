@@ -1,7 +1,6 @@
 """Memory and disk that a run needs, known before it starts from headers and counts.
 
-A model is built from its configuration only, without weights. Memory comes from
-`pruning.budget.plan_for` and `recovery.memory`.
+A model is built from its configuration only, without weights. Memory comes from `calmix.memory`.
 """
 
 from __future__ import annotations
@@ -19,16 +18,15 @@ from calmix.errors import InputError
 from calmix.evaluation.suites import ARCHIVE, Suite
 from calmix.evaluation.tasks import load_items
 from calmix.files import size_text
-from calmix.machine import device_memory, host_memory
+from calmix.machine import host_memory
+from calmix.memory import device_memory, plan_pruning, plan_recovery
 from calmix.models.blocks import find_blocks, outer_weights
 from calmix.models.hub import known_model
 from calmix.models.loading import loading
 from calmix.models.opening import DTYPES, device_of, resolve_model
 from calmix.options import Recovering
 from calmix.precision import narrower, suited
-from calmix.pruning.budget import plan_for
-from calmix.recovery import memory as recovery
-from calmix.recovery.training import rows_at_once
+from calmix.recovery.training import rows_at_once, trained_weights
 from calmix.study.spec import Study
 from calmix.study.trials import Condition, Planned, plan
 
@@ -43,7 +41,7 @@ class EmptyModel:
     Arguments are those of `open_model`; for a hub model only config.json is fetched.
     """
 
-    merges = False  # `plan_for` and `recovery.make_plan` read this and the public attributes
+    merges = False  # `calmix.memory` reads this and the public attributes
 
     def __init__(
         self, name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
@@ -85,13 +83,14 @@ class EmptyModel:
         """Return the bytes that recovery needs besides the program; less if `room` is limited."""
         source: Any = self
         rows = rows_at_once(request.batch, length)
-        return recovery.make_plan(source, request.method, length, rows, room)[-1]
+        trained = trained_weights(self.model, request.method)
+        return plan_recovery(source, length, rows, room, trained)[-1]
 
     def trial_memory(self, trial: Planned, *, compared: bool) -> float:
         """Return a trial's peak memory in bytes on the device that prunes."""
         source: Any = self
         shape = trial.rows, trial.length
-        needed = plan_for(source, shape, trial.request.chosen, budget=2**62).needed
+        needed = plan_pruning(source, shape, trial.request.chosen, budget=2**62).needed
         blocks = 2 * max(self.blocks.sizes)  # already counted in `self.bytes`
         scored = 3 * 512 * self.vocabulary * 4  # logits
         if compared and trial.request.embeddings:  # distance needs the dense head

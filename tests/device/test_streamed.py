@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from calmix.memory import Plan
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed
 from calmix.pruning.engine import Run
 from calmix.pruning.methods import get_method

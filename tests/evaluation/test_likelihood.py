@@ -125,7 +125,7 @@ def whole(dense, pruned, ids):
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "modernbert-decoder"])
 def test_distance_matches_full_logits(kind, monkeypatch):
-    monkeypatch.setattr(module, "POSITIONS", 7)
+    monkeypatch.setattr(module, "LOGIT_POSITIONS", 7)
     monkeypatch.setattr("calmix.machine.MICRO_TOKENS", 100)
     monkeypatch.setattr("calmix.machine.CACHED_VALUES", 300)  # room for a few positions
     dense, pruned = pair(kind)

@@ -9,16 +9,15 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
+from calmix import memory
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError, SolverError
-from calmix.machine import out_of_memory
+from calmix.memory import Plan, out_of_memory, token_bytes
 from calmix.models.blocks import find_blocks, outer_weights
 from calmix.models.opening import open_model
 from calmix.models.shards import weight_bytes
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import budget
 from calmix.pruning.allocation import LossPass
-from calmix.pruning.budget import Plan
 from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
 from calmix.pruning.engine import Run, prune, run_through
 from calmix.pruning.expert_pruning import ScorePass
@@ -27,7 +26,6 @@ from calmix.pruning.held_out import HeldOut
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.solvers.grids import read_blocks, read_grids
-from calmix.pruning.trace import token_bytes
 from calmix.pruning.work import WorkFolder, read_record
 from calmix.specs import prune_request
 from tests.forks import stopped
@@ -282,7 +280,7 @@ def test_killed_prune_resumes_to_the_same_bytes(
     save_file(stored | biases, model / "model.safetensors", {"format": "pt"})
     command, whole, cut = command_of(model, text_file, *asked), tmp_path / "whole", tmp_path / "cut"
     with monkeypatch.context() as patched:  # as with a small budget, which must not change sums
-        patched.setattr(budget, "tokens_at_once", lambda device: 64)
+        patched.setattr(memory, "tokens_at_once", lambda device: 64)
         calmix(*command, whole).ok()
         for moment, block in (one.split(":") for one in moments.split()):
             stopped(partial(arm, moment, int(block)), *command, cut, "--resume")

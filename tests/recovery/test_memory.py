@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 
+from calmix.memory import plan_recovery
 from calmix.models.streaming import StreamedModel
 from calmix.recovery import checkpoint
-from calmix.recovery.memory import make_plan
+from calmix.recovery.training import trained_weights
 from tests.forks import stopped
 from tests.recovery.conftest import METHODS, arm, command, manifest
 from tests.tiny import hashes, quick, save_tiny_model
@@ -17,9 +18,10 @@ from tests.tiny import hashes, quick, save_tiny_model
 def test_memory_is_saved_before_rows(tmp_path, kind):
     model = StreamedModel(str(save_tiny_model(tmp_path / kind, kind)))
     for method in METHODS:
+        trained = trained_weights(model.model, method)
 
-        def made(room, method=method):
-            return make_plan(model, method, 16, [4, 2, 1], room)
+        def made(room, trained=trained):
+            return plan_recovery(model, 16, [4, 2, 1], room, trained)
 
         plan, plans = made(math.inf), []
         while not plans or plan != plans[-1]:
@@ -38,7 +40,8 @@ def test_tied_head_counts_once(tmp_path):
     for tied in (False, True):
         folder = save_tiny_model(tmp_path / f"{tied}", "llama", tie_word_embeddings=tied)
         model = StreamedModel(str(folder))
-        needed.append(make_plan(model, "distill", 16, [1], math.inf)[-1])
+        trained = trained_weights(model.model, "distill")
+        needed.append(plan_recovery(model, 16, [1], math.inf, trained)[-1])
         head = model.model.get_output_embeddings().weight.nbytes
         model.close()
     assert needed[0] - needed[1] == head
@@ -53,7 +56,7 @@ def test_resume_keeps_rows_per_step(calmix, place, tmp_path, monkeypatch, method
 
     within = ("--max-memory", "64GiB")
     with monkeypatch.context() as patched:  # as if none were free
-        patched.setattr(checkpoint, "make_plan", lambda *of: make_plan(*of[:-1], 0))
+        patched.setattr(checkpoint, "plan_recovery", lambda *of: plan_recovery(*of[:3], 0, of[4]))
         calmix(*request("whole", *within)).ok()
         first = {"blocks": 1, "distill": 2}[method]  # where something is kept first
         stopped(partial(arm, "counted", first), *request("cut", *within))

@@ -158,7 +158,7 @@ def test_chunked_divergence(monkeypatch, cap):
     expected = (p * (p / q).log()).sum()
     expected.backward()
     monkeypatch.setattr(distill, "LOGITS_AT_ONCE", 0)
-    monkeypatch.setattr(distill, "CHUNK_TOKENS", 16)
+    monkeypatch.setattr(distill, "LOGIT_POSITIONS", 16)
     monkeypatch.setattr("calmix.machine.CACHED_VALUES", 150)  # three rows
     hidden.requires_grad_()
     ours, theirs = (partial(head, weight=weight) for weight in heads)

@@ -70,7 +70,7 @@ def test_trials_too_large_for_the_device_are_refused(tiny_study, monkeypatch):
 
 
 def test_rounded_head_needs_the_dense_model(tiny_study, monkeypatch):
-    monkeypatch.setattr(estimate, "plan_for", lambda *_, **how: SimpleNamespace(needed=0))
+    monkeypatch.setattr(estimate, "plan_pruning", lambda *_, **how: SimpleNamespace(needed=0))
     plain, rounded = (load_study(tiny_study(more=one)) for one in ("", "embeddings: 4\n"))
     model = EmptyModel(plain.file.models["tiny"].name)
     needed = [model.trial_memory(plan(study)[0], compared=True) for study in (plain, rounded)]

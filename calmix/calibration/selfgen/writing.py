@@ -23,14 +23,13 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.files import write_bytes
-from calmix.machine import device_memory, out_of_memory
+from calmix.memory import halving, plan_writing
 from calmix.models.caches import cache_argument, mixes_rows, reserved_cache
 from calmix.models.chat import end_tokens, generating
 from calmix.models.loading import quiet_transformers
 from calmix.models.opening import OpenModel
 
 BATCH = 128  # rows at a time; on two cores throughput does not grow beyond
-MEMORY_SHARE = 0.7  # of the free memory, for a batch
 MOSTLY_EMPTY = 0.5  # share of texts without a sampled token above which a model is refused
 STRETCH = 256  # entries of a distribution that are summed before the running sum is taken
 Tick = Callable[[int, int], None]  # takes numbers of rows, and of tokens that each has
@@ -190,7 +189,7 @@ def write(
         raise InputError(f"rows of {request.length} token leave the model nothing to write")
     say = note or (lambda line: None)
     ends, total = end_tokens(opened), len(request.openers)
-    folder, room = opened.cached("written", WRITER_VERSION, ends, asdict(request)), 0
+    folder = opened.cached("written", WRITER_VERSION, ends, asdict(request))
     size = 1 if mixes_rows(opened.model) else batch or BATCH
     parts: list[Written] = []
     at = 0
@@ -199,6 +198,9 @@ def write(
         if progress is not None:
             progress(at * request.length + rows * tokens, total * request.length)
 
+    def write_next(count: int) -> Written:
+        return _batch(opened, request, range(at, at + count), tick)
+
     while at < total:
         path, part = folder / f"{at:08d}.safetensors", None
         with contextlib.suppress(SafetensorError, OSError):  # missing or damaged
@@ -206,19 +208,12 @@ def write(
             tick(*part.ids.shape)
         if part is None:
             wanted = min(size, total - at)
-            room = room or _room(opened, request.length)
-            if room < wanted:
-                say(f"memory holds {room} rows at a time, not {wanted}: writing in smaller batches")
-                size = wanted = room
-            try:
-                part = _batch(opened, request, range(at, at + wanted), tick)
-            except RuntimeError as error:
-                if wanted == 1 or not out_of_memory(error):
-                    raise
-                size = wanted // 2
-                say(f"out of memory with {wanted} rows at a time: resuming with {size}")
-                continue
-            write_bytes(path, save(part._asdict()))
+            size = plan_writing(opened.model, request.length, wanted)
+            if size < wanted:
+                say(f"memory holds {size} rows at a time, not {wanted}: writing in smaller batches")
+            size, batch_rows = halving(write_next, size, say)
+            write_bytes(path, save(batch_rows._asdict()))
+            part = batch_rows
         parts.append(part)
         at += len(part.ids)
     written = Written(*map(torch.cat, zip(*parts, strict=True)))
@@ -256,27 +251,3 @@ def _batch(opened: OpenModel, request: WriteRequest, rows: range, tick: Tick) ->
             **{cache_argument(opened.model): reserved_cache(opened.model, request.length)},
         )
     return Written(written.cpu(), sampler.nll.cpu(), sampler.sampled)
-
-
-def _room(opened: OpenModel, length: int) -> int:
-    """Return how many rows fit in memory, with keys, values, logits and the sampler's tensors."""
-    config = opened.model.config.get_text_config(decoder=True)
-    layers = getattr(config, "num_hidden_layers", None) or 1
-    each = getattr(config, "per_layer_config", None)  # layers may differ: the widest counts
-    configs = [config] if each is None else [each[index] for index in range(layers)]
-
-    def most(key: str, otherwise: int) -> int:
-        return max(getattr(layer, key, None) or otherwise for layer in configs)
-
-    heads = most("num_attention_heads", 1)
-    shared = most("num_key_value_heads", heads)
-    head = most("head_dim", (getattr(config, "hidden_size", None) or 4096) // heads)
-    # Half a cache extra: sliding windows are concatenated, and attention widens a layer.
-    values = (3 * layers * shared + 2 * heads) * head * length
-    needed = values * opened.model.dtype.itemsize + 6 * 4 * int(config.vocab_size)
-    room = int(MEMORY_SHARE * device_memory(opened.model.device)[1] / needed)
-    if room < 1:
-        raise InputError(
-            f"memory does not hold one row of {length} tokens beside the model: use shorter rows"
-        )
-    return room

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
-from calmix.calibration.selfgen import writing
+from calmix import memory
 from calmix.calibration.selfgen.writing import WriteRequest, sample, write
 from calmix.errors import InputError
 from calmix.files import cache_dir
@@ -144,15 +144,15 @@ def test_interrupted_writing_resumes(opened):
 def test_batches_shrink_when_memory_is_short(opened, monkeypatch):
     plain, notes = write(opened, request(seed=7)).ids, []
     forget()
-    monkeypatch.setattr(writing, "device_memory", lambda device: (0, 60_000, None))
+    monkeypatch.setattr(memory, "device_memory", lambda device: (0, 60_000, None))
     assert torch.equal(write(opened, request(seed=7), note=notes.append).ids, plain)
     (note,) = notes
     assert note.startswith("memory holds ")
     assert note.endswith(" rows at a time, not 6: writing in smaller batches")
-    monkeypatch.setattr(writing, "device_memory", lambda device: (0, 0, None))
+    monkeypatch.setattr(memory, "device_memory", lambda device: (0, 0, None))
     with pytest.raises(InputError, match="memory does not hold one row of 24 tokens"):
         write(opened, request(seed=70))
-    monkeypatch.setattr(writing, "device_memory", lambda device: (0, 10**12, None))
+    monkeypatch.setattr(memory, "device_memory", lambda device: (0, 10**12, None))
     real = opened.model.generate
 
     def small_only(ids, **how):

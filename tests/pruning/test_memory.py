@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from calmix import memory
 from calmix.errors import InputError
+from calmix.memory import GIB, Plan, parse_memory, plan_pruning
 from calmix.models.blocks import find_blocks
 from calmix.models.streaming import StreamedModel
-from calmix.pruning import budget
-from calmix.pruning.budget import GIB, Plan, parse_memory, plan_for
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
 from tests.tiny import save_tiny_model
@@ -45,11 +45,11 @@ def source():
 @pytest.fixture
 def plan(source, monkeypatch):
     def made(gib, shape=(128, 2048), method="sparsegpt", hidden=4096, held=448, **how):
-        monkeypatch.setattr(budget, "token_bytes", lambda *_: 2 * hidden)
-        monkeypatch.setattr(budget, "device_memory", lambda _: (held * MIB, 0, None))
+        monkeypatch.setattr(memory, "token_bytes", lambda *_: 2 * hidden)
+        monkeypatch.setattr(memory, "device_memory", lambda _: (held * MIB, 0, None))
         model = SimpleNamespace(**source | {key: how.pop(key) for key in how.keys() & source})
         most = None if gib is None else int(gib * GIB)
-        return plan_for(model, shape, get_method(method), budget=most, **how)
+        return plan_pruning(model, shape, get_method(method), budget=most, **how)
 
     return made
 
@@ -96,9 +96,9 @@ def test_plan_is_sufficient_and_reported(plan, source):
 def test_plan_uses_the_widest_block(tmp_path, monkeypatch):
     """Gemma 4's full attention is wider than its sliding one."""
     seen = []
-    monkeypatch.setattr(budget, "solver_bytes", lambda _, layers, **how: seen.append(layers) or 0)
+    monkeypatch.setattr(memory, "solver_bytes", lambda _, layers, **how: seen.append(layers) or 0)
     opened = StreamedModel(str(save_tiny_model(tmp_path / "model", "gemma4_text")))
-    plan_for(opened, (12, 32), get_method("sparsegpt"), budget=2**40)
+    plan_pruning(opened, (12, 32), get_method("sparsegpt"), budget=2**40)
     shapes = [[layer.shape for layer in opened.blocks.prunables(index)] for index in (0, 1)]
     assert shapes[0] != shapes[1]
     assert seen[:4] == [shapes[0], [], shapes[1], []]
@@ -110,16 +110,16 @@ def test_micro_batch_follows_free_memory(tiny_folder, monkeypatch):
     model.device = torch.device("cuda")
 
     def plan(free, limit=None):
-        monkeypatch.setattr(budget, "device_memory", lambda device: (0, free, 80 * GIB))
-        return plan_for(model, (400, 32), get_method("sparsegpt"), budget=limit)
+        monkeypatch.setattr(memory, "device_memory", lambda device: (0, free, 80 * GIB))
+        return plan_pruning(model, (400, 32), get_method("sparsegpt"), budget=limit)
 
     whole = plan(2 * GIB)
     assert whole == Plan(8192, None, True, whole.needed, whole.expert_bytes, 400 * 32 * 32 * 4)
-    assert budget.WORKSPACE < whole.needed < budget.WORKSPACE + GIB // 8
-    least = (budget.WORKSPACE + 8 * MIB) / budget.FREE_SHARE / 0.95
+    assert memory.WORKSPACE < whole.needed < memory.WORKSPACE + GIB // 8
+    least = (memory.WORKSPACE + 8 * MIB) / memory.FREE_SHARE / 0.95
     assert 32 <= plan(int(least)).micro_tokens < 8192
     with pytest.raises(InputError, match="cannot hold one block at work"):
-        plan(budget.WORKSPACE)
+        plan(memory.WORKSPACE)
     assert plan(0, 2 * GIB).micro_tokens == 8192
 
 
