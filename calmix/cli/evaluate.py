@@ -350,7 +350,7 @@ def compare(
     ):
         line(words.wrapped(ceiling))
     line("")
-    _print_comparisons(comparisons, measure)
+    _print_comparisons(comparisons)
 
 
 def _compare_models(
@@ -450,15 +450,12 @@ def _result(path: Path) -> tuple[str, list[Path]]:
     return path.resolve().name, files
 
 
-def _print_comparisons(
-    comparisons: Sequence[Comparison], measure: Measure | None, *, alone: bool = False
-) -> None:
+def _print_comparisons(comparisons: Sequence[Comparison], *, alone: bool = False) -> None:
     """Print what models keep by ability, and their distance to the dense model; `alone` without
     what `evaluate` prints before."""
-    from calmix.evaluation.comparison import compared_by
     from calmix.report.words import comparison, distances
 
-    by = compared_by(comparisons, measure)
+    by = comparisons[0].retention.measure
     if alone and by == PRIMARY:
         line(
             ", ".join(f"{name}: {cell}" for name, cell in distances(comparisons[0]).items() if cell)
@@ -601,7 +598,7 @@ def _print(
         line("no signal: left out, because the dense score is within noise of the baseline")
     if any(row["scored by"] in BITS for row in tasks):
         line(UNITS_OF_BITS)
-    _print_comparisons([one], measure, alone=True)
+    _print_comparisons([one], alone=True)
 
 
 def _print_answers(answers: Answers, scores: CapabilityScores) -> None:

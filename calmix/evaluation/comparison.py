@@ -16,7 +16,6 @@ from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.distance import distance, pooled, reference
 from calmix.evaluation.evaluate import can_think, evaluate, how_asked, own_answers
 from calmix.evaluation.journal import Journal
-from calmix.evaluation.measures import PRIMARY
 from calmix.evaluation.retention import Retention, task_pairs
 from calmix.evaluation.scores import (
     CapabilityScores,
@@ -168,13 +167,6 @@ def scores_record(
         if (changed := compare_answers((dense, scores))) is not None:
             more["prompts"] = changed.to_dict()
     return pair_record(scores, dense, **more)
-
-
-def compared_by(comparisons: Sequence[Comparison], measure: Measure | None) -> str:
-    """Return what a table of several models shows: a `measure` that was chosen, else `right`, or
-    `primary` without generated answers."""
-    written = all(one.behaviour.answers for one in comparisons)
-    return measure or (PRIMARY if written else "primary")
 
 
 def read_pairs(

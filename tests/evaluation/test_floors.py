@@ -277,6 +277,16 @@ def test_task_of_two_suites_counts_where_it_has_most_items():
         behaviour((few, pruned))
 
 
+def test_task_that_one_model_was_not_asked_is_left_out():
+    """A chat template without tools cannot ask for tool calls."""
+    dense = scored(answered(20, 25), replace(answered(20, 25), name="tools"))
+    small = scored(dense.tasks[0], replace(dense.tasks[1], values=(), answers=()))
+    for pair in ((dense, small), (small, dense)):
+        assert behaviour(pair).answers.asked == 25
+        assert pair[1].retention(pair[0]).tasks[0].items == 25
+        assert judge(parse_floors("0.5"), [pair]).tested[0].items == 20
+
+
 def test_mcnemar_p():
     for lost, gained in ((12, 11), (0, 0), (5, 0), (700, 600), (1, 3)):
         wanted = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
