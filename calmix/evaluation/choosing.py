@@ -67,7 +67,10 @@ def choose_smallest(candidates: Sequence[Candidate], dense: str, margin: float) 
     apart = {
         name: behind(paired(name, [*zip(all_of[best], values, strict=True)]))
         for name, values in known.items()
+        if name != best
     }
+    if best in known:
+        apart[best] = Estimate(0.0, 0.0, 0.0)
     fine = [
         one
         for one in candidates

@@ -89,6 +89,8 @@ def choice_text(candidates: Sequence[Candidate], choice: Choice) -> str:
         text = f"No model is shown to be within {margin} of the best ({best}). Nearest is "
         text += f"{nearest}, {words.percent(apart.value)} behind, at most "
         text += f"{words.percent(apart.high)}: use a larger one, or ask more prompts."
+    elif choice.smallest == choice.best:
+        text = f"Use {best}: the best; no smaller one is shown to be within {margin} of it."
     else:
         name = choice.smallest
         text = f"Use {name}: the smallest that is not worse than the best ({best}) by {margin}"

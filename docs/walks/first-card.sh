@@ -14,5 +14,5 @@ if [ -n "${WHEEL:-}" ]; then
 fi
 calmix --version
 calmix compress "$MODEL" -o small --effort quick ${SUITE:+--suite "$SUITE"}
-ls -d small/card.html small/model small/pack
+ls -d small/card.html small/model.gguf
 echo "arrived after $(($(date +%s) - began)) s"

@@ -20,6 +20,5 @@ if [ -z "${CHATS:-}" ]; then
 fi
 calmix calibrate show "$CHATS"
 calmix compress "$MODEL" -o small --effort quick --calibration "$CHATS:1,${REST:-encyclopedia:1}" ${SUITE:+--suite "$SUITE"}
-calmix export small/pack --to model -o again
-ls -d small/card.html again
+ls -d small/card.html small/model.gguf
 echo "arrived after $(($(date +%s) - began)) s"

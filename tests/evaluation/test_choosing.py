@@ -51,6 +51,10 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     assert choose_smallest(found, "dense", 0.001).smallest is None
     text = choice_text(found, choose_smallest(found, "dense", 0.001))
     assert "Nearest is q8, 0.0 behind, at most 1.8: use a larger one" in text
+    better = [candidate("q8", 190, 800), candidate("q2", 140, 200)]
+    choice = choose_smallest(better, "dense", 0.05)
+    assert (choice.best, choice.smallest, choice.behind["q8"].high) == ("q8", "q8", 0.0)
+    assert choice_text(better, choice).startswith("Use q8: the best; no smaller one is shown")
     unknown = [replace(found[0], size=None), found[1]]
     assert "Size unknown: q8." in choice_text(unknown, choose_smallest(unknown, "dense", 0.05))
 
