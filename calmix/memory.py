@@ -33,7 +33,7 @@ The formulas for activations and solvers were fitted to the engine, and to what 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -120,20 +120,6 @@ def halving(
                 raise
         note(f"out of memory with {rows} rows at a time: resuming with {rows // 2}")
         rows //= 2
-
-
-def in_parts(work: Callable[[slice], T], rows: int, at_once: int) -> Iterator[tuple[slice, T]]:
-    """Yield slices of so many rows and the work on them; of fewer once a device has run out of
-    memory."""
-    start = 0
-
-    def work_on_next(count: int) -> T:
-        return work(slice(start, start + count))
-
-    while start < rows:
-        at_once, result = halving(work_on_next, min(at_once, rows - start))
-        yield slice(start, start + at_once), result
-        start += at_once
 
 
 def budgeted(device: torch.device, budget: int | None, more: int = 0) -> tuple[int, int]:

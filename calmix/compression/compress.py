@@ -13,7 +13,7 @@ from typing import Any
 from calmix.calibration.dataset import saved_set
 from calmix.compression.card import CARD_PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
-from calmix.compression.folder import COMPRESSED, SEARCH, check_foreign
+from calmix.compression.folder import begun, check_foreign
 from calmix.compression.plan import check_request
 from calmix.compression.recipe import with_recipe
 from calmix.compression.run_stages import Run, Say, run_stages, stages
@@ -130,7 +130,7 @@ def begin(options: Compression, out: Path) -> Search:
     check_apart(out, inputs)
     check_unlocked(out)
     check_foreign(out)
-    if not (out / COMPRESSED).exists() and not (out / SEARCH).exists():
+    if not begun(out):
         check_output_folder(out)
     return Search(check_request(options), out)
 

@@ -10,11 +10,14 @@ COMPRESSED, COMPRESSED_RUN = "compress.json", "compress-run.json"
 SEARCH = "search.json"  # state of a search for --keep-at-least
 
 
+def begun(out: Path) -> bool:
+    """Whether a compression has begun in a folder."""
+    return (out / COMPRESSED).exists() or (out / SEARCH).exists()
+
+
 def check_foreign(out: Path) -> None:
     """Refuse a folder that holds something, but nothing of a compression."""
-    if not out.is_dir() or (out / COMPRESSED).exists() or (out / SEARCH).exists():
-        return
-    if any(out.iterdir()):
+    if out.is_dir() and not begun(out) and any(out.iterdir()):
         raise InputError(
             f"{out} is not empty and was not made by calmix compress: name another folder"
         )

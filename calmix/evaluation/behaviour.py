@@ -209,9 +209,9 @@ def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[Task
 
 
 def columns(tasks: Sequence[TaskPair], field: str) -> list[tuple[Any, Any]]:
-    """Return a field of both models' items, in pairs; it may be missing in either."""
-    pairs = (zip(getattr(one, field), getattr(two, field), strict=False) for one, two in tasks)
-    return [*chain.from_iterable(pairs)]
+    """Return a field of both models' items, in pairs, without tasks where either lacks it."""
+    both = ((getattr(one, field), getattr(two, field)) for one, two in tasks)
+    return [*chain.from_iterable(zip(*rows, strict=True) for rows in both if all(rows))]
 
 
 def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:

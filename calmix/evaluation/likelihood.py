@@ -20,7 +20,7 @@ from torch import Tensor
 
 from calmix.errors import InputError, ModelError, first_line
 from calmix.machine import tokens_at_once, values_at_once
-from calmix.memory import in_parts
+from calmix.memory import halving
 from calmix.models.blocks import decoder_of
 from calmix.models.loading import check_length, to_continue
 from calmix.models.opening import OpenModel
@@ -141,11 +141,15 @@ def hidden_states(decoder: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """
     device = next(decoder.parameters()).device
     step = max(1, tokens_at_once(device) // ids.shape[1])
+    start = 0
 
-    def run(part: slice) -> Tensor:
-        return decoder(input_ids=ids[part].to(device), use_cache=False)[0][:, :-1]
+    def run(rows: int) -> Tensor:
+        return decoder(input_ids=ids[start : start + rows].to(device), use_cache=False)[0][:, :-1]
 
-    yield from in_parts(run, len(ids), step)
+    while start < len(ids):
+        step, states = halving(run, min(step, len(ids) - start))
+        yield slice(start, start + step), states
+        start += step
 
 
 @torch.inference_mode()

@@ -36,6 +36,23 @@ def test_scores_match_the_plain_model_on_architectures(kind):
     assert (attention_window(model.model) == 16) == (kind in WINDOWED)
 
 
+@pytest.mark.parametrize("kind", ["llama", "bloom"])
+def test_batches_shrink_when_memory_is_short(kind, monkeypatch):
+    model, requests, sizes = opened(kind), quiz(), []
+    run = Scorer._run
+
+    def small_only(self, rows, **more):
+        sizes.append(len(rows))
+        if len(rows) > 2:
+            raise RuntimeError("CUDA out of memory")
+        return run(self, rows, **more)
+
+    monkeypatch.setattr(Scorer, "_run", small_only)
+    values = Scorer(model).loglikelihood(requests)
+    assert max(sizes) > 2
+    assert values == pytest.approx(reference(model, requests), rel=2e-4)
+
+
 def test_long_contexts_and_answers():
     model = opened()
     text = "abcdefghij" * 40  # 400 tokens, the context is 256

@@ -93,6 +93,15 @@ def test_plan_is_sufficient_and_reported(plan, source):
     assert plan(3, (0, 0), "magnitude", sequential=False).paused is None
 
 
+def test_logits_of_weighed_tokens_are_planned(plan, monkeypatch):
+    needed = []
+    for positions in (2**15, 2**16):
+        monkeypatch.setattr(memory, "LOGIT_POSITIONS", positions)
+        needed.append(plan(800, (8, 256), backward=True).needed)
+    assert needed[1] - needed[0] == 2**15 * 128256 * memory.LOGIT_COPIES * 2
+    assert plan(800, (8, 256)).needed < needed[0]
+
+
 def test_plan_uses_the_widest_block(tmp_path, monkeypatch):
     """Gemma 4's full attention is wider than its sliding one."""
     seen = []

@@ -189,7 +189,7 @@ def write(
         raise InputError(f"rows of {request.length} token leave the model nothing to write")
     say = note or (lambda line: None)
     ends, total = end_tokens(opened), len(request.openers)
-    folder = opened.cached("written", WRITER_VERSION, ends, asdict(request))
+    folder, planned = opened.cached("written", WRITER_VERSION, ends, asdict(request)), False
     size = 1 if mixes_rows(opened.model) else batch or BATCH
     parts: list[Written] = []
     at = 0
@@ -207,8 +207,9 @@ def write(
             part = Written(**load_file(path))
             tick(*part.ids.shape)
         if part is None:
-            wanted = min(size, total - at)
-            size = plan_writing(opened.model, request.length, wanted)
+            wanted = size = min(size, total - at)
+            if not planned:
+                size, planned = plan_writing(opened.model, request.length, wanted), True
             if size < wanted:
                 say(f"memory holds {size} rows at a time, not {wanted}: writing in smaller batches")
             size, batch_rows = halving(write_next, size, say)
