@@ -63,7 +63,7 @@ def compress(
     check_foreign(output)
     from calmix.compression.card import CARD_PAGE, read_card
     from calmix.compression.compress import begin, dry, make
-    from calmix.compression.plan import check_options
+    from calmix.compression.plan import check_options, wide_embeddings
     from calmix.compression.recipe import with_recipe
     from calmix.compression.search import HELPS
     from calmix.report import words
@@ -83,6 +83,8 @@ def compress(
         print_costs(costs, title)
         if request.calibration and not request.saved:
             line(f"calibration: {request.rows} rows of {request.length} tokens")
+        if warning := wide_embeddings(request):
+            line(words.wrapped(warning))
         if search.floors:
             line(words.wrapped(search.provable()))
         return

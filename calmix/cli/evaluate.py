@@ -377,28 +377,30 @@ def _compare_models(
     shorts = [short_name(name) for name in others]
     shown = shorts if len({*shorts}) == len(shorts) else others
     dense, candidates = None, list[Candidate]()
-    with journal_beside(output, note) as journal, Progress() as bar:
+    with journal_beside(output, note) as journal, Progress(len(others)) as bar:
         for name, called in zip(others, shown, strict=True):
+            bar.begin(called)
             again = suite.own and not any(map(is_served, (first, name)))  # for the distance
-            scores, dense = evaluate_against(
-                models[name],
-                suite,
-                models[first] if dense is None or again else dense,
-                allow_code_execution=True,  # `suite` has only tasks that may run
-                repeat=True,
-                journal=journal,
-                bar=bar,
-                **opening.opening(),
-            )
+            with Progress() as inside:
+                scores, dense = evaluate_against(
+                    models[name],
+                    suite,
+                    models[first] if dense is None or again else dense,
+                    allow_code_execution=True,  # `suite` has only tasks that may run
+                    repeat=True,
+                    journal=journal,
+                    bar=inside,
+                    **opening.opening(),
+                )
             assert dense is not None
             place = models[name]
             speed = None
             if isinstance(place, Served):
                 speed = place.tokens / place.seconds if place.tokens else None
-                size, weights = place.size, place.weights
+                size, bits = place.size, place.bits
             else:
-                size, weights = size_of(name)
-            candidates.append(Candidate(called, (dense, scores), size, weights, speed))
+                size, bits = size_of(name)
+            candidates.append(Candidate(called, (dense, scores), size, bits, speed))
     choice = choose_smallest(candidates, first, margin)
     table, said = model_rows(candidates, choice), choice_text(candidates, choice)
     result = {

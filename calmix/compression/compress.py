@@ -14,11 +14,11 @@ from calmix.calibration.dataset import saved_set
 from calmix.compression.card import CARD_PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.folder import begun, check_foreign
-from calmix.compression.plan import check_request
+from calmix.compression.plan import check_request, wide_embeddings
 from calmix.compression.recipe import with_recipe
 from calmix.compression.run_stages import Run, Say, run_stages, stages
 from calmix.compression.search import Search
-from calmix.compression.stages import Stage
+from calmix.compression.stages import Prune, Stage
 from calmix.errors import NotKeptError
 from calmix.evaluation.retention import Retention, bounds
 from calmix.evaluation.suites import suite_file
@@ -154,19 +154,22 @@ def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Search
             return search, {}
         request = search.at(search.bits)
     check_room(request, out)
-    with _staged(len(stages(request, out)), shown) as (run, say):
+    with _staged(len(stages(request, out)), shown, wide_embeddings(request)) as (run, say):
         return search, run_stages(request, out, run, say)
 
 
 @contextmanager
-def _staged(most: int, shown: bool) -> Iterator[tuple[Run, Say]]:
-    """Yield functions that run a stage and announce it; there are at most `most`."""
+def _staged(most: int, shown: bool, warning: str = "") -> Iterator[tuple[Run, Say]]:
+    """Yield functions that run a stage and announce it, quantisation with a warning; there are at
+    most `most`."""
 
     def run(stage: Stage) -> None:
         with Progress(shown=shown) as inside:
             stage.run(inside)
 
     def say(stage: Stage, done: bool) -> None:
+        if warning and not done and isinstance(stage.request, Prune):
+            bar.note(warning)
         bar.note(f"{stage.name}: already done" if done else f"$ {stage.command}")
         bar.begin(stage.name)
 

@@ -371,6 +371,25 @@ def file_bytes(request: Target) -> float:
     return overhead(request.model, request.like) + tensors
 
 
+def wide_embeddings(request: Target) -> str:
+    """Return a warning if the embeddings of a checkpoint for vLLM, in 16 bits, decide its size."""
+    if product_of(request) != "vllm" or request.bits is None:
+        return ""
+    weights, size = file_weights(_empty(request).model), checkpoint_bytes(request, request.bits)
+    if (rate := 8 * size / weights) < request.bits + 1:
+        return ""
+    text = (
+        f"embeddings stay in 16 bits: with them the checkpoint takes {rate:.2f} bits per weight, "
+        f"{size_text(size)}"
+    )
+    with suppress(InputError):  # its layout may not be known
+        smaller = {"product": "gguf", "bits": None, "type": DEFAULT_TYPE, "group": None}
+        file = file_bytes(request.model_copy(update=smaller))
+        if file <= 1.1 * size:
+            text += f"; a GGUF file in {DEFAULT_TYPE} (--for gguf) has {size_text(file)}"
+    return text
+
+
 def reachable(request: Target, bits: float) -> bool:
     """Whether a model can have so many bits per weight."""
     if product_of(request) == "gguf":
@@ -477,13 +496,15 @@ def check_request(options: Compression) -> Request:
     if options.size is not None:
         target["bits"] = bits_for(options)
     if target["bits"] is not None:
-        _check_bits(options, target["bits"])
         if target["product"] == "gguf":
             empty, sized = _empty(options), f"--size {options.size}: " * bool(options.size)
             try:
-                check_bits(target["bits"], empty.model, empty.blocks)
+                check_bits(max(target["bits"], 0.0), empty.model, empty.blocks)
             except InputError as error:
                 raise InputError(f"{sized}{error}") from error
+        _check_bits(options, target["bits"])
+    if target["product"] == "gguf" and target["type"] is None:
+        get_method("ggml").check(Mixed(DEFAULT_BITS), 0)  # whether its library is installed
     length = EFFORTS[options.effort].length
     length = min(length, tokenizer.context or length)
     return Request(
@@ -527,7 +548,6 @@ def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> 
         if options.imatrix is not None:
             importance(options.imatrix, empty.model, empty.blocks)
         if kind is None:
-            method.check(Mixed(DEFAULT_BITS), 0)
             check_whole(empty.blocks, "bits per weight")
         else:
             types = Recipe(kind).types(empty.model, empty.blocks)

@@ -14,19 +14,14 @@ MARGIN = 0.05  # share of right answers by which a model may be worse
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model beside the dense one: `size` in bytes, its number of `weights` and its `speed` in
-    tokens per second are None where they are not known."""
+    """A model beside the dense one: `size` in bytes, `bits` per weight and `speed` in tokens per
+    second are None where they are not known."""
 
     name: str
     pair: Pair
     size: int | None = None
-    weights: int | None = None
+    bits: float | None = None
     speed: float | None = None
-
-    @property
-    def bits(self) -> float | None:
-        """Bits per weight of its file."""
-        return 8 * self.size / self.weights if self.size and self.weights else None
 
     @property
     def values(self) -> list[tuple[float, float]]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -50,7 +51,8 @@ class Tested:
 
     `items` counts those the dense model gets right (for likelihood, all). `needed` is how many
     would prove the floor if all were kept, and `provable` the highest floor that `items` can prove.
-    `lost` and `gained` count items that only one model gets right; None by likelihood.
+    `lost` and `gained` count items that only one model gets right; None by likelihood. `called` is
+    what the items are; `silent` are tasks left out because the dense model has no signal in them.
     """
 
     ability: str
@@ -61,6 +63,8 @@ class Tested:
     provable: float
     kept: float
     bound: float
+    called: str
+    silent: list[str]
     lost: int | None = None
     gained: int | None = None
 
@@ -72,7 +76,7 @@ class Tested:
     @property
     def counts(self) -> str:
         """The items behind the bound, as text."""
-        text = f"{self.items} {MEASURES[self.measure][2]}"
+        text = f"{self.items} {self.called}"
         if self.lost is not None:
             text = f"{self.lost} of {text} lost, {self.gained} gained"
         return f"{text}, by accuracy above chance" if self.measure == ACCURACY else text
@@ -128,6 +132,8 @@ class Verdict:
                 f"Not kept at {sure}: {missed}. This holds for items like these and this "
                 "checkpoint."
             ]
+        if silent := [name for one in self.tested for name in one.silent]:
+            lines.append(f"Left out (no signal in the dense model): {', '.join(silent)}.")
         if self.untested:
             lines.append(f"Not tested (no signal in the dense model): {', '.join(self.untested)}.")
         if self.not_run:
@@ -281,7 +287,7 @@ def judge(
     if few := [one for one in tested if one.provable < one.floor]:
         short = ", ".join(
             f"{one.ability}={one.floor:g} needs {one.needed} "
-            f"{'items' if one.measure == LIKELIHOOD else 'right answers'} and has {one.items}"
+            f"{'items' if one.measure == LIKELIHOOD else one.called} and has {one.items}"
             for one in few
         )
         nearest = dict(floors) | {one.ability: math.floor(100 * one.provable) / 100 for one in few}
@@ -302,17 +308,18 @@ def _judged(
 ) -> Tested | None:
     """Test an ability by the first measure with signal; None if there is none."""
     for measure, (_, score, _) in MEASURES.items():
-        pairs = [
-            both
-            for both in tasks[measure]
-            if both[0].dimension == ability and has_signal(both[0], score)
-        ]
+        of = [both for both in tasks[measure] if both[0].dimension == ability]
+        pairs = [both for both in of if has_signal(both[0], score)]
         if pairs:
             break
     else:
         return None
     scored = [parts(*both, score) for both in pairs]
-    each, changed = 1.0, dict[str, int]()  # `each`: what a lost item loses, in mean items
+    called, each, changed = (
+        MEASURES[measure][2],
+        1.0,
+        dict[str, int](),
+    )  # `each`: what a lost item loses, in mean items
     if measure == LIKELIHOOD:
         rows = [(one.kept[None], one.whole[None]) for one in scored]
         many: list[Array] = [np.ones(len(one.whole)) for one in scored]
@@ -326,6 +333,9 @@ def _judged(
         count = behaviour.paired(ability, behaviour.columns(pairs, "values"))
         items, changed = count.dense, {"lost": count.lost, "gained": count.gained}
         each = items / float(whole @ equal)
+        own = chain.from_iterable(dense.properties for dense, _ in pairs if dense.prompts)
+        if any("right" not in one for one in own):
+            called = "good answers"
     best = 1 - each * (1 - lower_bound(items, items, confidence))
     if best < 0.01 and measure != LIKELIHOOD:
         return None
@@ -344,5 +354,7 @@ def _judged(
         best,
         float(np.mean(shares)),
         low,
+        called,
+        [both[0].name for both in of if both not in pairs],
         **changed,
     )

@@ -49,7 +49,7 @@ class Served:
     fingerprint: str
     how: ServerOptions
     size: int | None = None
-    weights: int | None = None
+    bits: float | None = None
     chat: bool = True
     tokens: int = 0
     seconds: float = 0.0
@@ -267,5 +267,6 @@ def connect(address: str, how: ServerOptions) -> Served:
     about = {k: v for k, v in about.items() if k not in ("created", "permission", "status")}
     served.fingerprint = sha256_json([url, model, about])
     meta: dict[str, Any] = about["meta"] if isinstance(about.get("meta"), dict) else {}
-    served.size, served.weights = meta.get("size"), meta.get("n_params")
+    served.size, weights = meta.get("size"), meta.get("n_params")
+    served.bits = 8 * served.size / weights if served.size and weights else None
     return served

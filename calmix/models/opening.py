@@ -50,7 +50,7 @@ from calmix.models.folder import (
     fingerprint,
     tokenizer_fingerprint,
 )
-from calmix.models.gguf import gguf_dtype, read_gguf, reading_gguf
+from calmix.models.gguf import gguf_dtype, gguf_reader, read_gguf, reading_gguf
 from calmix.models.hub import (
     HUB_FILES,
     REPEATED_WEIGHTS,
@@ -183,13 +183,17 @@ def _unpacked(model: Path | BuiltinModel) -> Path:
     return cache_dir() / "models" / f"gguf-{key[:16]}"
 
 
-def size_of(name: str) -> tuple[int | None, int]:
-    """Return the bytes of a model's file or weight files, and its number of weights; the bytes of
-    a builtin model, which lies in an archive, are None."""
-    model, folder, size = local_model(name), resolve_model(name), None
-    if isinstance(model, Path):
-        size = weight_bytes(model) if model.is_dir() else model.stat().st_size
-    return size, sum(math.prod(one.shape) for one in stored_tensors(folder).values())
+def size_of(name: str) -> tuple[int | None, float | None]:
+    """Return the bytes of a model's file or weight files, and its bits per weight, those of a GGUF
+    file without its metadata; None for a builtin model, which lies in an archive."""
+    model, folder = local_model(name), resolve_model(name)
+    if not isinstance(model, Path):
+        return None, None
+    size = tensors = weight_bytes(model) if model.is_dir() else model.stat().st_size
+    if not model.is_dir():
+        tensors = sum(int(one.n_bytes) for one in gguf_reader(model).tensors)
+    weights = sum(math.prod(one.shape) for one in stored_tensors(folder).values())
+    return size, 8 * tensors / weights
 
 
 def forget(model: Path) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError
+from calmix.files import size_text
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.pruning.engine import Run, check_ids, check_pattern, costs_in_memory, run_through
@@ -86,10 +87,11 @@ def check_bits(bits: float, model: Any, blocks: DecoderBlocks) -> None:
     matrices, total = _matrices(model, blocks), file_weights(model)
     low, high = (8 * file_bytes(model, _extreme(matrices, end)) / total for end in (0, -1))
     if not low <= bits <= high / FILLED:
+        sizes = " to ".join(size_text(rate * total / 8) for rate in (low, high))
         low, high = math.ceil(100 * low) / 100, math.floor(100 * high) / 100
         raise InputError(
             f"{bits:g} bits per weight are out of reach: GGUF files of this model have {low:g} to "
-            f"{high:g}"
+            f"{high:g} ({sizes})"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calmix.evaluation.answers import Answers, compare_answers, rows
-from calmix.evaluation.behaviour import Pair, proportion
+from calmix.evaluation.behaviour import Pair, proportion, twice
 from calmix.evaluation.choosing import Candidate, Choice
 from calmix.evaluation.prompts import FAULTS
 from calmix.report import words
@@ -50,8 +50,8 @@ def fault_rows(answers: Answers) -> list[dict[str, Any]]:
             "#dense %": words.percent(1 - one.dense / one.asked),
             "#repeat %": words.percent(answers.again.get(one.name)),
             "#small %": words.percent(1 - one.pruned / one.asked),
-            "#lost": one.lost,
-            "#gained": one.gained,
+            "#new": one.lost,
+            "#gone": one.gained,
             "#p": words.p_value(one.p),
         }
         for one in answers.faults
@@ -59,9 +59,15 @@ def fault_rows(answers: Answers) -> list[dict[str, Any]]:
 
 
 def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str, Any]]:
-    """Return the rows of the table of several models, the smallest first."""
+    """Return the rows of the table of several models, the smallest first, and last the dense
+    model's own repeat."""
     rows, timed = [], any(one.speed for one in candidates)  # servers are
-    for one in sorted(candidates, key=lambda one: one.size or math.inf):
+    dense = candidates[0].pair[0].model
+    repeated = [
+        Candidate(f"{short_name(dense)}, again", one) for one in twice([candidates[0].pair])
+    ]
+    ordered = sorted(candidates, key=lambda one: one.size or math.inf)
+    for one in (*ordered, *repeated):
         counts, changed, far = one.counted, one.answers, one.pair[1].distance
         rows.append(
             {
@@ -73,7 +79,7 @@ def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str
                 "#lost": counts.lost,
                 "#gained": counts.gained,
                 "#p": words.p_value(counts.p),
-                "#behind best": words.with_span(choice.behind[one.name]),
+                "#behind best": words.with_span(choice.behind.get(one.name)),
                 "#identical %": changed and words.with_span(changed.identical),
                 "#KL": far and words.number(far["total"]["kl_mean"]),
             }

@@ -248,9 +248,13 @@ FORMATS: dict[str, Callable[[Path, str], Rows] | None] = {  # None: the file is 
 
 def _json(where: Path | str, text: str) -> Any:
     try:
-        return parse_json(text)
+        return parse_json(text.rstrip())
     except ValueError as error:
-        raise SourceError(f"{where} is not JSON: {error}") from error
+        why: Any = error
+        if isinstance(error, json.JSONDecodeError):
+            at = f"line {error.lineno}, " if "\n" in text.rstrip() else ""
+            why = f"{error.msg} ({at}character {error.colno})"
+        raise SourceError(f"{where} is not JSON: {why}") from error
 
 
 def _decoded(where: Path | str, raw: bytes) -> str:

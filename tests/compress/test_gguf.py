@@ -166,7 +166,7 @@ def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp
     for more, said in (
         (("--bits", 3), "3 bits per weight are out of reach: GGUF files of this model have 4."),
         (("--size", "1MB"), "--size 1MB: "),
-        (("--size", "1kB"), "--size 1kB leaves 0 bits"),
+        (("--size", "1kB"), "--size 1kB: 0 bits per weight are out of reach: GGUF files of this"),
         (("--bits", 1), "--bits 1: below 2 bits per weight"),
     ):
         assert said in calmix(*words(out, *more)).line

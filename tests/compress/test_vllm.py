@@ -96,6 +96,8 @@ def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_
     ):
         assert said in calmix(*words(out, *more, model=model)).line
         assert not out.exists()
+    planned = calmix(*words(out, "--dry-run")).ok().out
+    assert "embeddings stay in 16 bits: with them the checkpoint takes" in planned
     other = [word if word != "vllm" else "none" for word in words(out, "--group", 32)]
     assert "--group has no effect with --for none" in calmix(*other).line
 

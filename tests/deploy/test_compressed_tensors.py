@@ -53,9 +53,9 @@ def test_a_checkpoint_decodes_to_the_levels(quantised, name, bits, symmetric, tm
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     assert config["ignore"] == ["lm_head"]
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
-    size, weights = size_of(str(tmp_path / "out"))
+    size, rate = size_of(str(tmp_path / "out"))
     assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert weights == sum(value.numel() for value in before.values())
+    assert rate == 8 * size / sum(value.numel() for value in before.values())
     copy = opened.folder
     forget(tmp_path / "out")
     assert not copy.exists()

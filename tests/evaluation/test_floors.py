@@ -104,6 +104,9 @@ def test_measure_order_per_ability():
         "% (100 items by likelihood). This holds for items like these"
     )
     assert "Not run: humaneval" in left_out
+    rare = replace(answered(1, 40), name="rare")  # one right answer is no signal
+    both = (replace(one, tasks=(*one.tasks, rare)) for one in (dense, pruned))
+    assert "Left out (no signal in the dense model): rare." in judged("0.9", *both).lines()
     strict = judged("code=0.95", dense, pruned)
     assert not strict.passed
     assert [one.ability for one in strict.tested] == ["code"]
@@ -192,7 +195,7 @@ def test_unprovable_floor_names_the_nearest():
     (found,) = judged("0.8", strict, strict).tested
     assert found.provable == pytest.approx(1 - 2 * (1 - lower_bound(50, 50)))
     assert found.needed == needed(0.9)
-    with pytest.raises(InputError, match=f"needs {needed(0.95)} right answers and has 50"):
+    with pytest.raises(InputError, match=f"needs {needed(0.95)} right choices and has 50"):
         judged("0.9", strict, strict)
 
 

@@ -311,6 +311,7 @@ def test_the_gate_has_an_exit_code(calmix, tmp_path):
         path = save_pair(tmp_path / "scores.json", dense, small)
         ended = calmix("check", path, "--keep-at-least", "mine=0.95")
         assert (ended.code, "not kept" in ended.out) == (code, bool(code))
+        assert "of 60 good answers lost" in " ".join(ended.out.split())  # none has a check
 
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"

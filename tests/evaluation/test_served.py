@@ -252,7 +252,7 @@ def test_an_answer_is_written_as_a_local_model_would_write_it(tmp_path):
     assert [turn["role"] for turn in body["messages"]] == ["system", "user"]
     assert body["tools"][0]["function"]["name"] == "weather"
     assert body["chat_template_kwargs"] == {"enable_thinking": True}
-    assert (one.size, one.weights, one.tokens) == (1000, 400, 7)
+    assert (one.size, one.bits, one.tokens) == (1000, 20, 7)
     cut = Fake((200, reply("", "length", reasoning_content="hm")))
     with running(cut) as address:
         scores = evaluate(connect(address, ServerOptions()), prompt_suite(path)).tasks[0]
