@@ -182,8 +182,7 @@ def check(
     No model is opened: it reads the scores that compress or evaluate --against wrote, and hashes
     the model that they are of.
     """
-    from calmix.compression.folder import COMPRESSED
-    from calmix.compression.plan import BEHAVIOUR, PROMPTS, SCORES
+    from calmix.compression.folder import BEHAVIOUR, COMPRESSED, PROMPTS, SCORES
     from calmix.compression.results import Results, read_compressed, recorded, result_in
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
     from calmix.report import words

@@ -434,8 +434,7 @@ def _compare_models(
 def _result(path: Path) -> tuple[str, list[Path]]:
     """Return the name of a result and its files of scores; one of calmix compress is named after
     its folder."""
-    from calmix.compression.folder import COMPRESSED
-    from calmix.compression.plan import BEHAVIOUR, SCORES
+    from calmix.compression.folder import BEHAVIOUR, COMPRESSED, SCORES
     from calmix.compression.results import verified
 
     names = SCORES, BEHAVIOUR

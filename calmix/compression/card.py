@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet, saved_set
+from calmix.compression.folder import BEHAVIOUR, PACK_FOLDER, PROMPTS
 from calmix.compression.plan import (
-    BEHAVIOUR,
     EFFORTS,
-    PACK_FOLDER,
-    PROMPTS,
     Request,
     score_files,
     slices,

@@ -8,6 +8,8 @@ from calmix.errors import InputError
 
 COMPRESSED, COMPRESSED_RUN = "compress.json", "compress-run.json"
 SEARCH = "search.json"  # state of a search for --keep-at-least
+SCORES, BEHAVIOUR, PROMPTS = "scores.json", "abilities.json", "prompts.json"
+CALIBRATION, PACK_FOLDER, QUANTISED = "calibration", "pack", "quantised"
 
 
 def begun(out: Path) -> bool:

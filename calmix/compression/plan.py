@@ -16,6 +16,7 @@ from calmix.calibration.resolving import parse_calibration
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer
+from calmix.compression.folder import BEHAVIOUR, PROMPTS, SCORES
 from calmix.deploy.compressed_tensors import group_for
 from calmix.deploy.gguf import check_export, layout_of, layout_sha256, overhead
 from calmix.errors import InputError, nearest
@@ -51,8 +52,6 @@ from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 
 DEFAULT_BITS = 4.5
-SCORES, BEHAVIOUR, PROMPTS = "scores.json", "abilities.json", "prompts.json"
-CALIBRATION, PACK_FOLDER, QUANTISED = "calibration", "pack", "quantised"
 DEFAULT_TYPE = "Q4_K_M"  # default of GGUF files
 # Options without effect where an importance matrix takes the place of calibration text.
 IMPORTED = ("bits", "size", "keep_at_least", "calibration", "keep", "no_corpus", "licence", "seed")

@@ -10,14 +10,18 @@ from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.compression.card import Report
-from calmix.compression.folder import COMPRESSED, COMPRESSED_RUN, SEARCH
-from calmix.compression.plan import (
+from calmix.compression.folder import (
     CALIBRATION,
-    EFFORTS,
+    COMPRESSED,
+    COMPRESSED_RUN,
     PACK_FOLDER,
     PROMPTS,
     QUANTISED,
     SCORES,
+    SEARCH,
+)
+from calmix.compression.plan import (
+    EFFORTS,
     Request,
     aim,
     parse_size,

@@ -19,8 +19,8 @@ from typing import Any
 from calmix import files
 from calmix.compression import plan, run_stages
 from calmix.compression.card import CARD_PAGE
-from calmix.compression.folder import COMPRESSED, COMPRESSED_RUN, SEARCH
-from calmix.compression.plan import CALIBRATION, SCORES, Request
+from calmix.compression.folder import CALIBRATION, COMPRESSED, COMPRESSED_RUN, SCORES, SEARCH
+from calmix.compression.plan import Request
 from calmix.compression.resume import state_of
 from calmix.compression.run_stages import scoring, stages
 from calmix.compression.stages import Draw, Export, Prune, Recover, Stage

@@ -12,7 +12,7 @@ from typing import Any
 from calmix.calibration.distance_texts import texts_for
 from calmix.calibration.resolving import parse_calibration, recorded, resolve
 from calmix.calibration.tokenizer import open_tokenizer
-from calmix.compression.plan import PACK_FOLDER
+from calmix.compression.folder import PACK_FOLDER
 from calmix.compression.results import Result, ready
 from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack

@@ -62,10 +62,7 @@ def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str
     """Return the rows of the table of several models, the smallest first, and last the dense
     model's own repeat."""
     rows, timed = [], any(one.speed for one in candidates)  # servers are
-    dense = candidates[0].pair[0].model
-    repeated = [
-        Candidate(f"{short_name(dense)}, again", one) for one in twice([candidates[0].pair])
-    ]
+    repeated = [Candidate("dense, again", one) for one in twice([candidates[0].pair])]
     ordered = sorted(candidates, key=lambda one: one.size or math.inf)
     for one in (*ordered, *repeated):
         counts, changed, far = one.counted, one.answers, one.pair[1].distance
