@@ -200,12 +200,13 @@ def answer_texts(
 
 def pooled(distances: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a record of `distance` on answers, one per item, as that of one dimension: means over
-    items, with an interval by bootstrap over items. The mean KL of each item stays in `items`."""
+    items, with an interval by bootstrap over items, if there are several. The mean KL of each item
+    stays in `items`."""
     rows = distances["dimensions"].values()
     kls = np.array([one["kl_mean"] for one in rows])
     weights = item_weights(name, len(kls), resamples=retention.RESAMPLES, seed=0)
     others = [np.mean([one[key] for one in rows]) for key in REPORTED]
-    points = np.append(kls.mean(), weights @ kls / len(kls))
+    points = np.append(kls.mean(), weights @ kls / len(kls)) if len(kls) > 1 else kls
     record = _record(sum(one["tokens"] for one in rows), points, others)
     items = dict(zip(distances["dimensions"], kls.round(6).tolist(), strict=True))
     return {**distances, "dimensions": {name: record}, "total": record, "items": items}

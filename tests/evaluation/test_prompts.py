@@ -9,6 +9,7 @@ import pytest
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
 from calmix.evaluation.answers import compare_answers, parted, rows
+from calmix.evaluation.distance import pooled
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.prompts import (
@@ -301,6 +302,16 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
         assert evaluate(model, suite, journal=journal).tasks == whole.tasks
     assert calls == [1]
     assert not kept.exists()
+
+
+def test_one_prompt_has_no_interval_of_its_distance():
+    row = {"tokens": 4, **dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "top1"), 0.5)}
+    one, two = (
+        pooled({"dimensions": {str(n): row | {"kl_mean": 0.5 + n} for n in range(count)}}, "mine")
+        for count in (1, 2)
+    )
+    assert (one["total"]["kl_low"], one["total"]["kl_high"]) == (None, None)
+    assert two["total"]["kl_low"] < two["total"]["kl_mean"] == 1.0 < two["total"]["kl_high"]
 
 
 def test_the_gate_has_an_exit_code(calmix, tmp_path):
