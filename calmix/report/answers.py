@@ -30,8 +30,8 @@ def sentences(answers: Answers, distance: Mapping[str, Any] | None = None) -> li
         low, high = far["kl_low"], far["kl_high"]
         span = "" if low is None else f" [{words.number(low)}, {words.number(high)}]"
         lines.append(
-            f"KL on the dense model's answers: {words.number(far['kl_mean'])} nats per token{span}, "
-            f"same next token: {words.percent(far['top1'])} %."
+            f"KL on the dense model's answers: {words.number(far['kl_mean'])} nats per token{span}"
+            f", same next token: {words.percent(far['top1'])} %."
         )
     for name, one in (("Right answers", answers.right), ("Answers without a fault", answers.sound)):
         if one is not None:
