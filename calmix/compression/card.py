@@ -13,13 +13,7 @@ from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.compression.folder import BEHAVIOUR, PACK_FOLDER, PROMPTS
-from calmix.compression.plan import (
-    EFFORTS,
-    Request,
-    score_files,
-    slices,
-    target,
-)
+from calmix.compression.plan import EFFORTS, Request, score_files, slices, target
 from calmix.compression.recipe import RECIPE, recipe_text
 from calmix.compression.results import read_compressed, verified
 from calmix.compression.stages import StageRequest

@@ -382,8 +382,8 @@ def wide_embeddings(request: Target) -> str:
         f"{size_text(size)}"
     )
     with suppress(InputError):  # its layout may not be known
-        smaller = {"product": "gguf", "bits": None, "type": DEFAULT_TYPE, "group": None}
-        file = file_bytes(request.model_copy(update=smaller))
+        other = {"product": "gguf", "bits": None, "type": DEFAULT_TYPE}
+        file = file_bytes(request.model_copy(update=other))
         if file <= 1.1 * size:
             text += f"; a GGUF file in {DEFAULT_TYPE} (--for gguf) has {size_text(file)}"
     return text
@@ -538,7 +538,7 @@ def _beside(chats: str, text: str) -> str:
 
 def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> None:
     """Refuse a model that cannot be written as a GGUF file of a type, or of mixed types."""
-    empty, method = _empty(options), get_method("ggml")
+    empty = _empty(options)
     opened = OpenModel(
         options.model, resolve_model(options.model), empty.model, tokenizer.tokenizer
     )
@@ -550,7 +550,7 @@ def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> 
             check_whole(empty.blocks, "bits per weight")
         else:
             types = Recipe(kind).types(empty.model, empty.blocks)
-            check_pattern(empty.blocks, types, method)
+            check_pattern(empty.blocks, types, get_method("ggml"))
     except InputError as error:
         raise InputError(f"{error}; or write safetensors: --for none") from error
 

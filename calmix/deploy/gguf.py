@@ -44,7 +44,7 @@ from calmix.files import (
 from calmix.manifest import MANIFEST, lineage, read_if_there
 from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.folder import content_key
-from calmix.models.gguf import check_gguf, gguf_names, gguf_reader
+from calmix.models.gguf import check_gguf, gguf_names, gguf_reader, tensor_bytes
 from calmix.models.hub import BuiltinModel, gguf_file, known_model
 from calmix.models.loading import load_config, loading
 from calmix.models.opening import OpenModel, check_models, open_model, resolve_model
@@ -189,8 +189,7 @@ def overhead(name: str, like: Path | None = None) -> int:
     template = str(like) if like is not None else _origin(name)
     with hidden(cache_dir() / "template") as beside:
         file = gguf_file(layout_of(template), beside)
-        tensors = _reader(file, template).tensors
-        return file.stat().st_size - sum(int(one.n_bytes) for one in tensors)
+        return file.stat().st_size - tensor_bytes(_reader(file, template))
 
 
 def layout_sha256(like: Path) -> str:

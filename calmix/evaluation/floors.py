@@ -315,11 +315,8 @@ def _judged(
     else:
         return None
     scored = [parts(*both, score) for both in pairs]
-    called, each, changed = (
-        MEASURES[measure][2],
-        1.0,
-        dict[str, int](),
-    )  # `each`: what a lost item loses, in mean items
+    called = MEASURES[measure][2]
+    each, changed = 1.0, dict[str, int]()  # `each`: what a lost item loses, in mean items
     if measure == LIKELIHOOD:
         rows = [(one.kept[None], one.whole[None]) for one in scored]
         many: list[Array] = [np.ones(len(one.whole)) for one in scored]

@@ -26,6 +26,11 @@ def gguf_reader(file: Path | str) -> Any:
         return GGUFReader(file)
 
 
+def tensor_bytes(reader: Any) -> int:
+    """Return the bytes of a GGUF file's tensors, without its metadata."""
+    return sum(int(tensor.n_bytes) for tensor in reader.tensors)
+
+
 @contextlib.contextmanager
 def reading_gguf() -> Iterator[None]:
     """Make transformers read a GGUF file once, not three times, map names once, not per module,

@@ -50,7 +50,7 @@ from calmix.models.folder import (
     fingerprint,
     tokenizer_fingerprint,
 )
-from calmix.models.gguf import gguf_dtype, gguf_reader, read_gguf, reading_gguf
+from calmix.models.gguf import gguf_dtype, gguf_reader, read_gguf, reading_gguf, tensor_bytes
 from calmix.models.hub import (
     HUB_FILES,
     REPEATED_WEIGHTS,
@@ -189,11 +189,10 @@ def size_of(name: str) -> tuple[int | None, float | None]:
     model, folder = local_model(name), resolve_model(name)
     if not isinstance(model, Path):
         return None, None
-    size = tensors = weight_bytes(model) if model.is_dir() else model.stat().st_size
-    if not model.is_dir():
-        tensors = sum(int(one.n_bytes) for one in gguf_reader(model).tensors)
     weights = sum(math.prod(one.shape) for one in stored_tensors(folder).values())
-    return size, 8 * tensors / weights
+    if model.is_dir():
+        return (size := weight_bytes(model)), 8 * size / weights
+    return model.stat().st_size, 8 * tensor_bytes(gguf_reader(model)) / weights
 
 
 def forget(model: Path) -> None:
