@@ -18,7 +18,8 @@ $(BIN)/python:
 # faster than venv does. Modules are compiled on all cores, except rarely imported ones. Errors are
 # ignored: some packages contain templates.
 SELDOM := tests?|testing|transformers/models|ray|sklearn|nltk|pip|mypy|debugpy|libcst|textual|IPython
-SELDOM := $(SELDOM)|setuptools|pygments|networkx|physics|distutils|_inductor|onnx|_export
+SELDOM := $(SELDOM)|setuptools|pygments|networkx|physics|distutils|_inductor|onnx|_export|pandas
+SELDOM := $(SELDOM)|datasets|stats|signal|interpolate|integrate|ndimage|combinatorics|_vendor
 define install
 	$(PYTHON) -m pip --python $(BIN)/python install -q -U pip || $(BIN)/python -m ensurepip
 	$(BIN)/python -m pip install -qq --no-compile -e '$(1)'
@@ -35,7 +36,6 @@ $(VENV)/.ready: pyproject.toml | $(BIN)/python
 
 # Quantise a real model and test what it keeps.
 demo: $(VENV)/.base
-	$(BIN)/calmix doctor assets --install
 	rm -rf $(OUT)
 	$(BIN)/calmix compress $(MODEL) -o $(OUT)/compressed --effort quick
 	$(BIN)/calmix check $(OUT)/compressed --keep-at-least general=0.5,math=0.4

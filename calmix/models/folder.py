@@ -197,7 +197,12 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         return sha256_json(sorted(tokenizer.get_vocab().items()))
-    state = json.loads(backend.to_str())
+    return _backend_hash(backend.to_str())
+
+
+@functools.lru_cache(2)  # parsing megabytes takes long, and every stage opens the same tokenizer
+def _backend_hash(text: str) -> str:
+    state = json.loads(text)
     return sha256_json({k: v for k, v in state.items() if k not in ("padding", "truncation")})
 
 
