@@ -281,11 +281,12 @@ def _order(
         places = (read(plain.copy()) - offset).astype(np.int64)  # in the file
     if np.array_equal(places, plain):
         return shape, None, offset
-    if not np.array_equal(np.sort(places, axis=None), plain.ravel()):
+    order, flat = np.full(places.size, -1), places.ravel()
+    if flat.min() >= 0 and flat.max() < flat.size:
+        order[flat] = np.arange(flat.size)
+    if (order < 0).any():
         raise ModelError(f"{name} is computed from a parameter: such models have no GGUF export")
-    order = np.empty(shape, np.int64)
-    np.put(order, places, np.arange(places.size))
-    return places.shape, order, offset
+    return places.shape, order.reshape(shape), offset
 
 
 def _write(
