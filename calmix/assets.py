@@ -133,19 +133,20 @@ def extract(parts: Mapping[str, str], target: Path) -> None:
                 shutil.copyfileobj(source, file, length=1 << 20)
 
 
-def read_arrow(name: str, member: str) -> list[dict[str, Any]]:
-    """Return the rows of an Arrow stream in an asset."""
+def read_arrow(archive: zipfile.ZipFile, member: str) -> list[dict[str, Any]]:
+    """Return the rows of an Arrow stream in an asset's archive."""
     import pyarrow.ipc
 
-    with open_archive(name) as archive:
-        return pyarrow.ipc.open_stream(archive.read(member)).read_all().to_pylist()
+    rows: list[dict[str, Any]]
+    rows = pyarrow.ipc.open_stream(archive.read(member)).read_all().to_pylist()
+    return rows
 
 
 def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:
     """Yield the objects of a JSON-lines file in an asset (gzipped if it ends in .gz)."""
     with _member(name, member) as raw, gzip.open(raw) if member.endswith(".gz") else raw as lines:
         for line in lines:
-            yield json.loads(line)
+            yield json.loads(line.decode())  # of bytes, it would look for their encoding first
 
 
 def _member(name: str, member: str) -> IO[bytes]:

@@ -180,11 +180,12 @@ def _rendered(archive: str, shots: int) -> Iterator[Item]:
             f"the offline archive has no '{archive}' with {shots} shots: {nearest(name, known)}"
         )
     if archive == "mmlu":
-        for member in sorted(_members()):
-            if member.startswith(MMLU) and member.endswith("/test/data-00000-of-00001.arrow"):
-                subject = member.split("/")[-3]
-                for number, row in enumerate(assets.read_arrow(ARCHIVE, member)):
-                    yield _cloze(f"mmlu/{subject}/{number}", number, row)
+        with assets.open_archive(ARCHIVE) as opened:
+            for member in sorted(_members()):
+                if member.startswith(MMLU) and member.endswith("/test/data-00000-of-00001.arrow"):
+                    subject = member.split("/")[-3]
+                    for number, row in enumerate(assets.read_arrow(opened, member)):
+                        yield _cloze(f"mmlu/{subject}/{number}", number, row)
         return
     for number, rows in _requests(f"{ROOT}/{name}{ending}").items():  # choices are in order
         if number >= UNCONDITIONAL:
@@ -294,7 +295,9 @@ def _documents(member: str) -> list[dict[str, Any]]:
             if member == "requests"
         ]
     elif member.endswith(".arrow"):
-        for row in assets.read_arrow(ARCHIVE, member):
+        with assets.open_archive(ARCHIVE) as archive:
+            rows = assets.read_arrow(archive, member)
+        for row in rows:
             answer, lower = row["answer"], row["question"].lower()
             aliases = [
                 one

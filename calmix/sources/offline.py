@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -44,11 +45,18 @@ class PythonText(Reader):
     def read(self) -> Iterator[Document]:
         if self.type == "python-stdlib":
             root = Path(sysconfig.get_path("stdlib"))
-            yield from source_files(root, root.glob("**/*.py"), SKIPPED)
+            yield from source_files(root, _modules(root))
         else:
             from pydoc_data.topics import topics
 
             yield from (Document(name, topics[name]) for name in sorted(topics))
+
+
+def _modules(root: Path) -> Iterator[Path]:
+    """Yield modules below a folder, without entering the skipped folders (installed packages)."""
+    for folder, inner, files in os.walk(root):
+        inner[:] = [one for one in inner if one not in SKIPPED]
+        yield from (Path(folder, name) for name in files if name.endswith(".py"))
 
 
 class OfPackage(Reader):
