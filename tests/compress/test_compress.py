@@ -205,8 +205,8 @@ def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
     costs = json.loads(calmix(*command(tmp_path / "out", "--dry-run", "--json")).out)
     assert all(one["memory"] > 0 for one in costs)
     work = {one["stage"]: one["work"] for one in costs}
-    assert work["prune"] == "16 rows of 256 tokens"
-    assert work["recover by distill"] == "1 x 16 rows of 256 tokens"
+    assert work["prune"] == "16 rows of 128 tokens"
+    assert work["recover by distill"] == "1 x 16 rows of 128 tokens"
     assert work["evaluate"].endswith(" items")
     assert not list(tmp_path.iterdir())
     assert sorted(place.glob("*")) == before
@@ -298,7 +298,7 @@ def test_wide_models_get_more_rows(asked, tmp_path):
     narrow = asked()
     assert narrow.rows == 64
     wide = save_tiny_model(tmp_path / "wide", "llama", intermediate_size=40 * narrow.length)
-    for effort, rows in (("quick", 80), ("standard", 160), ("best", 320)):
+    for effort, rows in (("quick", 160), ("standard", 160), ("best", 320)):
         request = asked(model=str(wide), effort=effort)
         assert request.rows == request.draw["rows"] == rows
 
