@@ -19,7 +19,7 @@ from calmix.report.words import p_value, with_span
 ROOT = Path(__file__).parents[1]
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "card.png"
 BETWEEN = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
-HEAD = ["compressed to", "size", "right, % of dense", "lost, gained (p)", "kept %"]
+HEAD = ["compressed to", "size", "tokens/s", "right, % of dense", "lost, gained (p)", "kept %"]
 
 
 def row(folder: Path) -> list[str]:
@@ -31,6 +31,7 @@ def row(folder: Path) -> list[str]:
     return [
         f"{target(card.request)}, effort {card.request['effort']}",
         size_text(card.packed or card.size),
+        f"{card.speeds['llama.cpp']['writing']:.0f}" if card.speeds else "–",
         with_span(behaved.right.total),
         f"{counts.lost} of {counts.dense}, {counts.gained} ({p_value(counts.p)})",
         with_span(counts.share),
