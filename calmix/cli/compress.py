@@ -17,7 +17,13 @@ from calmix.compression.folder import check_foreign
 from calmix.errors import InputError
 from calmix.evaluation.prompts import read_prompts
 from calmix.evaluation.scores import load_pairs
-from calmix.files import cached_sha256, check_apart, check_output_file, write_json
+from calmix.files import (
+    cached_sha256,
+    check_apart,
+    check_output_file,
+    check_unlocked,
+    write_json,
+)
 from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
 from calmix.pruning.file_types import recipe_name
@@ -146,6 +152,7 @@ def report(
     """Write the report card of a compressed model."""
     from calmix.compression.card import CARD_PAGE, write_card
 
+    check_unlocked(folder)
     if output is not None:  # it may stand beside the default page
         inside = folder.iterdir() if folder.is_dir() else ()
         inputs = [path for path in inside if path.suffix != ".html"]
@@ -193,6 +200,7 @@ def check(
     if folders:
         if len(results) > 1:
             raise InputError("a folder is checked alone: name one folder, or only files")
+        check_unlocked(folders[0])
         request = (written := read_compressed(folders[0]))["request"]
         alone = request.get("suite", "offline") != "offline"
         names = [SCORES if alone else BEHAVIOUR, *[PROMPTS] * bool(request.get("prompts"))]

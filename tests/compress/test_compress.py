@@ -231,6 +231,9 @@ def test_locked_folder_is_refused_first(calmix, command, tmp_path, monkeypatch):
     monkeypatch.setattr("calmix.compression.compress.check_request", None)
     with FileLock(tmp_path / ".out.lock"):
         assert "another process is at work in" in calmix(*command(tmp_path / "out")).line
+        (tmp_path / "out").mkdir()
+        for verb in ("report", "check"):
+            assert "another process is at work in" in calmix(verb, tmp_path / "out").line
 
 
 def test_keep_option_weights():
