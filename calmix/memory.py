@@ -213,8 +213,8 @@ def plan_pruning(
         count = max([count, *(1 + (layer.expert or 0) for layer in inside)])
         widths = [columns * source.dtype.itemsize for _, columns in (*alone, *experts)]
         inner = max([inner, *widths])
-        kept = sum(columns for _, columns in alone if columns <= (followed or 0))
-        read = max(read, kept * source.dtype.itemsize)
+        following = sum(columns for _, columns in alone if columns <= (followed or 0))
+        read = max(read, following * source.dtype.itemsize)
         # The statistics of one expert's widest input: for its own tokens and for all.
         both = 0 if kind is None else max((2 * kind.memory(w) for _, w in experts), default=0)
         accelerator = device.type != "cpu"
@@ -267,9 +267,9 @@ def plan_pruning(
             each = tokens * (3 * hidden + 2 * inner)  # held while paused in a block
             paused = fit(least + more, each, wanted, room)
             needed = max(first, least + more + paused * each)
-            kept = min(states, room - needed)
+            here = min(states, room - needed)
             plans.append(
-                Plan(tokens, paused, overlap, needed + kept, max(more, expert), kept, states - kept)
+                Plan(tokens, paused, overlap, needed + here, max(more, expert), here, states - here)
             )
     best = max(plans, key=lambda plan: plan.paused or 0)
     return best if best.paused != wanted else replace(best, paused=None)

@@ -430,14 +430,14 @@ def read_card(out: Path) -> Card:
         if name.endswith((WEIGHTS, GGUF)) or name == "config.json"
     }
     shown = turned(pairs, SIDE_BY_SIDE)
-    tasks, questions, asked = list[dict[str, str]](), dict[str, str](), {one.task for one in shown}
+    changed, questions, tasks = {one.task for one in shown}, dict[str, str](), []
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
         suites = ["abilities" if name == BEHAVIOUR else options["suite"] for name in names]
         for suite, (_, scored_by) in zip(suites, pairs, strict=True):
             for one in scored_by.tasks:
                 spec = load_suite(suite).tasks[one.name]
                 origin = provenance(spec)
-                if one.name in asked and one.answers:
+                if one.name in changed and one.answers:
                     questions |= {ask.id: ask.question.strip() for ask in all_items(spec)}
                 name = f"{one.name} ({suite})" if len(pairs) > 1 else one.name
                 tasks.append({"task": name, "use": use_of(origin["licence"]), **origin})

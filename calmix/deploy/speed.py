@@ -32,9 +32,9 @@ if kind == "transformers":
     ids %= model.get_input_embeddings().weight.shape[0]
     @torch.inference_mode()
     def run(count):
-        made = model(ids[:, :prompt], use_cache=True, logits_to_keep=1)
+        last = model(ids[:, :prompt], use_cache=True, logits_to_keep=1)
         for at in range(prompt + 1, prompt + count):
-            made = model(ids[:, at : at + 1], use_cache=True, past_key_values=made.past_key_values)
+            last = model(ids[:, at : at + 1], use_cache=True, past_key_values=last.past_key_values)
 else:
     model = __import__(kind).Llama(place, n_ctx=2 * prompt, n_threads=threads, verbose=False)
     ids = [(at % 1000 + 100) % model.n_vocab for at in range(prompt + written)]

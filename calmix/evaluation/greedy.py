@@ -152,12 +152,12 @@ class _Writer:
         window = min(context, attention_window(self.model))
         self.window = window if self.padded and "position_ids" in known else 0
         self.read: tuple[list[int], Any] = ([], None)  # the last shared prefix, and its cache
-        self.held = 8 * tokens_at_once(self.device)  # tokens that fit into memory
+        self.capacity = 8 * tokens_at_once(self.device)  # tokens that fit into memory
         if self.padded:
             cache = prefix_cache(decoder_of(self.model), [0])
             per_token = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-            self.held = max(self.held, int(HELD / per_token))
-        self.held = int(share * self.held)
+            self.capacity = max(self.capacity, int(HELD / per_token))
+        self.capacity = int(share * self.capacity)
 
     def groups(self, rows: Sequence[Prompt]) -> Iterator[list[Prompt]]:
         """Yield rows to answer together: all that may be padded, and the others by equal length.
@@ -177,7 +177,7 @@ class _Writer:
 
     def _width(self, rows: Sequence[Prompt]) -> int:
         """Return how many of the rows fit into one batch."""
-        return max(1, min(self.most, len(rows), self.held // max(row.needs for row in rows)))
+        return max(1, min(self.most, len(rows), self.capacity // max(row.needs for row in rows)))
 
     def answer(self, rows: Sequence[Prompt]) -> None:
         """Answer rows; those that finish are replaced by waiting ones."""
