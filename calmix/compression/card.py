@@ -90,6 +90,21 @@ class Card:
         )
 
     @property
+    def recovered(self) -> list[str]:
+        """A sentence for each recovery, with the errors on held-out and on fitted rows."""
+        lines = []
+        for one in self.recoveries:
+            before, after = (words.number(one[when], 4) for when in ("before", "after"))
+            losses = one["curve"].get("losses", []) if isinstance(one["curve"], dict) else []
+            late = losses[len(losses) // 2 :]  # over the last half of the steps
+            fitted = f", {words.number(sum(late) / len(late), 4)} on fitted rows" if late else ""
+            lines.append(
+                f"Recovery by {one['method']}, error on held-out rows: {before} before, {after} "
+                f"after{fitted}."
+            )
+        return lines
+
+    @property
     def gguf(self) -> bool:
         """Whether the model is a GGUF file."""
         return self.model.suffix == GGUF

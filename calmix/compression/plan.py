@@ -92,7 +92,9 @@ def guarded(suite: str) -> str:
 
 
 EFFORTS = {
-    "quick": Effort(16, ("distill",), 1, None, SHORT, repeat=False, per_input=2, length=128),
+    "quick": Effort(
+        16, ("distill",), 1, None, SHORT, levels=3.0, repeat=False, per_input=2, length=128
+    ),
     "standard": Effort(64, ("distill",), 2, QUICK, QUICK),
     "best": Effort(192, ("blocks", "distill"), 2, {}, {}, 4.5, 3.5, per_input=2 * PER_INPUT),
 }

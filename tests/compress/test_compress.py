@@ -75,6 +75,11 @@ def test_card_numbers_match_scores(calmix, compressed):
     readme = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert "docs/" not in page + readme  # an installed wheel has no docs
     assert "speed" not in (page + readme).lower()  # no engine runs zeros faster
+    trained = re.search(r"held-out rows: [\d.]+ before, [\d.]+\s+after, ([\d.]+) on fitted", page)
+    assert trained[0] in readme
+    curve = json.loads((out / "model" / "calmix.json").read_text())["recovery"]["curve"]["losses"]
+    late = curve[len(curve) // 2 :]
+    assert float(trained[1]) == pytest.approx(sum(late) / len(late), abs=1e-4)
     table = page[page.index("<h2>Likelihood</h2>") : page.index("By task")]
     lines = {
         line.split(" | ")[0].removeprefix("| "): line.split(" | ")
@@ -307,7 +312,7 @@ def test_wide_models_get_more_rows(asked, tmp_path):
 
 
 def test_pack_of_a_size_from_a_saved_set(calmix, command, tmp_path, tiny_folder, place):
-    """Below four bits the levels are trained; the card shows the bits, whoever reads a damaged pack
+    """Below three bits the levels are trained; the card shows the bits, whoever reads a damaged pack
     refuses it."""
     out, kept, text = tmp_path / "out", tmp_path / "set", str(place / "text.txt")
     small = ("--rows", 16, "--length", 64, "--leakage", "off")
@@ -318,7 +323,7 @@ def test_pack_of_a_size_from_a_saved_set(calmix, command, tmp_path, tiny_folder,
 
     line = calmix(*words("--size", "1kB")).line
     low, high = map(float, re.search(r"has from ([\d.]+) kB to ([\d.]+) kB", line).groups())
-    wanted = round(low + (high - low) * 2 / 7)  # between 1.5 and 7 bits
+    wanted = round(low + (high - low) / 7)  # between 1.5 and 7 bits
     for size in (wanted, wanted + 4):
         costs = json.loads(calmix(*words("--size", f"{size}kB", "--dry-run", "--json")).out)
         (disk,) = [one["disk"] for one in costs if one["stage"] == "pack"]
