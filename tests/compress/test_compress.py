@@ -312,7 +312,7 @@ def test_wide_models_get_more_rows(asked, tmp_path):
 
 
 def test_pack_of_a_size_from_a_saved_set(calmix, command, tmp_path, tiny_folder, place):
-    """Below three bits the levels are trained; the card shows the bits, whoever reads a damaged pack
+    """Below three bits levels are trained; the card shows the bits, who reads a damaged pack
     refuses it."""
     out, kept, text = tmp_path / "out", tmp_path / "set", str(place / "text.txt")
     small = ("--rows", 16, "--length", 64, "--leakage", "off")
