@@ -267,10 +267,9 @@ def plan_pruning(
             each = tokens * (3 * hidden + 2 * inner)  # held while paused in a block
             paused = fit(least + more, each, wanted, room)
             needed = max(first, least + more + paused * each)
-            here = min(states, room - needed)
-            plans.append(
-                Plan(tokens, paused, overlap, needed + here, max(more, expert), here, states - here)
-            )
+            resident = min(states, room - needed)
+            needed, files = needed + resident, states - resident
+            plans.append(Plan(tokens, paused, overlap, needed, max(more, expert), resident, files))
     best = max(plans, key=lambda plan: plan.paused or 0)
     return best if best.paused != wanted else replace(best, paused=None)
 

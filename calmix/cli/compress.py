@@ -17,13 +17,7 @@ from calmix.compression.folder import check_foreign
 from calmix.errors import InputError
 from calmix.evaluation.prompts import read_prompts
 from calmix.evaluation.scores import load_pairs
-from calmix.files import (
-    cached_sha256,
-    check_apart,
-    check_output_file,
-    check_unlocked,
-    write_json,
-)
+from calmix.files import cached_sha256, check_apart, check_output_file, check_unlocked, write_json
 from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
 from calmix.pruning.file_types import recipe_name

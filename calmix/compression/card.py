@@ -95,7 +95,7 @@ class Card:
         lines = []
         for one in self.recoveries:
             before, after = (words.number(one[when], 4) for when in ("before", "after"))
-            losses = one["curve"].get("losses", []) if isinstance(one["curve"], dict) else []
+            losses = one["curve"]["losses"] if one["method"] == "distill" else []
             late = losses[len(losses) // 2 :]  # over the last half of the steps
             fitted = f", {words.number(sum(late) / len(late), 4)} on fitted rows" if late else ""
             lines.append(

@@ -138,8 +138,7 @@ class BlockGrid(Rounding[Encoded]):
                 pulls = gram[here] @ wrong
             diagonal, before, moved = inner.diagonal().tolist(), moves.T, moves.unbind()
             for at, pull in enumerate(pulls.unbind()):
-                if at:
-                    pull.addmv_(before[:, :at], inner[at, :at], alpha=-1)
+                pull.addmv_(before[:, :at], inner[at, :at], alpha=-1)
                 column, move = columns[start + at], moved[at]
                 torch.neg(column, out=move)
                 self._round(start + at, pull.div_(diagonal[at]).add_(column), level)
