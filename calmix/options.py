@@ -75,7 +75,7 @@ advanced = partial(option, advanced=True)
 
 
 def parse_share(value: Any) -> Any:
-    """Return `0.6` or `60%` as a share; for 60 a ValueError suggests 0.6."""
+    """Return `0.6` or `60%` as a share; for 60 a ValueError suggests both."""
     try:
         if isinstance(value, str) and value.strip().endswith("%"):
             return float(value.strip()[:-1]) / 100
@@ -83,7 +83,7 @@ def parse_share(value: Any) -> Any:
     except (TypeError, ValueError):
         raise ValueError(f"'{value}' is not a share, such as 0.6 or 60%") from None
     if 1 < number <= 100:
-        raise ValueError(f"{number:g} is above 1: did you mean {number / 100:g}?")
+        raise ValueError(f"{number:g} is above 1: write {number:g}% or {number / 100:g}")
     return number
 
 

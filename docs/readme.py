@@ -25,7 +25,7 @@ HEAD = ["compressed to", "size", "tokens/s", "right, % of dense", "lost, gained 
 def row(folder: Path) -> list[str]:
     """Return the cells of a folder."""
     card = read_card(folder)
-    behaved, counts = card.behaved, card.behaved.answers
+    behaved, counts = card.behaved, card.behaved.counts
     assert behaved.right is not None
     assert counts is not None
     return [

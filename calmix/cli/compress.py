@@ -230,7 +230,7 @@ def check(
             "of dense %": words.percent(one.kept),
             "proven %": proven(one.bound),
             "required %": words.percent(one.floor),
-            "": "kept" if one.passed else "not kept",
+            "": "kept" if one.passed else "too few" if one.too_few else "not kept",
         }
         for one in verdict.tested
     ]

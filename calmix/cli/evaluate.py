@@ -14,10 +14,10 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import InputError
 from calmix.evaluation import suites
 from calmix.evaluation.answers import Answers, compare_answers
-from calmix.evaluation.choosing import MARGIN, Candidate, choose_smallest
+from calmix.evaluation.choosing import MARGIN, Candidate, Choice, choose_smallest
 from calmix.evaluation.journal import journal_beside
 from calmix.evaluation.measures import BITS, PRIMARY, RIGHT_OR_WRONG
-from calmix.evaluation.prompts import read_prompts
+from calmix.evaluation.prompts import calibration_hash, read_prompts
 from calmix.evaluation.retention import RESAMPLES, Retention
 from calmix.evaluation.scores import (
     CapabilityScores,
@@ -61,7 +61,9 @@ RIGHT = "100 = as many right answers as the dense model; total: mean over abilit
 DENSE = "Dense model, or a .json file of its scores."
 PROMPTS_OPTION = option(None, "Your own prompts instead of a suite: mine.jsonl.", metavar="FILE")
 THINKING_OPTION = option(False, "Let models think first, if their template has the switch.")
-TEST_HALF = advanced(False, "Only the half of --prompts that is kept from calibration.")
+TEST_HALF = option(
+    False, "Only the half of --prompts kept from calibration; so if a model saw the other."
+)
 PAGE_OPTION = option(None, "HTML page to write: answers side by side.", metavar="PATH")
 evaluate = group("evaluate", default="run")
 
@@ -186,23 +188,28 @@ def _suite(
         return suite
     if suite is not None:
         raise InputError("--prompts and --suite cannot be combined: leave one out")
-    read_prompts(prompts, note)
-    for name in () if test_half else filter(_has_seen_prompts, models):
+    own = calibration_hash(read_prompts(prompts, note))
+    seen = {} if test_half else {name: _prompts_seen(name) for name in models}
+    if calibrated := [name for name, hashes in seen.items() if own in hashes]:
+        note(f"{calibrated[0]} was calibrated on half of these prompts: only the others are asked")
+        test_half = True
+    elif others := [name for name, hashes in seen.items() if hashes]:
         note(
-            f"{name} was calibrated on half of a file of prompts: if it is this one, --test-half "
-            "asks only the others"
+            f"{others[0]} was calibrated on half of another file of prompts: if it shares prompts "
+            "with this one, --test-half asks only those kept from calibration"
         )
     return suites.prompt_suite(prompts, test_half=test_half)
 
 
-def _has_seen_prompts(model: str) -> bool:
-    """Whether a model's record says that prompts are in its calibration text."""
+def _prompts_seen(model: str) -> set[str]:
+    """Return the hashes of the prompts in a model's calibration text, by its record."""
     path = user_path(model)
     record = record_file(path)
     if record is None or record == path:
-        return False
+        return set()
     drawn = [one.get("calibration") for one in lineage(read_if_there(record))]
-    return any("prompts" in (one.get("mix") or {}) for one in drawn if isinstance(one, dict))
+    parts = [((one or {}).get("written") or {}).get("prompts") or one or {} for one in drawn]
+    return {one["settings"]["prompts_sha256"] for one in parts if one.get("generated") == "prompts"}
 
 
 def _thoughtful(suite: suites.Suite, thinking: bool) -> suites.Suite:
@@ -291,7 +298,7 @@ def compare(
     suite: str | None = option(None, "Suite to score models on, e.g. abilities."),
     quick: bool = option(False, "Only the suite's quick slice."),
     limit: int | None = option(None, "Items per task at most, e.g. 50.", ge=1),
-    margin: Share = advanced(MARGIN, "Share of good answers a model may be worse by."),
+    margin: Share = option(MARGIN, "Share of good answers a model may be worse by."),
     allow_code_execution: bool = RUN_CODE,
     output: Path | None = path_option(None, "JSON file to write, with --prompts or --suite."),
     page: Path | None = PAGE_OPTION,
@@ -316,13 +323,15 @@ def compare(
             note(f"not run: {', '.join(left_out)}, which need --allow-code-execution")
         _compare_models(scores, answered, opening, servers, margin, output, page, overwrite)
         return
-    for name in sorted(opening.model_fields_set - {"scores", "against", "measure", "as_json"}):
+    known = {"scores", "against", "measure", "margin", "as_json"}
+    for name in sorted(opening.model_fields_set - known):
         flag = flags(type(opening), name)[0]
         raise InputError(f"{flag} needs --prompts or --suite, which score models")
     files = {}
     if missing := next((path for path in map(user_path, scores) if not path.exists()), None):
         raise InputError(f"there is no file or folder {missing}")
     from calmix.evaluation.comparison import Comparison, read_pairs
+    from calmix.models.opening import size_of
     from calmix.report import words
 
     for path in map(user_path, scores):
@@ -331,10 +340,16 @@ def compare(
             raise InputError(f"two files are called {name}: rename one")
         files[name] = files_of
     reference = None if against is None else load_dense(against)
-    comparisons = [
-        Comparison.of(name, pairs, measure)
-        for name, pairs in read_pairs(files, reference, note).items()
-    ]
+    comparisons, candidates = [], []
+    for name, pairs in read_pairs(files, reference, note).items():
+        prompted = [pair for pair in pairs if all(task.prompts for task in pair[0].tasks)]
+        scored = [pair for pair in pairs if pair not in prompted] or pairs
+        comparisons.append(Comparison.of(name, scored, measure))
+        written = [pair for pair in scored if any(task.written for task in pair[0].tasks)]
+        for pair in (prompted or written)[:1]:
+            place = pair[1].model
+            here = user_path(place).exists()
+            candidates.append(Candidate(name, pair, *(size_of(place) if here else (None, None))))
     print_json({one.name: one.to_dict() for one in comparisons})
     for one in comparisons:
         dense, small = one.pairs[-1]
@@ -351,6 +366,24 @@ def compare(
         line(words.wrapped(ceiling))
     line("")
     _print_comparisons(comparisons)
+    if measure is None and len(candidates) == len(comparisons):
+        _print_choice(candidates, choose_smallest(candidates, "the dense model", margin))
+
+
+def _print_choice(candidates: Sequence[Candidate], choice: Choice) -> None:
+    """Print several models' answers, and which model to use."""
+    from calmix.report.answers import choice_text, model_rows
+    from calmix.report.words import wrapped
+
+    dense, small = candidates[0].pair
+    rows = model_rows(candidates, choice)
+    print_table(
+        [{key.removeprefix("#"): cell for key, cell in row.items()} for row in rows],
+        title=f"suite {small.suite['name']}, against {dense.model}: "
+        f"{candidates[0].counted.asked:,} answers",
+        least=["p", "tokens/s", "gained", "bits", "identical %", "KL", "lost"],
+    )
+    line(wrapped(choice_text(candidates, choice)))
 
 
 def _compare_models(
@@ -366,16 +399,14 @@ def _compare_models(
     """Score the first model and the others on a suite, and print which of them to use."""
     from calmix.evaluation.comparison import evaluate_against, scores_record
     from calmix.models.opening import size_of
-    from calmix.report.answers import answers_page, choice_text, model_rows, short_name
-    from calmix.report.words import wrapped
+    from calmix.report.answers import answers_page, choice_text, model_rows, short_names
 
     for path in filter(None, (output, page)):
         rows = [local_file(one.file).path for one in suite.tasks.values() if one.file]
         check_output_file(path, inputs=[*names, *rows], overwrite=overwrite)
     models = _models(names, opening, servers)
     first, *others = names
-    shorts = [short_name(name) for name in others]
-    shown = shorts if len({*shorts}) == len(shorts) else others
+    called_first, *shown = short_names(names)
     dense, candidates = None, list[Candidate]()
     with journal_beside(output, note) as journal, Progress(len(others)) as bar:
         for name, called in zip(others, shown, strict=True):
@@ -401,8 +432,7 @@ def _compare_models(
             else:
                 size, bits = size_of(name)
             candidates.append(Candidate(called, (dense, scores), size, bits, speed))
-    choice = choose_smallest(candidates, first, margin)
-    table, said = model_rows(candidates, choice), choice_text(candidates, choice)
+    choice = choose_smallest(candidates, called_first, margin)
     result = {
         "dense": first,
         "choice": asdict(choice),
@@ -419,14 +449,10 @@ def _compare_models(
     if output is not None:
         write_json(output, result)
     if page is not None:
-        write_text(page, answers_page({one.name: one.pair for one in candidates}, table, said))
+        table, text = model_rows(candidates, choice), choice_text(candidates, choice)
+        write_text(page, answers_page({one.name: one.pair for one in candidates}, table, text))
     print_json(result)
-    print_table(
-        [{key.removeprefix("#"): cell for key, cell in row.items()} for row in table],
-        title=f"suite {suite.name}, against {first}: {candidates[0].counted.asked:,} answers",
-        least=["p", "tokens/s", "gained", "bits", "identical %", "KL", "lost"],
-    )
-    line(wrapped(said))
+    _print_choice(candidates, choice)
     for path in filter(None, (output, page)):
         note(f"wrote {path}")
 
@@ -434,10 +460,10 @@ def _compare_models(
 def _result(path: Path) -> tuple[str, list[Path]]:
     """Return the name of a result and its files of scores; one of calmix compress is named after
     its folder."""
-    from calmix.compression.folder import BEHAVIOUR, COMPRESSED, SCORES
+    from calmix.compression.folder import BEHAVIOUR, COMPRESSED, PROMPTS, SCORES
     from calmix.compression.results import verified
 
-    names = SCORES, BEHAVIOUR
+    names = SCORES, BEHAVIOUR, PROMPTS
     if not path.is_dir():
         place = path.resolve()
         return place.parent.name if path.name in names else path.stem, [path]

@@ -210,8 +210,7 @@ class Search:
                 self._forget()
                 list(run_stages.do(self.opening(), self.out, run, say))
                 dense = [load_scores(self.dense(file)) for file in self.files]
-                # Raises if the floors cannot be proven.
-                floors.judge(self.floors, [(one, one) for one in dense], self.level)
+                floors.check_provable(self.floors, dense, self.level)
             while left := self.left:
                 bits, at = left[_middle(left)], time.monotonic()
                 if self.candidates and at - began + self.candidates[-1]["seconds"] > within:

@@ -113,9 +113,20 @@ class Behaviour:
     repeat: Behaviour | None = None
 
     @property
+    def judged(self) -> tuple[Counted, ...]:
+        """The abilities in which the dense model has enough right answers."""
+        return tuple(one for one in self.abilities if one.dense >= FEW)
+
+    @property
+    def counts(self) -> Counted | None:
+        """Answers of the judged abilities, which the primary measure is the mean of; of all
+        abilities if none is."""
+        return pooled(self.judged) or self.answers
+
+    @property
     def worst(self) -> Counted | None:
         """The ability with the lowest kept fraction; None unless several can be judged."""
-        known = [one for one in self.abilities if one.dense >= FEW]
+        known = self.judged
         return min(known, key=lambda one: one.kept / one.dense) if len(known) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
@@ -222,6 +233,14 @@ def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     chance = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
     identical = sum(one == other for one, other in texts) if len(texts) == len(items) else None
     return replace(paired(name, items), chance=chance, identical=identical)
+
+
+def pooled(counts: Sequence[Counted]) -> Counted | None:
+    """Add up the counts of several abilities; None if there are none."""
+    if not counts:
+        return None
+    fields = ("asked", "dense", "pruned", "kept")
+    return Counted("all", *(sum(getattr(one, field) for one in counts) for field in fields))
 
 
 def paired(name: str, values: Sequence[tuple[float, float]]) -> Counted:

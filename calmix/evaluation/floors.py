@@ -28,6 +28,7 @@ from calmix.evaluation import behaviour
 from calmix.evaluation.behaviour import Pair
 from calmix.evaluation.measures import Array, Measure, TaskPair, TaskScores, has_signal, parts
 from calmix.evaluation.retention import RESAMPLES
+from calmix.evaluation.scores import CapabilityScores
 from calmix.manifest import sealed, versions
 from calmix.options import parse_share
 
@@ -74,6 +75,22 @@ class Tested:
         return self.bound >= self.floor
 
     @property
+    def too_few(self) -> bool:
+        """Whether the items cannot prove the floor even if all are kept."""
+        return self.provable < self.floor
+
+    @property
+    def lack(self) -> str:
+        """How many items the floor needs, and what those there are can prove."""
+        what = "items" if self.measure == LIKELIHOOD else self.called
+        least = math.floor(100 * self.provable) / 100
+        most = f"at most {least:g}" if least > 0 else "nothing"
+        return (
+            f"{self.ability}={self.floor:g} needs {self.needed} {what} and has {self.items}, which "
+            f"can prove {most}"
+        )
+
+    @property
     def counts(self) -> str:
         """The items behind the bound, as text."""
         text = f"{self.items} {self.called}"
@@ -85,6 +102,8 @@ class Tested:
     def text(self) -> str:
         """What is kept and proven, and how many items are enough to prove the floor at this rate:
         a bound comes nearer at least as fast as the root of their number grows."""
+        if self.too_few:
+            return f"{self.lack}: evaluate more items"
         text = (
             f"{self.ability} keeps {100 * self.kept:.1f} % ({self.counts}), proven "
             f"{proven(self.bound)} %, required {100 * self.floor:g} %"
@@ -127,10 +146,11 @@ class Verdict:
                 f"this checkpoint; {others}."
             ]
         else:
-            missed = "; ".join(one.text for one in self.tested if not one.passed)
+            missed = [one for one in self.tested if not one.passed]
+            which = "Not proven" if all(one.too_few for one in missed) else "Not kept"
             lines = [
-                f"Not kept at {sure}: {missed}. This holds for items like these and this "
-                "checkpoint."
+                f"{which} at {sure}: {'; '.join(one.text for one in missed)}. This holds for items "
+                "like these and this checkpoint."
             ]
         if silent := [name for one in self.tested for name in one.silent]:
             lines.append(f"Left out (no signal in the dense model): {', '.join(silent)}.")
@@ -254,12 +274,10 @@ def judge(
 ) -> Verdict:
     """Test whether a pruned model keeps the floors of `parse_floors`.
 
-    `pairs` are (dense, pruned) scores on one or several suites; 0.5 < confidence < 1. Pass the
-    dense model's scores as both to learn whether the floors can be proven at all.
+    `pairs` are (dense, pruned) scores on one or several suites; 0.5 < confidence < 1.
 
     Raises:
-        InputError: a named ability is in no suite, or the dense model has no signal in it, or it
-            has too few items to prove its floor even if all are kept.
+        InputError: a named ability is in no suite, or the dense model has no signal in it.
     """
     tasks = {measure: behaviour.held(pairs, fits) for measure, (fits, *_) in MEASURES.items()}
     known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
@@ -284,20 +302,20 @@ def judge(
         )
     if not tested:
         raise InputError("the dense model has no signal in any ability: evaluate more items")
-    if few := [one for one in tested if one.provable < one.floor]:
-        short = ", ".join(
-            f"{one.ability}={one.floor:g} needs {one.needed} "
-            f"{'items' if one.measure == LIKELIHOOD else one.called} and has {one.items}"
-            for one in few
-        )
-        nearest = dict(floors) | {one.ability: math.floor(100 * one.provable) / 100 for one in few}
-        lowered = ",".join(f"{name}={floor:g}".lstrip("=") for name, floor in nearest.items())
-        remedy = f", or use {FLAG} {lowered}" if min(nearest.values()) > 0 else ""
+    return Verdict(confidence, tested, silent, behaviour.not_run(pairs))
+
+
+def check_provable(
+    floors: Mapping[str, float], dense: Sequence[CapabilityScores], confidence: float
+) -> None:
+    """Raise an `InputError` if the dense model has too few items to prove a floor even if all are
+    kept."""
+    tested = judge(floors, [(one, one) for one in dense], confidence).tested
+    if few := [one.lack for one in tested if one.too_few]:
         raise InputError(
             f"{FLAG} cannot be proven at {100 * confidence:g} % confidence even if all is kept: "
-            f"{short}; evaluate more items{remedy}"
+            f"{'; '.join(few)}: lower the floor, or evaluate more items"
         )
-    return Verdict(confidence, tested, silent, behaviour.not_run(pairs))
 
 
 def _judged(

@@ -26,7 +26,7 @@ from typing import Any
 from calmix.errors import InputError, SourceError, nearest
 from calmix.evaluation import checks
 from calmix.evaluation.quantities import numbers
-from calmix.files import parse_json
+from calmix.files import parse_json, sha256_json
 from calmix.sources.documents import TEXT, fill
 from calmix.sources.local import CHATS, FORMATS, chat_messages
 from calmix.sources.registry import local_file
@@ -144,6 +144,11 @@ def halves(prompts: Sequence[OwnPrompt]) -> tuple[list[OwnPrompt], list[OwnPromp
             "prompts"
         )
     return calibrate, test
+
+
+def calibration_hash(prompts: Sequence[OwnPrompt]) -> str:
+    """Return a hash of the half to calibrate with, which records of calibration sets have."""
+    return sha256_json([one.sha256 for one in prompts if number(one) % 2])
 
 
 def number(prompt: OwnPrompt) -> int:

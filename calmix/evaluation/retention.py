@@ -12,6 +12,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -133,6 +134,7 @@ def retention(
     if not pairs:
         lacks = "generated" if measure == "right" else "right or wrong"
         raise InputError(f"no task has {lacks} answers: use another --measure")
+    counts = {one.name: sum(one.values) if measure == "right" else 0 for one, _ in pairs}
     tasks, points = [], np.full((len(pairs), 1 + resamples), np.nan)
     for (before, after), point in zip(pairs, points, strict=True):
         scored, signal = parts(before, after, measure), measures.has_signal(before, measure)
@@ -151,20 +153,22 @@ def retention(
                 after.accuracy,
                 measures.noise(scored.whole),
                 signal,
-                estimate(point, level),
+                estimate(point, level, counts[before.name]),
             )
         )
     weights = measures.task_weights([before for before, _ in pairs], measure)
     of, dimensions = [task.dimension for task in tasks], []
     names = list(dict.fromkeys(of))
-    total, *rolled = (estimate(point, level) for point in rolled_up(points.T, weights, of, names).T)
-    for name, kept in zip(names, rolled, strict=False):
+    total, *rolled = rolled_up(points.T, weights, of, names).T
+    for name, point in zip(names, rolled, strict=False):
         members = [task for task in tasks if task.dimension == name]
+        kept = estimate(point, level, sum(counts[one.name] for one in members))
         silent = tuple(task.name for task in members if not task.signal)
         dimensions.append(DimensionRetention(name, len(members), silent, kept))
     known = {one.name: one.kept.value for one in dimensions if one.kept.value is not None}
     worst = min(known, key=lambda name: known[name], default=None)
-    return Retention(measure, tuple(tasks), tuple(dimensions), total, worst, resamples, seed)
+    whole = estimate(total, level, sum(counts[one.name] for one in tasks if one.signal))
+    return Retention(measure, tuple(tasks), tuple(dimensions), whole, worst, resamples, seed)
 
 
 def rolled_up(
@@ -238,11 +242,19 @@ def resampled(task: str, scored: Parts, *, resamples: int, seed: int) -> Array:
     return np.append(scored.retention, ratios)
 
 
-def estimate(point: Array, level: float = LEVEL) -> Estimate:
-    """Return the first value with the central `level` of the resamples that follow it."""
+def estimate(point: Array, level: float = LEVEL, right: float = 0) -> Estimate:
+    """Return the first value with the central `level` of the resamples that follow it.
+
+    If all are equal, because no answer changed or none is left, the bootstrap says nothing: then
+    Wilson's interval (1927) of so many `right` answers all alike, to both sides (ours).
+    """
     value, resamples = float(point[0]), point[1:]
     known = resamples[~np.isnan(resamples)]
     if math.isnan(value) or not len(known):
         return Estimate(None if math.isnan(value) else value)
     tail = (1 - level) / 2
-    return Estimate(value, *map(float, np.quantile(known, [tail, 1 - tail])))
+    low, high = map(float, np.quantile(known, [tail, 1 - tail]))
+    if low == high and right:
+        square = NormalDist().inv_cdf(1 - tail) ** 2
+        low, high = (max(0.0, low + sign * square / (right + square)) for sign in (-1, 1))
+    return Estimate(value, low, high)

@@ -61,12 +61,19 @@ def fault_rows(answers: Answers) -> list[dict[str, Any]]:
 
 def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str, Any]]:
     """Return the rows of the table of several models, the smallest first, and last the dense
-    model's own repeat."""
+    model and its own repeat."""
     rows, timed = [], any(one.speed for one in candidates)  # servers are
-    repeated = [Candidate("dense, again", one) for one in twice([candidates[0].pair])]
+    pair = candidates[0].pair
+    dense = [Candidate("dense", (pair[0], pair[0]))]
+    repeated = [Candidate("dense, again", one) for one in twice([pair])]
     ordered = sorted(candidates, key=lambda one: one.size or math.inf)
-    for one in (*ordered, *repeated):
+    for one in (*ordered, *dense, *repeated):
         counts, changed, far = one.counted, one.answers, one.pair[1].distance
+        if one in dense:
+            good = words.with_span(proportion(counts.pruned, counts.asked))
+            best = {} if choice.best in choice.behind else {"#behind best": "0.0"}
+            rows.append({**dict.fromkeys(rows[0]), "model": one.name, "#good %": good, **best})
+            continue
         rows.append(
             {
                 "model": one.name,
@@ -77,7 +84,9 @@ def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str
                 "#lost": counts.lost,
                 "#gained": counts.gained,
                 "#p": words.p_value(counts.p),
-                "#behind best": words.with_span(choice.behind.get(one.name)),
+                "#behind best": "0.0"
+                if one.name == choice.best
+                else words.with_span(choice.behind.get(one.name)),
                 "#identical %": changed and words.with_span(changed.identical),
                 "#KL": far and words.number(far["total"]["kl_mean"]),
             }
@@ -87,19 +96,22 @@ def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str
 
 def choice_text(candidates: Sequence[Candidate], choice: Choice) -> str:
     """Return which model to use, and what that rests on."""
-    margin, best = f"{words.percent(choice.margin)} points", short_name(choice.best)
+    margin, best = f"{words.percent(choice.margin)} points", choice.best
+    sizes = {one.name: one.size for one in candidates if one.size is not None}
     if choice.smallest is None:
         nearest, apart = min(choice.behind.items(), key=lambda one: one[1].value or 0.0)
         text = f"No model is shown to be within {margin} of the best ({best}). Nearest is "
         text += f"{nearest}, {words.percent(apart.value)} behind, at most "
         text += f"{words.percent(apart.high)}: use a larger one, or ask more prompts."
-    elif choice.smallest == choice.best:
+    elif choice.smallest == best == min(sizes, key=lambda name: sizes[name]):
+        text = f"Use {best}: the best, and the smallest."
+    elif choice.smallest == best:
         text = f"Use {best}: the best; no smaller one is shown to be within {margin} of it."
     else:
         name = choice.smallest
         text = f"Use {name}: the smallest that is not worse than the best ({best}) by {margin}"
         text += f" or more; at most {words.percent(choice.behind[name].high)} behind."
-    unknown = [one.name for one in candidates if one.size is None]
+    unknown = [one.name for one in candidates if one.name not in sizes]
     if unknown:
         text += f" Size unknown: {words.listed(unknown)}."
     changed = candidates[0].answers
@@ -108,9 +120,16 @@ def choice_text(candidates: Sequence[Candidate], choice: Choice) -> str:
     return text
 
 
-def short_name(model: str) -> str:
-    """Return a model's name for a column: the address of a server, or the end of a path."""
-    return model if "://" in model else model.rstrip("/").rpartition("/")[2] or model
+def short_names(models: Sequence[str]) -> list[str]:
+    """Return names of models for columns: addresses of servers, and the shortest ends of paths that
+    tell them apart."""
+    for parts in range(1, max(map(len, models))):
+        names = [
+            one if "://" in one else "/".join(one.rstrip("/").split("/")[-parts:]) for one in models
+        ]
+        if len({*names}) == len(names):
+            return names
+    return [*models]
 
 
 def answers_page(

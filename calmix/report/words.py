@@ -11,6 +11,7 @@ from calmix.evaluation.behaviour import Behaviour
 from calmix.evaluation.comparison import Comparison
 from calmix.evaluation.measures import FEW, PRIMARY
 from calmix.evaluation.retention import flips
+from calmix.study.bootstrap import ALPHA
 from calmix.study.ranking import Ranked, leaders
 
 STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour of the pages
@@ -23,8 +24,8 @@ STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour o
     "none": "no calibration",
 }
 PLURALS = {
-    "chat template": " in its chat template, short answers with worked examples",
-    "worked examples": " with worked examples",
+    "chat template": ", short answers with worked examples, all in the chat template",
+    "worked examples": ", all with worked examples",
 }
 DISTANCE = (
     "KL(dense || pruned) in nats per token, on held-out text; top-1: tokens with the same most "
@@ -32,9 +33,9 @@ DISTANCE = (
 )
 FOOTER = (
     "Written by calmix from the files beside it. Right answers: those of this model over those of "
-    "the dense model, by ability, then the mean; lost and gained: right under one model only; p: "
-    "McNemar's exact test. Kept: of the dense model's right answers, the share that is still "
-    "right. Brackets: 95 % intervals over items."
+    "the dense model, by ability, then the mean; lost and gained: right under one model only, in "
+    "the abilities of the mean; p: McNemar's exact test. Kept: of the dense model's right answers, "
+    "the share that is still right. Brackets: 95 % intervals over items."
 )
 LIKELIHOOD = "Likelihood kept: 100 % = dense model, 0 = no task knowledge."
 TOO_FEW = "too few to tell"  # an ability in which the dense model gets few answers right
@@ -101,13 +102,11 @@ def listed(names: Iterable[str]) -> str:
 
 def right_answers(behaviour: Behaviour) -> str:
     """Return the primary measure with losses, gains and their test; empty without answers."""
-    counts = behaviour.answers
+    counts, text = behaviour.counts, TOO_FEW
     if behaviour.right is None or counts is None:
         return ""
-    judged = [one.name for one in behaviour.right.dimensions if one.kept.value is not None]
-    text = TOO_FEW
-    if judged:
-        text = f"{with_span(behaviour.right.total)} % of the dense model's"
+    if judged := [one.name for one in behaviour.judged]:
+        text = f"{loss(behaviour)}; {with_span(behaviour.right.total)} % of the dense model's"
         few = [one.name for one in behaviour.abilities if one.name not in judged]
         mean = f"mean of {len(judged)} abilities" if len(judged) > 1 else f"in {judged[0]}"
         text += f" ({mean}{f'; {TOO_FEW}: {listed(few)}' if few else ''})"
@@ -117,14 +116,28 @@ def right_answers(behaviour: Behaviour) -> str:
     )
 
 
+def loss(behaviour: Behaviour) -> str:
+    """Say whether a loss of right answers is shown: by McNemar's test or by the interval of the
+    mean."""
+    assert behaviour.right is not None
+    assert behaviour.counts is not None
+    counts, total = behaviour.counts, behaviour.right.total
+    if (counts.lost > counts.gained and counts.p < ALPHA) or (total.high or 1.0) < 1.0:
+        return "a loss is shown"
+    most = 1.0 - (total.low or 0.0)
+    return "no loss is shown" + (f", up to {percent(most)} % is not ruled out" if most > 0 else "")
+
+
 def against_itself(behaviour: Behaviour) -> str:
     """Return a sentence on the dense model's answers generated twice, the ceiling of every
     comparison with it; empty if not measured."""
-    if behaviour.repeat is None or (counts := behaviour.repeat.answers) is None or not counts.dense:
+    again = behaviour.repeat
+    if again is None or (counts := again.counts) is None or not counts.dense:
         return ""
-    right = behaviour.repeat.right and behaviour.repeat.right.total
+    right = again.right and again.right.total
     total = f"{with_span(right)} %, " if right and right.value is not None else ""
-    same = "" if counts.same is None else f", {percent(counts.same)} % of its answers identical"
+    share = again.answers and again.answers.same
+    same = "" if share is None else f", {percent(share)} % of its answers identical"
     return (
         f"The dense model against itself, in other batches: {total}{counts.lost} of "
         f"{counts.dense} lost, {counts.gained} gained; {percent(counts.share.value)} % kept{same}."
@@ -134,7 +147,8 @@ def against_itself(behaviour: Behaviour) -> str:
 def kept_answers(behaviour: Behaviour) -> str:
     """Return how many of the dense model's right answers stay right, the worst ability, and how
     many were asked; empty without answers."""
-    if (counts := behaviour.answers) is None:
+    counts, answers = behaviour.counts, behaviour.answers
+    if counts is None or answers is None:
         return ""
     summary = (
         f"{counts.kept} of {counted(counts.dense, 'right answer')}, {with_span(counts.share)} %"
@@ -142,7 +156,7 @@ def kept_answers(behaviour: Behaviour) -> str:
     if (worst := behaviour.worst) is not None:
         summary += f", least in {worst.name}, {worst.kept} of {worst.dense}"
     how = PLURALS.get(behaviour.form, "")
-    return f"{summary} (asked: {counts.asked:,}{how})"
+    return f"{summary}. Asked: {answers.asked:,} questions{how}"
 
 
 def ability_rows(behaviour: Behaviour) -> list[dict[str, Any]]:
@@ -162,7 +176,7 @@ def ability_rows(behaviour: Behaviour) -> list[dict[str, Any]]:
 def comparison(one: Comparison, by: str, alone: bool = False) -> dict[str, Any]:
     """Return the figures of a model in a table of several: by ability and in total, and for answers
     what was lost and gained; `alone` without accuracy, which other lines show."""
-    does, counts, parts = one.behaviour, one.behaviour.answers, one.retention.dimensions
+    does, counts, parts = one.behaviour, one.behaviour.counts, one.retention.dimensions
     total, more = one.retention.total, dict[str, Any]()
     cells = {part.name: with_span(part.kept) for part in parts}
     if by == PRIMARY and counts is not None:

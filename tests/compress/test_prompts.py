@@ -12,6 +12,7 @@ from calmix.compression.card import read_card
 from calmix.compression.run_stages import stages
 from calmix.compression.stages import Draw
 from calmix.evaluation.prompts import halves, read_prompts
+from calmix.evaluation.scores import load_scores
 from calmix.models.opening import open_model
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -57,10 +58,20 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
     assert "Say &lt;b&gt;&amp; " in page
     assert "<b>&" not in page
     assert "mine" in calmix("check", out, "--keep-at-least", "min=0.5").line
-    # Who tests on all of them is told; refused here for a page without --against.
-    again = ("evaluate", out / "model", "--prompts", mine, "--page", tmp_path / "page.html")
-    seen = "was calibrated on half of a file of prompts"
-    assert [seen in calmix(*again, *half).err for half in ((), ("--test-half",))] == [True, False]
+    # Later tests ask only the other half, too; of another file they may ask all.
+    other = tmp_path / "other.jsonl"
+    other.write_text(mine.read_text(encoding="utf-8") + '{"prompt": "And now?"}\n', "utf-8")
+    scores = tmp_path / "scores.json"
+    for file, half, seen, count in (
+        (mine, (), "half of these prompts: only the others are asked", len(test)),
+        (mine, ("--test-half",), "", len(test)),
+        (other, (), "half of another file of prompts: if", len(calibrate + test) + 1),
+    ):
+        again = ("evaluate", out / "model", "--prompts", file, "-o", scores, "--overwrite", *half)
+        ended = calmix(*again).ok()
+        assert seen in " ".join(ended.err.split())
+        assert ("calibrated" in ended.err) == bool(seen)
+        assert len(load_scores(scores).tasks[0].items) == count
     # The printed command draws the same set.
     record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
     draw = shlex.split(record["commands"]["write the calibration set"])[1:]

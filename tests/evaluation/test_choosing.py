@@ -7,7 +7,7 @@ import pytest
 
 from calmix.evaluation.behaviour import behind, paired
 from calmix.evaluation.choosing import Candidate, choose_smallest
-from calmix.report.answers import choice_text, model_rows
+from calmix.report.answers import choice_text, model_rows, short_names
 from tests.evaluation.helpers import scored
 from tests.evaluation.test_prompts import chats as chats
 from tests.evaluation.test_prompts import task, written
@@ -46,7 +46,8 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     assert text.startswith("Use q5: the smallest that is not worse than the best (dense) by 5.0")
     assert "this rests on faults alone" in text
     rows = model_rows(found, choice)
-    assert [row["model"] for row in rows] == ["q2", "q5", "q8"]
+    assert [row["model"] for row in rows] == ["q2", "q5", "q8", "dense"]
+    assert (rows[-1]["#good %"].split()[0], rows[-1]["#behind best"]) == ("90.0", "0.0")
     assert (rows[0]["#bits"], rows[0]["#lost"], rows[1]["#lost"]) == ("1.60", 40, 2)
     assert choose_smallest(found, "dense", 0.001).smallest is None
     text = choice_text(found, choose_smallest(found, "dense", 0.001))
@@ -55,6 +56,11 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     choice = choose_smallest(better, "dense", 0.05)
     assert (choice.best, choice.smallest, choice.behind["q8"].high) == ("q8", "q8", 0.0)
     assert choice_text(better, choice).startswith("Use q8: the best; no smaller one is shown")
+    smallest = choose_smallest(better[::-1][:1], "dense", 0.3)
+    assert choice_text(better[1:], smallest).startswith("Use q2: the smallest that is not worse")
+    small = [candidate("q8", 170, 800), candidate("q2", 190, 200)]
+    said = choice_text(small, choose_smallest(small, "dense", 0.05))
+    assert said.startswith("Use q2: the best, and the smallest.")
     dense, small = found[0].pair
     other = task(["x"] * 200, [1] * 181 + [0] * 19, properties=({},) * 200)
     twice = replace(found[0], pair=(replace(dense, repeat=(other,)), small))
@@ -63,6 +69,15 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     assert (again["#MB"], again["#behind best"]) == (None, "–")
     unknown = [replace(found[0], size=None), found[1]]
     assert "Size unknown: q8." in choice_text(unknown, choose_smallest(unknown, "dense", 0.05))
+
+
+def test_names_are_the_shortest_ends_of_paths_that_differ():
+    assert short_names(["/m/dense", "out/a.gguf", "b.gguf"]) == ["dense", "a.gguf", "b.gguf"]
+    same = ["builtin:x", "t1/model.gguf", "t2/model.gguf"]
+    assert short_names(same) == same
+    deep = ["a/t/model.gguf", "b/t/model.gguf"]
+    assert short_names([f"/z/{one}" for one in deep]) == deep
+    assert short_names(["out", "out/"]) == ["out", "out/"]
 
 
 def test_models_and_a_server_are_compared_in_one_command(chats, calmix, tmp_path, monkeypatch):

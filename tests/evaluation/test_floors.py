@@ -10,6 +10,7 @@ from scipy.stats import binom, binomtest
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import behaviour, likelihood, mcnemar, proportion
 from calmix.evaluation.floors import (
+    check_provable,
     judge,
     lower_bound,
     lower_mean,
@@ -40,7 +41,7 @@ FLOORS = {
     "0.8,code=0.9": {"": 0.8, "code": 0.9},
 }
 MISTAKES = {
-    "60": "60 is above 1: did you mean 0.6",
+    "60": "60 is above 1: write 60% or 0.6",
     "code=0": "between 0 and 1",
     "nan": "between 0 and 1",
     "much": "'much' is not a share",
@@ -175,28 +176,36 @@ def test_unprovable_floor_names_the_nearest():
         ("cod=0.9", "names 'cod', which the scores lack: they have code, chat, math, logic"),
         ("math=0.9", "math=0.9: the dense model has no signal in math"),
         ("logic=0.9", "no signal in logic"),
-        ("0.9", "code=0.9 needs 29 right answers and has 12; .* --keep-at-least 0.9,code=0.77$"),
-        ("code=0.95,chat=0.9", "needs 59 .* or use --keep-at-least code=0.77,chat=0.9$"),
     ):
         with pytest.raises(InputError, match=said):
             judged(text, dense, dense)
-    assert judged("0.9,code=0.77", dense, dense).passed  # as suggested
+    for text, said in (
+        ("0.9", "code=0.9 needs 29 right answers and has 12, which can prove at most 0.77"),
+        ("code=0.95,chat=0.9", "code=0.95 needs 59 right answers and has 12, which can prove"),
+    ):
+        found = judged(text, dense, dense)
+        assert not found.passed
+        assert found.lines()[0].startswith(f"Not proven at 95 % confidence: {said}")
+        with pytest.raises(InputError, match=f"even if all is kept: {said}"):
+            check_provable(parse_floors(text), [dense], 0.95)
+    assert judged("0.9,code=0.77", dense, dense).passed  # as it says
+    check_provable(parse_floors("0.9,code=0.77"), [dense], 0.95)
     with pytest.raises(InputError, match="not run without --allow-code-execution: mbpp"):
         judged("sql=0.9", dense, replace(dense, not_run=("mbpp",)))
     with pytest.raises(InputError, match="no signal in any ability"):
         judged("0.9", scored(guessed), scored(guessed))
     lost = bits([0.5] * 20, [2] * 20)
-    with pytest.raises(InputError, match=r"89 items and has 20; .* 0\.9,code=0\.58$"):
-        judged("0.9", scored(lost), scored(lost))
+    with pytest.raises(InputError, match=r"89 items and has 20, which can prove at most 0\.58:"):
+        check_provable({"": 0.9}, [scored(lost)], 0.95)
     few = scored(bits([0.5] * 5, [2] * 5))  # of which none has to be lost
-    with pytest.raises(InputError, match=r"code=0\.9 needs 89 items and has 5; evaluate more"):
-        judged("0.9", few, few)
+    with pytest.raises(InputError, match=r"code=0\.9 needs 89 items and has 5, .* prove nothing:"):
+        check_provable({"": 0.9}, [few], 0.95)
     strict = scored(accuracy([1.0] * 50 + [0.0] * 50))  # a right answer weighs 2: 25 above chance
     (found,) = judged("0.8", strict, strict).tested
     assert found.provable == pytest.approx(1 - 2 * (1 - lower_bound(50, 50)))
     assert found.needed == needed(0.9)
     with pytest.raises(InputError, match=f"needs {needed(0.95)} right choices and has 50"):
-        judged("0.9", strict, strict)
+        check_provable({"": 0.9}, [strict], 0.95)
 
 
 def test_answer_counts_and_worst_ability():
@@ -228,11 +237,12 @@ def test_answer_counts_and_worst_ability():
     lines = words.summary_lines(found, likelihood(dense, pruned), "calmix x")
     first, kept, code, accurate = lines  # nothing here is scored by likelihood
     assert first == (
-        f"Right answers: {words.with_span(found.right.total)} % of the dense model's (mean of 2 "
-        "abilities; too few to tell: chat), 16 of 25 lost, 2 gained, p = 0.001."
+        f"Right answers: a loss is shown; {words.with_span(found.right.total)} % of the dense "
+        "model's (mean of 2 abilities; too few to tell: chat), 13 of 22 lost, 2 gained, p = 0.007."
     )
     assert kept == (
-        "Kept: 9 of 25 right answers, 36.0 [20.2, 55.5] %, least in math, 0 of 10 (asked: 32)."
+        "Kept: 9 of 22 right answers, 40.9 [23.3, 61.3] %, least in math, 0 of 10. Asked: 32 "
+        "questions."
     )
     assert "not run (humaneval" in code
     assert accurate == (

@@ -149,7 +149,7 @@ calibrations:
   b: {mix: {x: 1}, uniform: [y]}  #! calibrations.b: give exactly one of
   c: {form: x}  #! calibrations.c.form: unknown key: did you mean from
 methods:
-  sparsegpt: [1.6]  #! methods.sparsegpt.0: sparsity 1.6 is above 1: did you mean 0.016?
+  sparsegpt: [1.6]  #! methods.sparsegpt.0: sparsity 1.6 is above 1: write 1.6% or 0.016
   wandda: 0.5  #! methods.wandda: unknown method 'wandda': did you mean wanda
   wanda: 4-2  #! methods.wanda: sparsity '4-2' is not a share
   ria: []  #! methods.ria: Value should have at least 1 item
@@ -222,7 +222,7 @@ comparisons:
     over: {calibration: b}
     predict: [3, 1]
   - name: u
-    of: {target: 60}  #! comparisons.5.of.target: sparsity 60 is above 1: did you mean 0.6?
+    of: {target: 60}  #! comparisons.5.of.target: sparsity 60 is above 1: write 60% or 0.6
     over: {target: 0.5}
     refuted: {}  #! comparisons.5.refuted: give 'below' or 'above'
 """,

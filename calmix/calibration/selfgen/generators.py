@@ -35,7 +35,7 @@ from calmix.calibration.selfgen.writing import WriteRequest, Written, write
 from calmix.calibration.tokenizer import begin_token, tokenizer_function
 from calmix.errors import InputError
 from calmix.evaluation.greedy import prompt
-from calmix.evaluation.prompts import OwnPrompt, halves, read_prompts
+from calmix.evaluation.prompts import OwnPrompt, calibration_hash, halves, read_prompts
 from calmix.files import sha256_json
 from calmix.models.opening import OpenModel
 from calmix.options import Options
@@ -211,8 +211,8 @@ class Prompted(Generator):
         return [openers[openers.index(head, half) - half], *rest]
 
     def record(self) -> dict[str, Any]:
-        hashes = [one.sha256 for one in self.half()]
-        return super().record() | {"count": len(hashes), "prompts_sha256": sha256_json(hashes)}
+        half = self.half()
+        return super().record() | {"count": len(half), "prompts_sha256": calibration_hash(half)}
 
 
 class SelfCal(Generator):
