@@ -340,13 +340,13 @@ def compare(
             raise InputError(f"two files are called {name}: rename one")
         files[name] = files_of
     reference = None if against is None else load_dense(against)
-    comparisons, candidates = [], []
+    comparisons, candidates = list[Comparison](), list[Candidate]()
     for name, pairs in read_pairs(files, reference, note).items():
         prompted = [pair for pair in pairs if all(task.prompts for task in pair[0].tasks)]
         scored = [pair for pair in pairs if pair not in prompted] or pairs
         comparisons.append(Comparison.of(name, scored, measure))
-        written = [pair for pair in scored if any(task.written for task in pair[0].tasks)]
-        for pair in (prompted or written)[:1]:
+        generated = [pair for pair in scored if any(task.written for task in pair[0].tasks)]
+        for pair in (prompted or generated)[:1]:
             place = pair[1].model
             here = user_path(place).exists()
             candidates.append(Candidate(name, pair, *(size_of(place) if here else (None, None))))

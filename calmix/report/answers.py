@@ -62,7 +62,8 @@ def fault_rows(answers: Answers) -> list[dict[str, Any]]:
 def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str, Any]]:
     """Return the rows of the table of several models, the smallest first, and last the dense
     model and its own repeat."""
-    rows, timed = [], any(one.speed for one in candidates)  # servers are
+    rows = list[dict[str, Any]]()
+    timed = any(one.speed for one in candidates)  # servers are
     pair = candidates[0].pair
     dense = [Candidate("dense", (pair[0], pair[0]))]
     repeated = [Candidate("dense, again", one) for one in twice([pair])]

@@ -136,7 +136,7 @@ def against_itself(behaviour: Behaviour) -> str:
         return ""
     right = again.right and again.right.total
     total = f"{with_span(right)} %, " if right and right.value is not None else ""
-    share = again.answers and again.answers.same
+    share = again.answers.same if again.answers else None
     same = "" if share is None else f", {percent(share)} % of its answers identical"
     return (
         f"The dense model against itself, in other batches: {total}{counts.lost} of "

@@ -60,7 +60,7 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
     assert "mine" in calmix("check", out, "--keep-at-least", "min=0.5").line
     # Later tests ask only the other half, too; of another file they may ask all.
     other = tmp_path / "other.jsonl"
-    other.write_text(mine.read_text(encoding="utf-8") + '{"prompt": "And now?"}\n', "utf-8")
+    other.write_text(mine.read_text(encoding="utf-8") + '{"prompt": "And now then?"}\n', "utf-8")
     scores = tmp_path / "scores.json"
     for file, half, seen, count in (
         (mine, (), "half of these prompts: only the others are asked", len(test)),

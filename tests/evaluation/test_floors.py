@@ -257,7 +257,7 @@ def test_answer_counts_and_worst_ability():
     silent = replace(found, answers=replace(found.answers, dense=0, kept=0))
     assert words.summary_lines(silent, None, "")[0].startswith("The dense model gets none of 32")
     formed = words.summary_lines(replace(found, form="worked examples"), None, "")[1]
-    assert "(asked: 32 with worked examples)" in formed
+    assert formed.endswith("Asked: 32 questions, all with worked examples.")
     with pytest.raises(InputError, match="in its chat template, the other with worked"):
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
 
