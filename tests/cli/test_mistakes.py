@@ -99,7 +99,7 @@ SAID = {
     PRUNE: "either --sparsity",
     HALF + "--pattern 2:4": "either --sparsity",
     PRUNE + "--sparsity 0.5,0.6": "'0.5,0.6' is not a share",
-    PRUNE + "--sparsity 1.5": "mean 0.015",
+    PRUNE + "--sparsity 1.5": "write 1.5% or 0.015",
     PRUNE + "--pattern 2of4": "N:M",
     HALF + "--method wanda,sparsegpt": "'sparsegpt' is not of the form option=value",
     HALF + "--method bits=4": "unknown method 'bits=4'",
