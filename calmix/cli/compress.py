@@ -22,6 +22,12 @@ from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
 from calmix.pruning.file_types import recipe_name
 
+KERNELS = "kernels: for other levels than 4 and 8 bits vLLM needs a GPU"
+SPEED = (
+    "speed: at the end the dense model and the file are timed, which needs the memory of the dense "
+    "model in transformers once more"
+)
+
 
 @verb("compress")
 def compress(
@@ -63,9 +69,15 @@ def compress(
     check_foreign(output)
     from calmix.compression.card import CARD_PAGE, read_card
     from calmix.compression.compress import begin, dry, make
-    from calmix.compression.plan import check_options, wide_embeddings
+    from calmix.compression.plan import (
+        check_options,
+        product_of,
+        restricted_sources,
+        wide_embeddings,
+    )
     from calmix.compression.recipe import with_recipe
     from calmix.compression.search import HELPS
+    from calmix.deploy.speed import engine
     from calmix.report import words
 
     if recipe is not None:
@@ -83,8 +95,15 @@ def compress(
         print_costs(costs, title)
         if request.calibration and not request.saved:
             line(f"calibration: {request.rows} rows of {request.length} tokens")
-        if warning := wide_embeddings(request):
-            line(words.wrapped(warning))
+        product = product_of(request)
+        for text in (
+            wide_embeddings(request),
+            KERNELS if product == "vllm" and request.bits not in (None, 4, 8) else "",
+            restricted_sources(request),
+            SPEED if product == "gguf" and engine() else "",
+        ):
+            if text:
+                line(words.wrapped(text))
         if search.floors:
             line(words.wrapped(search.provable()))
         return
@@ -127,7 +146,7 @@ def compress(
     if card.file and not card.gguf:
         line(f"levels: {card.levels} bits and a scale {card.groups}")
         if {*card.file["levels"]} - {"4", "8"}:
-            line("kernels: for other levels than 4 and 8 bits vLLM needs a GPU")
+            line(KERNELS)
     for command in card.runs:
         line(f"run: {command}")
     line(f"card: {page}, after {duration(time.monotonic() - began)}")
@@ -154,7 +173,9 @@ def report(
         if output.suffix.lower() not in (".html", ".htm"):
             raise InputError(f"cannot write a page to {output}: name an .html file")
     with Progress() as bar:
-        write_card(folder, bar, page := output or folder / CARD_PAGE)
+        card = write_card(folder, bar, page := output or folder / CARD_PAGE)
+    if card.speed:
+        line(f"speed: {card.speed}")
     line(f"report: {page}")
 
 

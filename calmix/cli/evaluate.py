@@ -44,7 +44,7 @@ from calmix.options import (
     path_option,
 )
 from calmix.progress import Progress
-from calmix.sources.licences import use_of
+from calmix.sources.licences import NON_COMMERCIAL, use_of
 from calmix.sources.registry import local_file
 
 if TYPE_CHECKING:
@@ -670,7 +670,7 @@ def list_suites() -> None:
     rows, full = [], []
     for each in suites.builtin_suites().values():
         origins = _origins(each)
-        closed = [name for name, one in origins.items() if one["use"] == "non-commercial"]
+        closed = [name for name, one in origins.items() if one["use"] == NON_COMMERCIAL]
         rows.append(
             {
                 "name": each.name,

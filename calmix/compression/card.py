@@ -36,7 +36,7 @@ from calmix.pruning.solvers.grids import SCALES
 from calmix.report import words
 from calmix.report.answers import answers_page, fault_rows, sentences
 from calmix.report.pages import Bar, Figure, render
-from calmix.sources.licences import use_of
+from calmix.sources.licences import NON_COMMERCIAL, use_of
 from calmix.sources.registry import builtin_sources
 
 SIDE_BY_SIDE = 12  # lost and gained answers that the card shows
@@ -194,12 +194,15 @@ class Card:
             return ""
         parts = self.calibration, *(self.calibration.get("written") or {}).values()
         counts = [one["settings"]["count"] for one in parts if one.get("generated") == "prompts"]
-        count = words.counted(sum(len(one.items) for one in self.prompted[0].tasks), "prompt")
+        tested = words.counted(sum(len(one.items) for one in self.prompted[0].tasks), "prompt")
+        own = (self.calibration.get("written") or {}).get("prompts") or {}
+        rows = f", {own['rows']} of {self.calibration['rows']} rows" if "rows" in own else ""
         if not counts:
-            return f"{count} were the test, all that the file has; none was calibrated on."
+            return f"{tested} were the test, all that the file has; none was calibrated on."
+        written = words.counted(counts[0], "prompt")
         return (
-            f"The model's answers to {words.counted(counts[0], 'prompt')} were calibrated on; the "
-            f"test is the other {count}. The split is by hash."
+            f"The model's answers to {written} were calibrated on{rows}; the test is the other "
+            f"{tested}. The split is by hash."
         )
 
     @cached_property
@@ -394,9 +397,19 @@ class Card:
         ]
 
     @property
+    def source_types(self) -> str:
+        """A warning that the dense model was decoded from a GGUF file; empty if it was not."""
+        if not self.request["model"].startswith("builtin:") and self.request["model"][-5:] != GGUF:
+            return ""
+        return (
+            "The dense model was decoded from a GGUF file: types of its bits (4 to 6 for builtin "
+            "models) lose less here than they would of a 16-bit checkpoint."
+        )
+
+    @property
     def restricted(self) -> str:
         """What licences keep from commercial use, in a sentence; empty if none is known to."""
-        closed = "non-commercial"
+        closed = NON_COMMERCIAL
         names = [one["source"] for one in self.sources if one["use"] == closed]
         parts = [f"the dense model ({self.licence})"] if use_of(self.licence) == closed else []
         if names:
@@ -499,9 +512,9 @@ class Report(StageRequest):
         write_card(self.out, bar)
 
 
-def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
-    """Write the report card of the model in OUT, by default to OUT/card.html, and its model card;
-    measure the speed of a GGUF file first where llama.cpp is installed."""
+def write_card(out: Path, bar: Progress, page: Path | None = None) -> Card:
+    """Write the report card of the model in OUT, by default to OUT/card.html, and its model card,
+    and return it; measure the speed of a GGUF file first where llama.cpp is installed."""
     card = read_card(out)
     if card.gguf:
         write_text(out / MODELFILE, f"FROM ./{card.model.name}\n")
@@ -522,6 +535,7 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> None:
         write_text(out / ANSWERS_PAGE, answers_page({card.name: card.prompted}))
     write_text(page or out / CARD_PAGE, card_page(card))
     write_text((out if card.gguf else card.model) / README, model_card(card))
+    return card
 
 
 def _bytes(model: Path, written: Mapping[str, Any]) -> int:

@@ -46,8 +46,9 @@ from calmix.pruning.methods import get_method
 from calmix.pruning.methods.gptq import Gptq
 from calmix.pruning.patterns import Mixed, Recipe
 from calmix.pruning.solvers.ggml_types import block_type
+from calmix.sources.licences import NON_COMMERCIAL, use_of
 from calmix.sources.mixes import MIXES, mix_text, parse_mix
-from calmix.sources.registry import get_source, local_file
+from calmix.sources.registry import builtin_sources, get_source, local_file
 from calmix.specs import LENGTH, SEED, prune_request
 from calmix.study.estimate import EmptyModel
 
@@ -370,6 +371,18 @@ def file_bytes(request: Target) -> float:
     empty, target = _empty(request), prune_request(**aim(request), calibration=text).target
     tensors = planned_bytes(target, empty.model, empty.blocks) or 0
     return overhead(request.model, request.like) + tensors
+
+
+def restricted_sources(request: Request) -> str:
+    """Return a warning that names text which its licence keeps from commercial use."""
+    if request.imatrix is not None or request.saved:
+        return ""
+    sources, mix = builtin_sources(), parse_calibration(request.calibration, **request.draw).mix
+    closed = [
+        name for name in mix if name in sources and use_of(sources[name].licence) == NON_COMMERCIAL
+    ]
+    text = "not for commercial use, by licence: the calibration text "
+    return f"{text}{', '.join(closed)} (--licence permissive leaves it out)" if closed else ""
 
 
 def wide_embeddings(request: Target) -> str:

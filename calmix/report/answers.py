@@ -13,6 +13,8 @@ from calmix.evaluation.prompts import FAULTS
 from calmix.report import words
 from calmix.report.pages import render
 
+OPEN_ROWS = 20  # prompts that the page shows at first
+
 
 def sentences(answers: Answers, distance: Mapping[str, Any] | None = None) -> list[str]:
     """Return what changed in the answers, in words."""
@@ -49,7 +51,7 @@ def fault_rows(answers: Answers) -> list[dict[str, Any]]:
             "fault": FAULTS[one.name],
             "#of": one.asked,
             "#dense %": words.percent(1 - one.dense / one.asked),
-            "#repeat %": words.percent(answers.again.get(one.name)),
+            **({"#repeat %": words.percent(answers.again.get(one.name))} if answers.again else {}),
             "#small %": words.percent(1 - one.pruned / one.asked),
             "#new": one.lost,
             "#gone": one.gained,
@@ -148,6 +150,7 @@ def answers_page(
         said=said,
         faults={name: fault_rows(one) for name, one in known.items()},
         rows=rows([*pairs.values()]) if known else [],
+        open=OPEN_ROWS,
         names=["dense", *pairs],
         suite=dense.suite["name"],
         models=[{k: "–" if v is None else v for k, v in row.items()} for row in table or []],

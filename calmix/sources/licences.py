@@ -15,6 +15,7 @@ from typing import Literal
 from calmix.errors import InputError
 
 Use = Literal["permissive", "share-alike", "non-commercial", "unstated", "own"]
+NON_COMMERCIAL: Use = "non-commercial"
 OWN_LICENCE = "the user's own"
 
 _RESTRICTED = re.compile(
@@ -34,7 +35,7 @@ def use_of(licence: str) -> Use:
     if licence == OWN_LICENCE:
         return "own"
     if _RESTRICTED.search(licence):
-        return "non-commercial"
+        return NON_COMMERCIAL
     if _ALIKE.search(licence):
         return "share-alike"
     names = re.split(r"[,;/+]|\b(?:and|or|with)\b", short(licence), flags=re.IGNORECASE)

@@ -43,7 +43,7 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
     words[1] = str(chatting)
     printed = calmix(*words).ok().out
     calibrate, test = halves(read_prompts(mine))
-    said = f"answers to {len(calibrate)} prompts were calibrated on;"
+    said = f"answers to {len(calibrate)} prompts were calibrated on, 8 of 16 rows;"
     card = read_card(out)
     assert said in card.split
     assert f"the test is the other {len(test)} prompts" in " ".join(printed.split())
