@@ -65,7 +65,7 @@ from calmix.models.shards import (
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, check_fit, read_grids
 
-PACK_FORMAT = 6
+PACK_FORMAT = 7
 CONFIG, PACK_TYPE = "config.json", "calmix-pack"
 TENSORS_AHEAD = 3  # tensors packed at a time: a small one is a single chunk, and uses one core
 PACKED_VALUES = 1 << 22  # values compressed together: a few megabytes
@@ -418,36 +418,27 @@ def _encoded(
 def _encoded_levels(
     raw: Words, place: Place, grid: Grid, pool: ThreadPoolExecutor
 ) -> tuple[dict[str, Any], Parts] | None:
-    """Return a tensor as the levels of its grid; None if too many weights are off the grid."""
+    """Return a tensor as the levels of its grid, and the bits in which it differs from their
+    values; None if too many weights do."""
 
-    def read(rows: slice) -> tuple[Words, Words, int]:
-        part = grid.part(rows)
-        levels = part.levels(whole[rows]).clamp_(-128, 127).to(torch.int8)
-        off = _words(whole[rows]) != _words(part.values(levels).to(place.dtype))
-        low = np.frombuffer(tensor_bytes(levels), np.uint8) + np.uint8(8)
-        return low, off, int(np.count_nonzero(low > 15))
+    def code(rows: slice) -> tuple[bool, int, bytes, bytes]:
+        part, weights = grid.part(rows), whole[rows]
+        levels = part.levels(weights)
+        half = int((levels.clamp(-8, 7) != levels).sum()) <= RARE * levels.numel()
+        most = 8 if half else 128
+        levels = levels.clamp_(-most, most - 1).to(torch.int8)
+        rest = _words(weights) ^ _words(part.values(levels).to(place.dtype))
+        low = _words(levels)
+        if half:  # two to a byte
+            low = np.pad(low + np.uint8(8), (0, len(low) % 2))
+            low = low[::2] | (low[1::2] << 4)
+        return half, int(np.count_nonzero(rest)), _squeezed(low), _squeezed(rest.view(np.uint8))
 
-    def code(start: int, low: Words, off: Words) -> tuple[Words, bytes]:
-        if not small:
-            return np.flatnonzero(off) + start, _squeezed(low - np.uint8(8))
-        astray, low = np.flatnonzero(off | (low > 15)) + start, np.pad(low & 15, (0, len(low) % 2))
-        return astray, _squeezed(low[::2] | (low[1::2] << 4))  # two to a byte
-
-    whole, spans = _tensor(raw, place), _spans(place)
-    parts_of_rows = list(pool.map(read, spans))
-    small = sum(wide for *_, wide in parts_of_rows) <= RARE * raw.size
-    starts = [rows.start * place.shape[1] for rows in spans]
-    levels, off, _ = zip(*parts_of_rows, strict=True)
-    wrong, coded = zip(*pool.map(code, starts, levels, off), strict=True)
-    astray = np.concatenate(wrong)
-    if len(astray) > ASTRAY * raw.size:
+    whole = _tensor(raw, place)
+    halves, off, levels, rest = zip(*pool.map(code, _spans(place)), strict=True)
+    if sum(off) > ASTRAY * raw.size:
         return None
-    kind = "half" if small else "whole"
-    parts = {
-        kind: coded,
-        "astray": [_squeezed(one.view(np.uint8)) for one in (astray.astype("<u4"), raw[astray])],
-    }
-    return {"count": len(raw), "levels": kind, "astray": len(astray)}, parts
+    return {"count": len(raw), "levels": halves}, {"levels": levels, "rest": rest}
 
 
 def _spans(place: Place) -> list[slice]:
@@ -535,23 +526,19 @@ def _chunks(
 
     width = place.dtype.itemsize
     if grid is not None and "levels" in entry:
-        kind, columns = entry["levels"], place.shape[1]
-        astray = _expanded(read("astray", 0), 4 * entry["astray"]).view("<u4")
-        put = _expanded(read("astray", 1), width * entry["astray"]).view(f"<u{width}")
 
-        def decoded(part: bytes, rows: slice, own: Grid) -> bytes:
-            first, count = rows.start * columns, (rows.stop - rows.start) * columns
-            low = _expanded(part, -(-count // 2) if kind == "half" else count)
-            if kind == "half":
-                low = np.stack([low & 15, low >> 4], axis=1).reshape(-1)[:count] - 8
-            levels = torch.from_numpy(low.astype(np.int8)).view(-1, columns)
+        def decoded(own: Grid, count: int, half: bool, low: bytes, rest: bytes) -> bytes:
+            numbers = _expanded(low, -(-count // 2) if half else count)
+            if half:
+                numbers = np.stack([numbers & 15, numbers >> 4], axis=1).reshape(-1)[:count] - 8
+            levels = torch.from_numpy(numbers.astype(np.int8)).view(-1, place.shape[1])
             words = _words(own.values(levels).to(place.dtype))
-            here = slice(*np.searchsorted(astray, [first, first + count]))
-            words[astray[here] - first] = put[here]
-            return words.tobytes()
+            return (words ^ _expanded(rest, words.nbytes).view(words.dtype)).tobytes()
 
         for number, rows in enumerate(_spans(place)):
-            yield partial(decoded, read(kind, number), rows, grid.part(rows))
+            parts = [read(kind, number) for kind in ("levels", "rest")]
+            count = (rows.stop - rows.start) * place.shape[1]
+            yield partial(decoded, grid.part(rows), count, entry["levels"][number], *parts)
         return
     whole = math.prod(place.shape)
 
