@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from calmix.deploy.pack import stored_names
 from calmix.errors import InputError, ModelError, disk_errors
 from calmix.files import (
     atomic_folder,
@@ -102,7 +101,7 @@ def export(
     places = stored_tensors(folder)
     say("convert")
     with closing(StreamedModel(name)) as model:
-        grids, layers, ignored = _layers(folder, model, places)
+        grids, layers, ignored = _layers(folder, model)
     rates = {one["name"]: one["bits"] for one in quantised["pruning"]["layers"]}
     bits = {key: int(rates[layer]) for key, layer in layers.items()}  # a scale takes less than one
     sizes = {places[key].shape[1] // grid.scale.shape[1] for key, grid in grids.items()}
@@ -185,23 +184,22 @@ def quantization_config(
 
 
 def _layers(
-    folder: Path, model: StreamedModel, places: Mapping[str, Place]
+    folder: Path, model: StreamedModel
 ) -> tuple[dict[str, Grid], dict[str, str], list[str]]:
     """Return the grids of the blocks' matrices by their names in the files, the layers that these
     are in the model, and the linear layers without a grid."""
     shapes = {name: value.shape for name, value in model.model.state_dict().items()}
-    grids = read_grids(folder, shapes)
-    names = stored_names(folder, grids, places)
+    grids, names = read_grids(folder, shapes), model.names
     lacking = [one.name for one in model.blocks.layers if one.parameter_name not in grids]
-    if lacking or not {names.get(one, one) for one in grids} <= places.keys():
+    if lacking or not grids.keys() <= names.keys():
         raise InputError(
             f"{folder} does not hold the levels of all its matrices (experts in one tensor, "
             "transposed or skipped matrices do not have any)"
         )
     linear = (name for name, one in model.model.named_modules() if isinstance(one, nn.Linear))
     ignored = [name for name in linear if f"{name}.weight" not in grids]
-    layers = {names.get(name, name): name.removesuffix(".weight") for name in grids}
-    return {names.get(name, name): grid for name, grid in grids.items()}, layers, ignored
+    layers = {names[name]: name.removesuffix(".weight") for name in grids}
+    return {names[name]: grid for name, grid in grids.items()}, layers, ignored
 
 
 def _tensors(

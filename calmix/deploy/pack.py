@@ -121,8 +121,11 @@ def pack(
     places = {name: _in_order(read_header(folder / name)) for name in files}
     others, config = _other_files(folder, places), read_object(folder / CONFIG, "")
     grids = read_grids(folder)
-    renamed = stored_names(folder, grids, {name for each in places.values() for name, _ in each})
     shapes = {name: place.shape for each in places.values() for name, place in each}
+    renamed = dict[str, str]()
+    if not grids.keys() <= shapes.keys():  # the files have other names than the model
+        with suppress(CalmixError), closing(StreamedModel(str(folder))) as model:
+            renamed = {name: model.names[name] for name in grids if name in model.names}
     grids = {renamed.get(name, name): grid for name, grid in grids.items()}
     check_fit(grids, shapes, folder)
     check_output_folder(output, inputs=[folder], overwrite=overwrite)
@@ -326,19 +329,6 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
             scales |= _tensors(folder / entry["file"], entry, {})
     grids = as_grids(scales, folder)
     return manifest, {names.get(name, name): grid for name, grid in grids.items()}
-
-
-def stored_names(folder: Path, grids: Collection[str], stored: Collection[str]) -> dict[str, str]:
-    """Return the names in the files of parameters that have other names in the model."""
-    if all(name in stored for name in grids):
-        return {}
-    with suppress(CalmixError), closing(StreamedModel(str(folder))) as model:
-        return {
-            name: model.names[name]
-            for name in grids
-            if name not in stored and model.names.get(name) in stored
-        }
-    return {}
 
 
 def _write(

@@ -263,7 +263,7 @@ class Masters:
     ) -> None:
         self.parameters = dict(parameters)
         self.values: dict[str, nn.Parameter] = {}
-        self._levels: dict[str, tuple[Grid, int, int]] = {}  # grid, lowest and highest level
+        self._levels: dict[str, tuple[Grid, float, float]] = {}  # grid, lowest and highest level
         self._steps: dict[str, Steps] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # in the files
         groups: list[dict[str, Any]] = []
@@ -275,13 +275,12 @@ class Masters:
                 full, size = self._steps[name].ones(), FACTOR
             elif grids and dense and name in grids:
                 grid, full = grids[name].to(parameter.device), full.to(parameter.device)
-                lowest, highest = map(float, grid.levels(full).aminmax())
-                if not -LEVELS <= lowest <= highest <= LEVELS:
+                low, high = map(float, grid.levels(full).aminmax())
+                if not -LEVELS <= low <= high <= LEVELS:
                     raise InputError(
                         f"the scales of {name} are not those of its weights: fetch the model "
                         "again, or delete its calmix-scales to use the weights as they are"
                     )
-                low, high = int(lowest), int(highest)
                 self._levels[name] = grid, low, high
                 size, zeros = STEP * float(grid.steps().abs().mean()), full == 0
                 full = near_dense(grid, full, dense(name).to(parameter.device))
