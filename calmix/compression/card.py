@@ -244,7 +244,9 @@ class Card:
     def share(self) -> str:
         """These bytes relative to the dense model's."""
         dense = self.record.get("dense_bytes")
-        return f"{(self.packed or self.size) / dense:.0%} of the dense model" if dense else ""
+        return (
+            f"{100 * (self.packed or self.size) / dense:.0f} % of the dense model" if dense else ""
+        )
 
     @property
     def measure(self) -> str:

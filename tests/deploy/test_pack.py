@@ -1,7 +1,9 @@
 """Packs: bytes are restored for every type, packs are smaller, and altered files are refused."""
 
+import importlib
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from calmix.deploy import pack as packed
 from calmix.deploy.pack import load, pack, unpack
@@ -54,6 +57,23 @@ def test_pack_round_trip(pruned, tmp_path, calmix, monkeypatch):
     for config in (None, AutoConfig.from_pretrained(pruned)):
         with pytest.raises(OSError, match=r"does not appear to have a file|no file named"):
             LlamaForCausalLM.from_pretrained(tmp_path / "pack", config=config)
+
+
+def test_transformers_opens_packs_after_an_import(pruned, tmp_path, monkeypatch):
+    pack(pruned, tmp_path / "pack")
+    for mapping in (CONFIG_MAPPING, AutoModelForCausalLM._model_mapping):
+        monkeypatch.setattr(mapping, "_extra_content", {})  # registered for this test alone
+    monkeypatch.delitem(sys.modules, "calmix.packs", raising=False)
+    importlib.import_module("calmix.packs")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pack", dtype=torch.bfloat16)
+    dense = AutoModelForCausalLM.from_pretrained(pruned, dtype=torch.bfloat16)
+    assert isinstance(model, LlamaForCausalLM)
+    assert all(
+        torch.equal(dense.state_dict()[key], value) for key, value in model.state_dict().items()
+    )
+    (tmp_path / "pack" / "packed-model.safetensors").write_bytes(b"cut")
+    with pytest.raises(InputError, match="does not have its original content"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "pack")
 
 
 def test_pack_restores_all_files_or_refuses(pruned, tmp_path):
