@@ -141,12 +141,15 @@ def compress(
         line(f"speed: {card.speed}")
     if card.gguf and card.substitutes:
         line(
-            f"types: {card.substitutes} matrices have a substitute: 256 does not divide their rows"
+            f"types: {card.substitutes} matrices have a substitute, because 256 does not divide "
+            "their rows"
         )
     if card.file and not card.gguf:
         line(f"levels: {card.levels} bits and a scale {card.groups}")
         if {*card.file["levels"]} - {"4", "8"}:
             line(KERNELS)
+    if card.restricted:
+        line(words.wrapped(f"licence: {card.restricted}", rest="  "))
     for command in card.runs:
         line(f"run: {command}")
     line(f"card: {page}, after {duration(time.monotonic() - began)}")

@@ -24,7 +24,7 @@ STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour o
     "none": "no calibration",
 }
 PLURALS = {
-    "chat template": ", short answers with worked examples, all in the chat template",
+    "chat template": ", all in the chat template; worked examples precede those with short answers",
     "worked examples": ", all with worked examples",
 }
 DISTANCE = (
