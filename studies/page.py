@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
@@ -30,6 +31,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
+import yaml
 from scipy import stats
 from scipy.special import expit, logit
 
@@ -80,7 +82,8 @@ WEIGHTS = {"smollm2": 134_515_008, "qwen": 494_032_768}  # as published: the sha
 FILES = {"smollm2": 98.4, "qwen": 491.4}  # MB of the GGUF files that the builtin models come from
 LABELS = {"smollm2": "SmolLM2", "qwen": "Qwen"}
 METHODS = {"sparsegpt": "SparseGPT", "admm": "ADMM", "ecq": "ECQ"}
-SETS = ("c4", "math-solutions", "mix-clean-chat-4", "compress-mix", "mix-8-chat-4", "self-written")
+THIRD = RESULTS / "third-model"
+THIRD_LABELS = {"smollm2": "SmolLM2", "qwen": "Qwen", "coder-1.5b": "Qwen2.5-Coder-1.5B"}
 SETTINGS = (
     ("qwen", "sparsegpt", "40%"),
     ("qwen", "sparsegpt", "50%"),
@@ -309,7 +312,7 @@ def facts() -> dict[str, object]:
     for end, pattern in (("", "2.6 bits"), ("_3", "3 bits")):
         numbers[f"kl_own{end}"] = kept_of("ecq + kl", pattern)
         numbers[f"kl_even{end}"] = kept_of("ecq", pattern)
-    return numbers | rejudged()
+    return numbers | rejudged() | third()
 
 
 def rejudged() -> dict[str, object]:
@@ -332,7 +335,7 @@ def rejudged() -> dict[str, object]:
 
 def pages() -> dict[Path, str]:
     """Return the text of each page."""
-    tables = {one.__name__: one() for one in (verdicts, texts, solvers, bits, declared)}
+    tables = {one.__name__: one() for one in (verdicts, texts, solvers, bits)}
     values = facts() | tables
     return {
         path: (Path(__file__).parent / name).read_text("utf-8").format(**values).rstrip() + "\n"
@@ -438,19 +441,59 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def declared() -> str:
-    """Right answers of models that were asked all items, by text (studies/right-answers.yaml)."""
-    rows = []
-    for text, method in itertools.product(SETS, ("sparsegpt", "admm")):
-        cells = []
-        for model in ("smollm2", "qwen"):
-            where = {"model": model, "calibration": text, "method": method}
-            trial = select(store="right-answers", **where)
-            cells += right_cells(trial[0])[:2] if trial else ["–", "–"]
-        if set(cells) != {"–"}:
-            rows.append([f"{NAMES.get(text, text)}, {METHODS[method]}", *cells])
-    head = [f"{label}, {what}" for label in LABELS.values() for what in ("right %", "lost, gained")]
-    return table(["50 % zeros, one seed", *head], rows)
+def third() -> dict[str, object]:
+    """What is known of studies/third-model.yaml, from the files that `calmix study report` writes:
+    the declared comparisons, and right answers by text; models without trials are left out."""
+    comparisons = pd.read_csv(THIRD / "comparisons.csv").set_index(["name", "model"])
+    study = yaml.safe_load((THIRD.parents[1] / "third-model.yaml").read_text("utf-8"))
+    known = [one for one in study["models"] if comparisons.gap_value.xs(one, level=1).notna().any()]
+    rows, same, gaps = [], "", dict[str, object]()
+    for one in study["comparisons"]:
+        name, cells = one["name"], []
+        for model in known:
+            row = comparisons.loc[name, model] if (name, model) in comparisons.index else None
+            if row is None or np.isnan(row.gap_value):
+                cells.append("–")
+                continue
+            low, value, high = (100 * row[f"gap_{end}"] for end in ("low", "value", "high"))
+            said = {"True": "; prediction refuted"}.get(str(row.refuted), "")
+            gap = f"{value:+.1f} [{low:.1f}, {high:.1f}]"
+            cells.append(f"{gap}, {row.verdict}{said}")
+            gaps[f"{name.split()[0]}_{model}".replace("-", "_")] = (
+                f"{gap} points (p {row.p_corrected:.2g}, corrected)"
+            )
+        number, _, what = name.partition(" ")
+        what = what.replace("the same", same)
+        same = what.rpartition(",")[0]
+        if {*cells} != {"–"}:
+            low, high = one["predict"]
+            rows.append([number, what, f"{low:+} to {high:+}", *cells])
+    labels = [THIRD_LABELS[model] for model in known]
+    ranking = pd.read_csv(THIRD / "ranking.csv")
+    methods = [*dict.fromkeys(ranking.condition)]
+    by_text = []
+    for text in dict.fromkeys(ranking.calibration):
+        at = ranking[ranking.calibration == text].set_index("condition")
+        cells = [
+            f"{100 * at.total_value[name]:.0f} [{100 * at.total_low[name]:.0f}, "
+            f"{100 * at.total_high[name]:.0f}]"
+            if name in at.index
+            else "–"
+            for name in methods
+        ]
+        name = next(
+            (name for name in (f"compress-{text}", f"{text}-chat-4") if name in NAMES), text
+        )
+        by_text.append([NAMES.get(name, name), *cells])
+    run, planned = re.search(
+        r"(\d+) of (\d+) planned", (THIRD / "summary.txt").read_text()
+    ).groups()
+    return gaps | {
+        "third_run": f"{run} of its {planned}",
+        "third_models": " and ".join(labels),
+        "third": table(["", "points between", "predicted", *labels], rows),
+        "third_texts": table([f"right %, {', '.join(labels)}", *methods], by_text),
+    }
 
 
 def right_cells(trial: tuple[str, str]) -> list[str]:
