@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from calmix.calibration.dataset import saved_set
+from calmix.calibration.resolving import parse_calibration
 from calmix.compression.card import CARD_PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.folder import begun, check_foreign
@@ -18,7 +19,7 @@ from calmix.compression.plan import check_request, wide_embeddings
 from calmix.compression.recipe import with_recipe
 from calmix.compression.run_stages import Run, Say, run_stages, stages
 from calmix.compression.search import Search
-from calmix.compression.stages import Prune, Stage
+from calmix.compression.stages import Draw, Prune, Stage
 from calmix.errors import NotKeptError
 from calmix.evaluation.retention import Retention, bounds
 from calmix.evaluation.suites import suite_file
@@ -136,10 +137,16 @@ def begin(options: Compression, out: Path) -> Search:
 
 
 def dry(search: Search) -> list[StageCost]:
-    """Return the cost of all stages; of a search, the most that there can be."""
-    if not search.floors:
-        return estimate(search.request, stages(search.request, search.out))
-    return estimate(search.at(search.rates[-1]), search.longest())
+    """Return the cost of all stages; of a search, the most that there can be. Text from the user's
+    own files is drawn, without a leakage check, to see whether it is enough."""
+    request, listed = search.request, stages(search.request, search.out)
+    if search.floors:
+        request, listed = search.at(search.rates[-1]), search.longest()
+    for one in (stage.request for stage in listed):
+        if isinstance(one, Draw) and not one.written and parse_calibration(one.text).files:
+            with Progress() as bar:
+                replace(one, draw={**one.draw, "leakage": "off"}).drawn(bar)
+    return estimate(request, listed)
 
 
 def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Search, dict[str, float]]:

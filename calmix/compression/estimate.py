@@ -21,7 +21,7 @@ from calmix.memory import BEHIND, check_memory
 from calmix.models.opening import check_models, resolve_model
 from calmix.models.shards import MOST_FILE_BYTES, weight_bytes
 from calmix.options import BITS_METHOD, NONE, Recovering
-from calmix.pruning.allocation import planned_bytes
+from calmix.pruning.allocation import file_weights, planned_bytes
 from calmix.pruning.checkpoint import planned
 from calmix.specs import PruneRequest
 from calmix.study.estimate import PROGRAM, SCORED_BYTES, EmptyModel, suite_size
@@ -80,7 +80,8 @@ def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
             case Export():
                 memory = PROGRAM + 5 * model.weights  # the file is read back
                 disk = plan.file_bytes(request)
-                work = f"{8 * disk / model.weights:.2f} bits per weight"
+                tensors = disk - plan.overhead(request.model, request.like)
+                work = f"{8 * tensors / file_weights(model.model):.2f} bits per weight"
             case Score() as score:
                 size = suite_size(score.chosen[0])
                 work = f"{'' if size.exact else 'about '}{size.items} items"

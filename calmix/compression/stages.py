@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.distance_texts import texts_for
 from calmix.calibration.resolving import parse_calibration, recorded, resolve
 from calmix.calibration.tokenizer import open_tokenizer
@@ -99,6 +100,10 @@ class Draw(StageRequest):
         return "calibrate", self.text, *option_words({"model": self.model, **self.draw, **how})
 
     def run(self, output: Path, bar: Progress) -> None:
+        self.drawn(bar).save(output)
+
+    def drawn(self, bar: Progress) -> CalibrationSet:
+        """Return the set."""
         opened: Any
         if self.written:
             opened = open_model(self.model, **self.how)
@@ -106,10 +111,9 @@ class Draw(StageRequest):
             trust = self.how["trust_remote_code"]
             opened = open_tokenizer(self.model, trust_remote_code=trust)
         tick = bar.each("drawing")
-        drawn = resolve(
+        return resolve(
             self.text, opened, **self.draw, writing=bar.writing, note=bar.note, tick=tick
         )
-        drawn.save(output)
 
 
 @dataclass(frozen=True)

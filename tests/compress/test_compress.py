@@ -203,7 +203,7 @@ def test_hash_before_recovery(out):
 
 
 def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
-    before = sorted(place.glob("*"))
+    before = sorted(place.glob("*.*"))
     ended = calmix(*command(tmp_path / "out", "--dry-run")).ok()
     assert "nothing was written" in ended.out
     assert "calmix recover" in ended.out
@@ -214,7 +214,15 @@ def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
     assert work["recover by distill"] == "1 x 16 rows of 128 tokens"
     assert work["evaluate"].endswith(" items")
     assert not list(tmp_path.iterdir())
-    assert sorted(place.glob("*")) == before
+    assert sorted(place.glob("*.*")) == before  # beside the cache
+
+
+def test_dry_run_refuses_files_with_too_little_text(calmix, command, tmp_path):
+    text = tmp_path / "mine.txt"
+    text.write_text("A line of some text.", encoding="utf-8")
+    line = calmix(*command(tmp_path / "out", "--calibration", text, "--dry-run")).line
+    assert f"source {text} has text for 0 rows of 128 tokens, not 16" in line
+    assert [*tmp_path.iterdir()] == [text]
 
 
 def test_dry_run_fetches_nothing(calmix, tmp_path, monkeypatch):
