@@ -327,7 +327,7 @@ def compare(
     for name in sorted(opening.model_fields_set - known):
         flag = flags(type(opening), name)[0]
         raise InputError(f"{flag} needs --prompts or --suite, which score models")
-    files = {}
+    files, models = dict[str, list[Path]](), dict[str, Path | None]()
     if missing := next((path for path in map(user_path, scores) if not path.exists()), None):
         raise InputError(f"there is no file or folder {missing}")
     from calmix.evaluation.comparison import Comparison, read_pairs
@@ -335,10 +335,10 @@ def compare(
     from calmix.report import words
 
     for path in map(user_path, scores):
-        name, files_of = _result(path)
+        name, files_of, model = _result(path)
         if name in files:
             raise InputError(f"two files are called {name}: rename one")
-        files[name] = files_of
+        files[name], models[name] = files_of, model
     reference = None if against is None else load_dense(against)
     comparisons, candidates = list[Comparison](), list[Candidate]()
     for name, pairs in read_pairs(files, reference, note).items():
@@ -347,9 +347,9 @@ def compare(
         comparisons.append(Comparison.of(name, scored, measure))
         generated = [pair for pair in scored if any(task.written for task in pair[0].tasks)]
         for pair in (prompted or generated)[:1]:
-            place = pair[1].model
-            here = user_path(place).exists()
-            candidates.append(Candidate(name, pair, *(size_of(place) if here else (None, None))))
+            place = models[name] or user_path(pair[1].model)
+            sizes = size_of(str(place)) if place.exists() else (None, None)
+            candidates.append(Candidate(name, pair, *sizes))
     print_json({one.name: one.to_dict() for one in comparisons})
     for one in comparisons:
         dense, small = one.pairs[-1]
@@ -457,24 +457,26 @@ def _compare_models(
         note(f"wrote {path}")
 
 
-def _result(path: Path) -> tuple[str, list[Path]]:
-    """Return the name of a result and its files of scores; one of calmix compress is named after
-    its folder."""
+def _result(path: Path) -> tuple[str, list[Path], Path | None]:
+    """Return the name of a result, its files of scores, and the model beside them, if there is one;
+    a result of calmix compress is named after its folder."""
     from calmix.compression.folder import BEHAVIOUR, COMPRESSED, PROMPTS, SCORES
+    from calmix.compression.plan import Request
     from calmix.compression.results import verified
 
     names = SCORES, BEHAVIOUR, PROMPTS
     if not path.is_dir():
         place = path.resolve()
-        return place.parent.name if path.name in names else path.stem, [path]
+        return place.parent.name if path.name in names else path.stem, [path], None
     if not (files := [path / name for name in names if (path / name).exists()]):
         raise InputError(
             f"{path} has neither {SCORES} nor {BEHAVIOUR}: name a folder that calmix "
             "compress has finished"
         )
+    model = None
     if (path / COMPRESSED).is_file():
-        verified(path)
-    return path.resolve().name, files
+        model = path / Request(**verified(path)[0]["request"]).file
+    return path.resolve().name, files, model
 
 
 def _print_comparisons(comparisons: Sequence[Comparison], *, alone: bool = False) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from calmix.evaluation.answers import Answers, compare_answers
 from calmix.evaluation.behaviour import Counted, Pair, answered, behind, columns, held, paired
@@ -43,12 +43,17 @@ class Candidate:
 @dataclass(frozen=True)
 class Choice:
     """The `smallest` model that is not worse than the `best` by more than the `margin`, None if
-    none is; `behind` is how far each one is behind the best, by name."""
+    none of known size is; `behind` is how far each one is behind the best, by name."""
 
     best: str
     smallest: str | None
     behind: dict[str, Estimate]
     margin: float
+
+    @property
+    def near(self) -> list[str]:
+        """The models that are not worse than the best by more than the margin."""
+        return [name for name, one in self.behind.items() if (one.high or 0.0) <= self.margin]
 
 
 def choose_smallest(candidates: Sequence[Candidate], dense: str, margin: float) -> Choice:
@@ -66,10 +71,7 @@ def choose_smallest(candidates: Sequence[Candidate], dense: str, margin: float) 
     }
     if best in known:
         apart[best] = Estimate(0.0, 0.0, 0.0)
-    fine = [
-        one
-        for one in candidates
-        if one.size is not None and (apart[one.name].high or 0.0) <= margin
-    ]
-    smallest = min(fine, key=lambda one: one.size or 0, default=None)
-    return Choice(best, None if smallest is None else smallest.name, apart, margin)
+    choice = Choice(best, None, apart, margin)
+    sizes = {one.name: one.size for one in candidates if one.size is not None}
+    near = [name for name in choice.near if name in sizes]
+    return replace(choice, smallest=min(near, key=sizes.__getitem__, default=None))

@@ -101,7 +101,13 @@ def choice_text(candidates: Sequence[Candidate], choice: Choice) -> str:
     """Return which model to use, and what that rests on."""
     margin, best = f"{words.percent(choice.margin)} points", choice.best
     sizes = {one.name: one.size for one in candidates if one.size is not None}
-    if choice.smallest is None:
+    unknown = [one.name for one in candidates if one.name not in sizes]
+    if choice.smallest is None and choice.near:
+        text = (
+            f"Not worse than the best ({best}) by {margin} or more: {words.listed(choice.near)}. "
+        )
+        text += "Which is the smallest is not known."
+    elif choice.smallest is None:
         nearest, apart = min(choice.behind.items(), key=lambda one: one[1].value or 0.0)
         text = f"No model is shown to be within {margin} of the best ({best}). Nearest is "
         text += f"{nearest}, {words.percent(apart.value)} behind, at most "
@@ -114,7 +120,6 @@ def choice_text(candidates: Sequence[Candidate], choice: Choice) -> str:
         name = choice.smallest
         text = f"Use {name}: the smallest that is not worse than the best ({best}) by {margin}"
         text += f" or more; at most {words.percent(choice.behind[name].high)} behind."
-    unknown = [one.name for one in candidates if one.name not in sizes]
     if unknown:
         text += f" Size unknown: {words.listed(unknown)}."
     changed = candidates[0].answers

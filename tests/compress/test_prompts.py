@@ -72,6 +72,11 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
         assert seen in " ".join(ended.err.split())
         assert ("calibrated" in ended.err) == bool(seen)
         assert len(load_scores(scores).tasks[0].items) == count
+    # Wherever the folder is moved, it is compared with its size.
+    (tmp_path / "moved").mkdir()
+    moved = out.rename(tmp_path / "moved" / "small")
+    assert "Size unknown" not in calmix("compare", moved).ok().out
+    moved.rename(out)
     # The printed command draws the same set.
     record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
     draw = shlex.split(record["commands"]["write the calibration set"])[1:]

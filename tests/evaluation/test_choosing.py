@@ -69,6 +69,10 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     assert (again["#MB"], again["#behind best"]) == (None, "–")
     unknown = [replace(found[0], size=None), found[1]]
     assert "Size unknown: q8." in choice_text(unknown, choose_smallest(unknown, "dense", 0.05))
+    unknown = [replace(one, size=None) for one in found]
+    said = choice_text(unknown, choose_smallest(unknown, "dense", 0.05))
+    assert "Not worse than the best (dense) by 5.0 points or more: q8 and q5." in said
+    assert "Which is the smallest is not known. Size unknown: q8, q5 and q2." in said
 
 
 def test_names_are_the_shortest_ends_of_paths_that_differ():
