@@ -380,7 +380,8 @@ def _print_choice(candidates: Sequence[Candidate], choice: Choice) -> None:
     print_table(
         [{key.removeprefix("#"): cell for key, cell in row.items()} for row in rows],
         title=f"suite {small.suite['name']}, against {dense.model}: "
-        f"{candidates[0].counted.asked:,} answers",
+        f"{candidates[0].counted.asked:,} answers"
+        f"{', of all abilities' if len({task.dimension for task in small.tasks}) > 1 else ''}",
         least=["p", "tokens/s", "gained", "bits", "identical %", "KL", "lost"],
     )
     line(wrapped(choice_text(candidates, choice)))
