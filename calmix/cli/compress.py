@@ -145,7 +145,7 @@ def compress(
             "their rows"
         )
     if card.file and not card.gguf:
-        line(f"levels: {card.levels} bits and a scale {card.groups}")
+        line(f"levels: {card.levels}, and a scale {card.groups}")
         if {*card.file["levels"]} - {"4", "8"}:
             line(KERNELS)
     if card.restricted:

@@ -133,8 +133,9 @@ class Card:
     def levels(self) -> str:
         """The bits of the levels of a checkpoint for vLLM."""
         counts = self.file["levels"].items()
-        each = ", ".join(f"{count} with {bits}" for bits, count in sorted(counts))
-        return f"{self.file['bits']:g}" + (f" on average ({each})" if len(counts) > 1 else "")
+        each = ", ".join(f"{count} have {bits}" for bits, count in sorted(counts))
+        mixed = f" on average (of the matrices {each})" if len(counts) > 1 else ""
+        return f"{self.file['bits']:g} bits{mixed}"
 
     @property
     def groups(self) -> str:

@@ -48,7 +48,7 @@ def test_the_checkpoint_is_what_is_scored(calmix, words, out):
     ended = calmix(*words(out)).ok()
     assert ended.err.count("already done") == len(STAGES) - 1
     assert f"run: vllm serve {out}/model" in ended.out
-    levels = "levels: 4 bits and a scale for every 32 inputs (128 does not divide all rows)"
+    levels = "levels: 4 bits, and a scale for every 32 inputs (128 does not divide all rows)"
     assert levels in ended.out
     made, files = read_card(out), (out / "model").rglob("*")
     beside = sum((out / "model" / name).stat().st_size for name in ("calmix.json", "README.md"))
@@ -60,7 +60,7 @@ def test_the_checkpoint_is_what_is_scored(calmix, words, out):
     for page in (out / "card.html", out / "model" / "README.md"):
         text = page.read_text(encoding="utf-8")
         assert f"vllm serve {out}/model" in text
-        assert f"{made.bits:.2f} bits per weight: 4 in 14 matrices" in text
+        assert f"{made.bits:.2f} bits per weight: 4 bits in 14 matrices" in text
     assert "library_name: transformers" in text
     assert not (out / "Modelfile").exists()
     assert not (out / "quantised").exists()
