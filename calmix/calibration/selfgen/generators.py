@@ -32,7 +32,7 @@ from calmix.calibration.selfgen.prompts import (
     start_token,
 )
 from calmix.calibration.selfgen.writing import WriteRequest, Written, write
-from calmix.calibration.tokenizer import begin_token, tokenizer_function
+from calmix.calibration.tokenizer import begin_token, token_ids
 from calmix.errors import InputError
 from calmix.evaluation.greedy import prompt
 from calmix.evaluation.prompts import OwnPrompt, calibration_hash, halves, read_prompts
@@ -264,7 +264,7 @@ class Sgs(Generator):
             documents = list(source.documents())
             order = np.random.default_rng(seed).permutation(len(documents))
             order = order[: PREFIXES // len(self.sources)]
-            texts = tokenizer_function(tokenizer)([documents[i].text for i in order])
+            texts = token_ids(tokenizer, [documents[i].text for i in order])
             kind = source.dimension if len(self.sources) > 1 else self.name
             starts.setdefault(kind, []).extend((head + ids)[:PREFIX] for ids in texts if ids)
         if not all(starts.values()):
