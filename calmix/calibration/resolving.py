@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calmix.calibration.build import build, rows_per_source
+from calmix.calibration.build import build, hashed, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.calibration.leakage import Guard, guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import GENERATORS, Generator, Prompted, generate
@@ -97,6 +97,13 @@ class CalibrationRequest:
         if method == "chat" or not (method or set(names) - written.keys()):
             return "self-written"
         return method or ("mix" if len(names) > 1 else "single")
+
+    def record(self, text: str) -> dict[str, Any]:
+        """Return the request, which was written as `text`, as the set that it gave records it."""
+        record = {"calibration": text, **self.draw.model_dump(mode="json", exclude={"sources"})}
+        if self.files:
+            record["files"] = sha256_json([content_sha256(path) for path in self.files])
+        return record
 
 
 def _generator(text: str, own: Mapping[str, Source]) -> Generator | None:
@@ -208,7 +215,7 @@ def resolve(
     else:
         guard = guard_of(request.draw.leakage)
         drawn = make(request, opened, guard, tick=tick, writing=writing, note=note)
-        drawn.manifest["request"] = recorded(text, options)
+        drawn.manifest["request"] = request.record(text)
     if note is not None:
         for name in request.mix:
             if name not in drawn.sources:
@@ -223,14 +230,6 @@ def resolve(
         elif turns is None and getattr(opened.tokenizer, "chat_template", None):
             note(f"warning: {UNWRITABLE}")
     return drawn
-
-
-def recorded(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request for text as the set that it gave records it."""
-    settings = {name: value for name, value in options.items() if name != "sources"}
-    draw = checked(DrawOptions, settings).model_dump(mode="json", exclude={"sources"})
-    own = [content_sha256(path) for path in parse_calibration(text, **options).files]
-    return {"calibration": text, **draw} | ({"files": sha256_json(own)} if own else {})
 
 
 def make(
@@ -297,9 +296,7 @@ def _together(
         "written": {name: part.manifest for name, part in parts.items() if name != "own"},
     }
     names = tuple(source if name == "own" else name for name, _, source in rows)
-    joined = CalibrationSet(torch.stack([ids for _, ids, _ in rows]), names, manifest)
-    manifest["sha256"] = joined.sha256
-    return joined
+    return hashed(torch.stack([ids for _, ids, _ in rows]), names, manifest)
 
 
 def _saved(path: Path, settings: dict[str, Any]) -> CalibrationSet:
