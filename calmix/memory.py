@@ -50,7 +50,7 @@ from calmix.models.blocks import (
     decoder_of,
     experts_per_token,
     first_tensor,
-    outer_weights,
+    outer_layers,
 )
 from calmix.models.streaming import StreamedModel
 
@@ -225,7 +225,7 @@ def plan_pruning(
         if not sequential:
             solver += block
     if outer:
-        largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
+        largest = max(outer_layers(source.model).values(), key=lambda weight: weight.nbytes)
         last = source.outside_bytes(head=True) + largest.nbytes + ROUNDING_BYTES * ROUNDED_AT_ONCE
         last += max(one.memory(largest.shape[1], 0) for one in outer)
     begin = max(block + (source.outside_bytes() if rows else 0), last)

@@ -347,22 +347,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def outer_weights(model: Any) -> list[nn.Parameter]:
-    """Return the weights of a model's output head and embeddings; one if they are the same once
-    they are loaded."""
+def outer_layers(model: Any) -> dict[str, nn.Parameter]:
+    """Return the weights of a model's output head and embeddings by the names of their modules;
+    one if they are the same once they are loaded."""
     head, embedded = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(head, "weight", None) is None:
         raise ModelError(f"{type(model).__name__} has no output head: leave out --embeddings")
     names = [f"{name}.weight" for name, one in model.named_modules() if one in (head, embedded)]
     alike = not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)
     tied = alike or head.weight is embedded.weight
-    return [embedded.weight] if tied else [head.weight, embedded.weight]
-
-
-def outer_layers(model: Any) -> dict[str, nn.Parameter]:
-    """Return the same weights by the names of their modules."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    return {names[id(weight)].removesuffix(".weight"): weight for weight in outer_weights(model)}
+    weights = [embedded.weight] if tied else [head.weight, embedded.weight]
+    paths = {id(weight): path for path, weight in model.named_parameters()}
+    return {paths[id(weight)].removesuffix(".weight"): weight for weight in weights}
 
 
 def first_tensor(result: Any) -> Tensor:
