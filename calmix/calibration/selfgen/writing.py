@@ -202,7 +202,8 @@ def write(
         return _batch(opened, request, range(at, at + count), tick)
 
     while at < total:
-        path, part = folder / f"{at:08d}.safetensors", None
+        path = folder / f"{at:08d}.safetensors"
+        part: Written | None = None
         with contextlib.suppress(SafetensorError, OSError):  # missing or damaged
             part = Written(**load_file(path))
             tick(*part.ids.shape)
@@ -212,9 +213,8 @@ def write(
                 size, planned = plan_writing(opened.model, request.length, wanted), True
             if size < wanted:
                 say(f"memory holds {size} rows at a time, not {wanted}: writing in smaller batches")
-            size, batch_rows = halving(write_next, size, say)
-            write_bytes(path, save(batch_rows._asdict()))
-            part = batch_rows
+            size, part = halving(write_next, size, say)
+            write_bytes(path, save(part._asdict()))
         parts.append(part)
         at += len(part.ids)
     written = Written(*map(torch.cat, zip(*parts, strict=True)))
