@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -69,8 +69,7 @@ class Prunable:
 
     def whole(self) -> Tensor:
         """Return the whole parameter, of which this can be a slice."""
-        weight: Tensor = self.module._parameters[self.parameter].data
-        return weight
+        return self.module._parameters[self.parameter].data
 
     def view(self) -> Tensor:
         """Return the weight in the module as a view (rows, columns)."""
@@ -176,9 +175,9 @@ class DecoderBlocks:
 
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
         block, prefix = self.blocks[index], f"{self.name}.{index}"
-        mixtures = {mixture.name: mixture for mixture in self.mixtures(index)}
+        mixtures = self.mixtures(index)
         experts: dict[str, list[Prunable]] = {}  # by parameter
-        for layer in (one for mixture in mixtures.values() for one in mixture.layers):
+        for layer in (layer for mixture in mixtures for layer in mixture.layers):
             experts.setdefault(layer.parameter_name, []).append(layer)
         layers: list[Prunable] = []
         dense: list[Dense] = []
@@ -194,7 +193,7 @@ class DecoderBlocks:
                 continue
             elif p.ndim == 2 and _routes(owner, p, mixtures):
                 reason = "router"
-            elif linear and any(owner.startswith(f"{mixture}.") for mixture in mixtures):
+            elif linear and any(owner.startswith(f"{mixture.name}.") for mixture in mixtures):
                 reason = "beside experts"
             elif linear:
                 if p.dtype not in FLOATS:
@@ -215,9 +214,9 @@ def _matches(name: str, pattern: str) -> bool:
         raise InputError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
-def _routes(path: str, weight: Tensor, mixtures: Mapping[str, Mixture]) -> bool:
+def _routes(path: str, weight: Tensor, mixtures: Iterable[Mixture]) -> bool:
     """Whether a linear layer is a router, or the gate of a shared expert."""
-    for mixture in mixtures.values():
+    for mixture in mixtures:
         owner = mixture.name.rpartition(".")[0]
         inside = path.removeprefix(f"{owner}.").split(".")
         if not path.startswith(f"{owner}.") or inside[0] == EXPERTS:

@@ -86,7 +86,7 @@ class _Parser:
         return struct.unpack(f"<{code}", self._bytes(struct.calcsize(f"<{code}")))[0]
 
     def _count(self, most: int) -> int:
-        count: int = self._number("Q")
+        count = self._number("Q")
         if count > most:
             raise ValueError(f"its header counts {count} entries, more than it can hold")
         return count

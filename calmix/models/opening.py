@@ -51,8 +51,7 @@ from calmix.models.folder import (
 )
 from calmix.models.gguf import gguf_dtype, gguf_reader, read_gguf, reading_gguf, tensor_bytes
 from calmix.models.hub import (
-    HUB_FILES,
-    REPEATED_WEIGHTS,
+    FETCHED,
     BuiltinModel,
     gguf_file,
     hub_files,
@@ -133,9 +132,9 @@ def check_models(
     """
     device_of(device)
     dtype_of(dtype)
-    for name in names:
-        model = None if name is None else named_model(name)
-        if name is not None and isinstance(model, Path) and model.is_dir():
+    for name in (name for name in names if name is not None):
+        model = named_model(name)
+        if isinstance(model, Path) and model.is_dir():
             load_config(model, name, trust_remote_code)
 
 
@@ -206,12 +205,11 @@ def to_fetch(name: str) -> str:
     from huggingface_hub.utils import filter_repo_objects
 
     model = known_model(name)
-    which: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": REPEATED_WEIGHTS}
     if model is None:
         with contextlib.suppress(Exception):  # of many kinds, if it is not in the hub's cache
-            check_folder(Path(snapshot_download(name, local_files_only=True, **which)))
+            check_folder(Path(snapshot_download(name, local_files_only=True, **FETCHED)))
             return ""
-        chosen = filter_repo_objects(hub_files(name), key=lambda file: file.rfilename, **which)
+        chosen = filter_repo_objects(hub_files(name), key=lambda file: file.rfilename, **FETCHED)
         return f"fetches {size_text(sum(file.size or 0 for file in chosen))} from the hub"
     if is_dense(model) or (_unpacked(model) / "config.json").is_file():
         return ""

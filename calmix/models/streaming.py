@@ -338,8 +338,7 @@ def split(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the stored tensors, by name, that parameters were merged from."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(parameters))
-    return stored
+    return revert_weight_conversion(model, dict(parameters))
 
 
 def find_parts(
