@@ -7,7 +7,6 @@ A row's random numbers depend on its own number, so rows can be batched in any w
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -203,11 +202,10 @@ def write(
 
     while at < total:
         path = folder / f"{at:08d}.safetensors"
-        part: Written | None = None
-        with contextlib.suppress(SafetensorError, OSError):  # missing or damaged
+        try:
             part = Written(**load_file(path))
             tick(*part.ids.shape)
-        if part is None:
+        except (SafetensorError, OSError):  # missing or damaged
             wanted = size = min(size, total - at)
             if not planned:
                 size, planned = plan_writing(opened.model, request.length, wanted), True
