@@ -150,14 +150,14 @@ class DecoderBlocks:
                 if not any(_matches(name, pattern) for name in names):
                     line = f"--{option} '{pattern}' matches no layer: names are like {names[0]}"
                     raise InputError(line)
-        chosen = replace(self, only=tuple(only), skip=tuple(skip))
-        if not any(chosen._wanted(name) for name in names):
+        selection = replace(self, only=tuple(only), skip=tuple(skip))
+        if not any(selection._wanted(name) for name in names):
             raise InputError("--only and --skip leave no layer to prune")
-        return chosen
+        return selection
 
     def _wanted(self, name: str) -> bool:
-        chosen = not self.only or any(_matches(name, pattern) for pattern in self.only)
-        return chosen and not any(_matches(name, pattern) for pattern in self.skip)
+        included = not self.only or any(_matches(name, pattern) for pattern in self.only)
+        return included and not any(_matches(name, pattern) for pattern in self.skip)
 
     def mixtures(self, index: int) -> list[Mixture]:
         """Return the mixtures of experts in block `index`; ModelError if the experts are separate
@@ -256,13 +256,13 @@ def _mixture(path: str, module: nn.Module, width: int | None) -> Mixture | None:
             layouts.append((back == width, transposed, neurons if up[0] != neurons else None))
     if not layouts:
         return None
-    _, transposed, half = max(layouts, key=lambda one: one[0])
+    _, transposed, gate_rows = max(layouts, key=lambda one: one[0])
     count = min(shape[0] for shape in shapes.values())
     layers = [
         Prunable(f"{path}.{expert}.{part}", module, name, transposed, path, expert, rows)
         for name in shapes
         for expert in range(count)
-        for part, rows in _parts(module, name, None if name == down else half).items()
+        for part, rows in _parts(module, name, None if name == down else gate_rows).items()
     ]
     return Mixture(path, module, count, layers)
 
@@ -353,8 +353,8 @@ def outer_layers(model: Any) -> dict[str, nn.Parameter]:
     if getattr(head, "weight", None) is None:
         raise ModelError(f"{type(model).__name__} has no output head: leave out --embeddings")
     names = [f"{name}.weight" for name, one in model.named_modules() if one in (head, embedded)]
-    alike = not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)
-    tied = alike or head.weight is embedded.weight
+    same_once_loaded = not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)
+    tied = same_once_loaded or head.weight is embedded.weight
     weights = [embedded.weight] if tied else [head.weight, embedded.weight]
     paths = {id(weight): path for path, weight in model.named_parameters()}
     return {paths[id(weight)].removesuffix(".weight"): weight for weight in weights}

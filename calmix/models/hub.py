@@ -82,8 +82,8 @@ def named_model(name: str) -> Path | BuiltinModel | None:
 
     if (model := known_model(name)) is None:
         with hub_errors(name):
-            here = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        if not here:
+            cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if not cached:
             hub_files(name)
     return model
 

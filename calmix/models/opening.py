@@ -209,8 +209,8 @@ def to_fetch(name: str) -> str:
         with contextlib.suppress(Exception):  # of many kinds, if it is not in the hub's cache
             check_folder(Path(snapshot_download(name, local_files_only=True, **FETCHED)))
             return ""
-        chosen = filter_repo_objects(hub_files(name), key=lambda file: file.rfilename, **FETCHED)
-        return f"fetches {size_text(sum(file.size or 0 for file in chosen))} from the hub"
+        files = filter_repo_objects(hub_files(name), key=lambda file: file.rfilename, **FETCHED)
+        return f"fetches {size_text(sum(file.size or 0 for file in files))} from the hub"
     if is_dense(model) or (_unpacked(model) / "config.json").is_file():
         return ""
     place = cache_dir() / "models"
@@ -242,7 +242,7 @@ def open_model(
             that cannot be read.
         InputError: unknown dtype or device.
     """
-    name, target, chosen = str(name), device_of(device), dtype_of(dtype)
+    name, target, weight_type = str(name), device_of(device), dtype_of(dtype)
     folder = resolve_model(name)
     files = ModelFiles(folder, name)
     load_config(folder, name, trust_remote_code)
@@ -251,7 +251,7 @@ def open_model(
 
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=chosen,
+            dtype=weight_type,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -261,8 +261,8 @@ def open_model(
         raise ModelError(
             f"{name} lacks {len(missing)} weights its configuration requires, first '{missing[0]}'"
         )
-    if dtype == "auto" and (fits := suited(model.dtype, target)) != model.dtype:
-        model = model.to(fits)
+    if dtype == "auto" and (compute_type := suited(model.dtype, target)) != model.dtype:
+        model = model.to(compute_type)
     model.requires_grad_(False)
     plain = torch.contiguous_format
     if (head := model.get_output_embeddings()) is not None:

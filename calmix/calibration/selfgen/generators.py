@@ -326,7 +326,7 @@ def generate(
 
     pieces, counted = _enough(generator, more, quota, guard, opened.tokenizer)
     places = generator.choose(pieces, quota)
-    written, groups, nll, tokens = chosen = [part[places] for part in pieces]
+    written, groups, nll, tokens = selection = [part[places] for part in pieces]
     rng = np.random.default_rng(seed)  # pieces of one dimension are joined to rows
     joined = np.concatenate([rng.permutation(np.flatnonzero(groups == name)) for name in quota])
     order = rng.permutation(rows)
@@ -352,7 +352,7 @@ def generate(
             name: math.exp(nll[groups == name].sum() / tokens[groups == name].sum())
             for name in quota
         },
-        "J": objective(*chosen),
+        "J": objective(*selection),
         "pieces": {"tokens": size, "a_row": per_row} | counted,
     }
     names = groups[joined[::per_row]][order].tolist()
@@ -382,26 +382,27 @@ def _enough(
         # Dimensions alternate, so that a stop leaves some of each.
         pairs = [(d, j) for j in range(max(due.values())) for d in due if j < due[d]]
         part = more(pairs, number)
-        taken = part.sampled.any(1).numpy()
+        accepted = part.sampled.any(1).numpy()
         if guard is not None:
             texts = tokenizer.batch_decode(part.ids, skip_special_tokens=True)
-            taken &= [guard.passes(generator.name, str(i), text) for i, text in enumerate(texts)]
+            accepted &= [guard.passes(generator.name, str(i), text) for i, text in enumerate(texts)]
         parts.append(part)
         groups = np.append(groups, [d for d, _ in pairs])
-        repeated = np.where(taken, row_aggregation(part.ids.numpy(), NGRAM_ORDER), np.inf)
+        repeated = np.where(accepted, row_aggregation(part.ids.numpy(), NGRAM_ORDER), np.inf)
         shares = np.append(shares, repeated)
         usable = shares <= generator.repeats
         missing = Counter(quota) - Counter(groups[usable].tolist())
         if not missing:
             break
     for name in missing:
-        ours = np.flatnonzero(groups == name)
-        least = ours[np.argsort(shares[ours], kind="stable")[: quota[name]]]
+        group = np.flatnonzero(groups == name)
+        least = group[np.argsort(shares[group], kind="stable")[: quota[name]]]
         if not np.isfinite(shares[least]).all():
             raise InputError(
                 f"{quota[name]} pieces of {name} are needed, but only "
-                f"{np.isfinite(shares[ours]).sum()} of {len(ours)} can be used: the model recites "
-                "the suite (--leakage off allows that) or writes nothing (use other prompts)"
+                f"{np.isfinite(shares[group]).sum()} of {len(group)} can be used: the model "
+                "recites the suite (--leakage off allows that) or writes nothing (use other "
+                "prompts)"
             )
         usable[least] = True
     written = Written(*map(torch.cat, zip(*parts, strict=True)))
