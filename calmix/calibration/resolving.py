@@ -12,7 +12,7 @@ import torch
 
 from calmix.calibration.build import build, hashed, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, saved_set
-from calmix.calibration.leakage import Guard, guard_of, guarded_suites
+from calmix.calibration.leakage import guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import GENERATORS, Generator, Prompted, generate
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns, load_prompts
 from calmix.calibration.tokenizer import HasTokenizer
@@ -213,8 +213,7 @@ def resolve(
     if request.saved is not None:
         drawn = CalibrationSet.open(user_path(text), opened)
     else:
-        guard = guard_of(request.draw.leakage)
-        drawn = make(request, opened, guard, tick=tick, writing=writing, note=note)
+        drawn = _make(request, opened, tick, writing=writing, note=note)
         drawn.manifest["request"] = request.record(text)
     if note is not None:
         for name in request.mix:
@@ -232,18 +231,12 @@ def resolve(
     return drawn
 
 
-def make(
-    request: CalibrationRequest,
-    opened: HasTokenizer,
-    guard: Guard | None,
-    *,
-    tick: Callable[[str], None] = lambda name: None,
-    **heard: Any,
+def _make(
+    request: CalibrationRequest, opened: HasTokenizer, tick: Callable[[str], None], **calls: Any
 ) -> CalibrationSet:
-    """Sample or write a requested set, without text that the guard refuses; `heard` are `writing`
-    and `note`."""
-    rows, seed = request.draw.rows, request.draw.seed
-    common: dict[str, Any] = {"length": request.draw.length, "seed": seed, "guard": guard}
+    """Sample or write a requested set; `calls` are `writing` and `note`."""
+    draw, rows, guard = request.draw, request.draw.rows, guard_of(request.draw.leakage)
+    common: dict[str, Any] = {"length": draw.length, "seed": draw.seed, "guard": guard}
     common["own"] = request.own
     if request.generator is None:
         counts, generators = rows_per_source(request.mix, rows), request.written
@@ -259,7 +252,7 @@ def make(
             mix,
             opened,
             rows=round(sum(drawn.values())),
-            packing=request.draw.packing,
+            packing=draw.packing,
             tick=tick,
             **common,
         )
@@ -267,16 +260,14 @@ def make(
         if counts[name]:
             if not isinstance(opened, OpenModel):
                 raise InputError(f"{generator.name} needs the model, not only its tokenizer")
-            parts[name] = generate(generator, opened, rows=counts[name], **heard, **common)
-    joined = _together(parts, request, seed)
+            parts[name] = generate(generator, opened, rows=counts[name], **calls, **common)
+    joined = _together(parts, request)
     if (turns := count_turns(joined.ids, opened.tokenizer)) is not None:
         joined.manifest["chat_turns"] = turns
     return joined
 
 
-def _together(
-    parts: Mapping[str, CalibrationSet], request: CalibrationRequest, seed: int
-) -> CalibrationSet:
+def _together(parts: Mapping[str, CalibrationSet], request: CalibrationRequest) -> CalibrationSet:
     """Join the parts of a set, shuffled; the rows of each part keep their order."""
     each = list(parts.values())
     if len(each) == 1 and (request.generator is not None or not request.written):
@@ -286,7 +277,7 @@ def _together(
         first = {key: value for key, value in first.items() if key not in OF_TEXT}
         first["mix"] = request.mix
     owner = np.repeat(list(parts), [part.rows for part in each])
-    owner = np.random.default_rng(seed).permutation(owner)
+    owner = np.random.default_rng(request.draw.seed).permutation(owner)
     left = {name: zip(part.ids, part.sources, strict=True) for name, part in parts.items()}
     rows = [(name, *next(left[name])) for name in owner.tolist()]
     manifest = first | {
