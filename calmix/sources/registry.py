@@ -110,17 +110,18 @@ def offline_sources() -> dict[str, Source]:
     return {name: one for name, one in _entries().items() if one.reader.origin != "hub"}
 
 
-def own_sources(entries: Path | str | Mapping[str, Any] | None) -> dict[str, Source]:
+def own_sources(
+    entries: Path | str | Mapping[str, Any] | None, path: Path | None = None
+) -> dict[str, Source]:
     """Return a user's own sources by name, from a mapping of names to entries or from a YAML file.
 
-    An entry needs only `reader`; relative paths start at the folder of the file, for a mapping at
-    the current one. Raises InputError if the file is unreadable, or an entry has a wrong key or
-    value.
+    An entry needs only `reader`; relative paths start at the folder of the file, for a mapping
+    `path`. Raises InputError if the file is unreadable, or an entry has a wrong key or value.
     """
-    path = Path.cwd() / "sources"
     if isinstance(entries, Path | str):
         path = Path(entries)
         entries = read_yaml(path)
+    path = path or Path.cwd() / "sources"
     sources: dict[str, Source] = {}
     for name, entry in (entries or {}).items():
         if isinstance(entry, Source):
