@@ -168,15 +168,16 @@ class StreamedModel:
     def fetch_outside(self, *, head: bool = False) -> None:
         """Read the weights outside the blocks (embeddings, norms), and the stored buffers."""
         self._put(*self._read(self.outside_names(head=head)))
-        self._tie(head)
+        if head:
+            self._tie()
         for name, buffer in list(self.model.named_buffers()):
             value = self.read(self.names[name]).to(buffer.dtype) if name in self.names else buffer
             owner, _, last = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[last] = value.to(self.device)
 
-    def _tie(self, head: bool) -> None:
+    def _tie(self) -> None:
         """Make the head's weight, if the files lack one, that of the embeddings."""
-        output = self.model.get_output_embeddings() if head else None
+        output = self.model.get_output_embeddings()
         names = {name for name, one in self.model.named_modules() if one is output}
         if output is not None and self._parts.keys().isdisjoint(f"{n}.weight" for n in names):
             self.model.tie_weights()
@@ -184,7 +185,7 @@ class StreamedModel:
     def drop_outside(self) -> None:
         """Drop the weights outside the blocks; buffers stay."""
         self._drop(self.outside_names(head=True))
-        self._tie(True)
+        self._tie()
 
     def fetch(self, index: int, *, ahead: bool = False) -> None:
         """Read a block's weights unless they are in memory; with `ahead`, start on the next's."""
