@@ -135,7 +135,7 @@ def build(
         stream = tokenized(order, opened.tokenizer, name)
         if guard is not None:
             stream = (one for one in stream if guard.passes(name, one[0].id, one[0].text))
-        if packing == "concat" and _few(documents, count, body):
+        if packing == "concat" and _few_documents(documents, count, body):
             packed, used = pack_pieces(stream, count, body, rng)
         elif packing == "concat":
             packed, used = pack_concat(stream, count, body, end)
@@ -182,7 +182,7 @@ def build(
     return hashed(torch.tensor(ids), names, manifest)
 
 
-def _few(documents: list[Document], rows: int, length: int) -> bool:
+def _few_documents(documents: list[Document], rows: int, length: int) -> bool:
     """Whether joined documents would give rows from the beginnings of one or few of them only: one
     document, or fewer than rows, each of several rows and all together of twice as many."""
     sizes = [len(one.text) // CHARACTERS // length for one in documents]  # in rows

@@ -308,7 +308,7 @@ def generate(
     known = {} if temperature else load_prompts(getattr(generator, "prompts", None))
     temps = {name: temperature or known[name].temperature for name in quota}
 
-    def more(pairs: list[tuple[str, int]], number: int) -> Written:
+    def write_pieces(pairs: list[tuple[str, int]], number: int) -> Written:
         """Write a piece for each pair of a dimension and a number."""
         at = seed + 1 + number * ANOTHER
         request = WriteRequest(
@@ -324,7 +324,7 @@ def generate(
         progress = writing and partial(writing, label)
         return write(opened, request, batch=generator.batch, progress=progress, note=note)
 
-    pieces, counted = _enough(generator, more, quota, guard, opened.tokenizer)
+    pieces, counted = _usable_pieces(generator, write_pieces, quota, guard, opened.tokenizer)
     places = generator.choose(pieces, quota)
     written, groups, nll, tokens = selection = [part[places] for part in pieces]
     rng = np.random.default_rng(seed)  # pieces of one dimension are joined to rows
@@ -359,9 +359,9 @@ def generate(
     return hashed(torch.from_numpy(ids), names, manifest)
 
 
-def _enough(
+def _usable_pieces(
     generator: Generator,
-    more: Callable[[list[tuple[str, int]], int], Written],
+    write_pieces: Callable[[list[tuple[str, int]], int], Written],
     quota: Mapping[str, int],
     guard: Guard | None,
     tokenizer: Any,
@@ -381,7 +381,7 @@ def _enough(
             due = Counter({name: n + max(SPARE, n // 8) for name, n in missing.items()})
         # Dimensions alternate, so that a stop leaves some of each.
         pairs = [(d, j) for j in range(max(due.values())) for d in due if j < due[d]]
-        part = more(pairs, number)
+        part = write_pieces(pairs, number)
         accepted = part.sampled.any(1).numpy()
         if guard is not None:
             texts = tokenizer.batch_decode(part.ids, skip_special_tokens=True)
