@@ -23,7 +23,7 @@ from calmix.models.opening import OpenModel
 from calmix.options import DrawOptions, Strategy, checked, named_options
 from calmix.sources.licences import allowed, refuse
 from calmix.sources.local import LocalFile
-from calmix.sources.mixes import MIXES, OFFLINE, Mix, make_mix, mix_text, parse_mix
+from calmix.sources.mixes import MIXES, OFFLINE, Mix, parse_mix
 from calmix.sources.registry import (
     Source,
     get_source,
@@ -246,12 +246,14 @@ def _make(
         chats = GENERATORS["chat"](batch=request.generator.batch)
         generators = {"own": request.generator, "chat": chats}
     parts: dict[str, CalibrationSet] = {}
-    if drawn := {name: float(counts[name]) for name in request.sources if counts[name]}:
-        mix = make_mix(drawn, mix_text(request.mix)) if request.written else request.mix
+    if drawn := sum(counts[name] for name in request.sources):
+        mix = request.mix
+        if request.written:
+            mix = {name: counts[name] / drawn for name in request.sources if counts[name]}
         parts["own"] = build(
             mix,
             opened,
-            rows=round(sum(drawn.values())),
+            rows=drawn,
             packing=draw.packing,
             tick=tick,
             **common,
