@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,7 +91,7 @@ def load_config(
     if settings and not is_packed(settings):  # its dequantised copy is checked
         return config
     stored = stored_tensors(folder) if weights is None else weights
-    counts = [place.count for place in stored.values()]
+    counts = [math.prod(one.shape) for one in stored.values()]
     # Some configurations raise on attributes that differ between layers.
     if excess := too_large(config.get_text_config(decoder=True).to_dict(), counts):
         raise ModelError(f"{folder / 'config.json'} has {excess}, more than its weights allow")
