@@ -198,7 +198,7 @@ def write(
             progress(at * request.length + rows * tokens, total * request.length)
 
     def write_next(count: int) -> Written:
-        return _batch(opened, request, range(at, at + count), tick)
+        return _batch(opened, request, range(at, at + count), ends, tick)
 
     while at < total:
         path = folder / f"{at:08d}.safetensors"
@@ -227,12 +227,14 @@ def write(
     return written
 
 
-def _batch(opened: OpenModel, request: WriteRequest, rows: range, tick: Tick) -> Written:
+def _batch(
+    opened: OpenModel, request: WriteRequest, rows: range, ends: Sequence[int], tick: Tick
+) -> Written:
     from transformers import GenerationConfig, LogitsProcessorList
 
     device = opened.model.device
     ids = torch.tensor([[request.openers[row][0][0]] for row in rows], device=device)
-    sampler = Sampler(request, rows, end_tokens(opened), device, tick)
+    sampler = Sampler(request, rows, ends, device, tick)
     plain = GenerationConfig(
         do_sample=False,
         num_beams=1,
