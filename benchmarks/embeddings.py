@@ -18,7 +18,7 @@ from common import commit, data_file, machine
 
 from calmix import open_model, prune
 from calmix.calibration.build import build
-from calmix.models.blocks import outer_weights
+from calmix.models.blocks import outer_layers
 from calmix.pruning.engine import round_rows
 from calmix.pruning.gram import Gram
 from calmix.sources.local import LocalFile
@@ -42,7 +42,7 @@ def main() -> None:
     held = held[: 16 * 512].view(16, 512)
     drawn = build(parse_mix("uniform:encyclopedia,python-stdlib,books"), dense, rows=32, length=512)
 
-    head, *embedded = outer_weights(model)
+    head, *embedded = outer_layers(model).values()
     seen = Gram(head.shape[1], head.device)
     hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, x: seen.add(x[0]))
     for row in drawn.ids:

@@ -137,9 +137,7 @@ def read_arrow(archive: zipfile.ZipFile, member: str) -> list[dict[str, Any]]:
     """Return the rows of an Arrow stream in an asset's archive."""
     import pyarrow.ipc
 
-    rows: list[dict[str, Any]]
-    rows = pyarrow.ipc.open_stream(archive.read(member)).read_all().to_pylist()
-    return rows
+    return pyarrow.ipc.open_stream(archive.read(member)).read_all().to_pylist()
 
 
 def read_jsonl(name: str, member: str) -> Iterator[dict[str, Any]]:

@@ -50,7 +50,7 @@ from calmix.models.blocks import (
     decoder_of,
     experts_per_token,
     first_tensor,
-    outer_weights,
+    outer_layers,
 )
 from calmix.models.streaming import StreamedModel
 
@@ -206,26 +206,31 @@ def plan_pruning(
     hidden = token_bytes(source.model, blocks) if rows else 0
     inner = solver = expert = count = states = last = read = 0
     for layers in map(blocks.prunables, range(len(blocks))):  # the widest need not be the largest
-        inside = [layer for layer in layers if layer.expert is not None]
-        one = {layer.mixture: layer.expert for layer in inside}
-        alone = [layer.shape for layer in layers if layer.expert is None]
-        experts = [layer.shape for layer in inside if layer.expert == one[layer.mixture]]
-        count = max([count, *(1 + (layer.expert or 0) for layer in inside)])
-        widths = [columns * source.dtype.itemsize for _, columns in (*alone, *experts)]
+        expert_layers = [layer for layer in layers if layer.expert is not None]
+        one = {layer.mixture: layer.expert for layer in expert_layers}
+        dense_shapes = [layer.shape for layer in layers if layer.expert is None]
+        expert_shapes = [
+            layer.shape for layer in expert_layers if layer.expert == one[layer.mixture]
+        ]
+        count = max([count, *(1 + (layer.expert or 0) for layer in expert_layers)])
+        widths = [columns * source.dtype.itemsize for _, columns in (*dense_shapes, *expert_shapes)]
         inner = max([inner, *widths])
-        following = sum(columns for _, columns in alone if columns <= (followed or 0))
+        following = sum(columns for _, columns in dense_shapes if columns <= (followed or 0))
         read = max(read, following * source.dtype.itemsize)
         # The statistics of one expert's widest input: for its own tokens and for all.
-        both = 0 if kind is None else max((2 * kind.memory(w) for _, w in experts), default=0)
+        both = 0 if kind is None else max((2 * kind.memory(w) for _, w in expert_shapes), default=0)
         accelerator = device.type != "cpu"
-        taken = [solver_bytes(method, some, accelerator=accelerator) for some in (alone, experts)]
-        expert, solver = max(expert, both), max(solver, max(taken) + both)
+        solver_sizes = [
+            solver_bytes(method, some, accelerator=accelerator)
+            for some in (dense_shapes, expert_shapes)
+        ]
+        expert, solver = max(expert, both), max(solver, max(solver_sizes) + both)
     if kind is not None:
         states = rows * length * (hidden if followed is None else 2 * hidden + read)
         if not sequential:
             solver += block
     if outer:
-        largest = max(outer_weights(source.model), key=lambda weight: weight.nbytes)
+        largest = max(outer_layers(source.model).values(), key=lambda weight: weight.nbytes)
         last = source.outside_bytes(head=True) + largest.nbytes + ROUNDING_BYTES * ROUNDED_AT_ONCE
         last += max(one.memory(largest.shape[1], 0) for one in outer)
     begin = max(block + (source.outside_bytes() if rows else 0), last)

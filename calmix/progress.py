@@ -53,7 +53,7 @@ def half(
 
     def tick(done: int, total: int) -> None:
         size = whole or total
-        progress(number * size + (done * whole // total if whole else done), 2 * size)
+        progress(number * size + done * size // max(1, total), 2 * size)
 
     return tick
 

@@ -20,7 +20,7 @@ from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.sources.documents import Document
-from calmix.sources.mixes import make_mix, parse_mix
+from calmix.sources.mixes import parse_mix
 from calmix.study.bootstrap import corrected, holm, two_sided_p
 
 NAMES = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size=6, unique=True)
@@ -31,7 +31,9 @@ SEEDS = st.integers(0, 10_000)
 def mixes(draw):
     names = draw(NAMES)
     weights = [draw(st.sampled_from([0.1, 0.2, 0.3, 0.5, 1, 1 / 3, 7])) for _ in names]
-    return make_mix(dict(zip(names, weights, strict=True)), "")
+    return parse_mix(
+        ",".join(f"{name}:{weight}" for name, weight in zip(names, weights, strict=True))
+    )
 
 
 @given(mix=mixes(), rows=st.integers(0, 500))

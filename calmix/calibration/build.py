@@ -16,7 +16,7 @@ from torch import Tensor
 
 from calmix.calibration.dataset import SET_KIND, CalibrationSet
 from calmix.calibration.leakage import Guard, Tokenized
-from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
+from calmix.calibration.tokenizer import HasTokenizer, begin_token, token_ids
 from calmix.errors import InputError, ModelError, SourceError
 from calmix.models.chat_template import templated
 from calmix.sources.documents import Document
@@ -135,7 +135,7 @@ def build(
         stream = tokenized(order, opened.tokenizer, name)
         if guard is not None:
             stream = (one for one in stream if guard.passes(name, one[0].id, one[0].text))
-        if packing == "concat" and _few(documents, count, body):
+        if packing == "concat" and _few_documents(documents, count, body):
             packed, used = pack_pieces(stream, count, body, rng)
         elif packing == "concat":
             packed, used = pack_concat(stream, count, body, end)
@@ -182,7 +182,7 @@ def build(
     return hashed(torch.tensor(ids), names, manifest)
 
 
-def _few(documents: list[Document], rows: int, length: int) -> bool:
+def _few_documents(documents: list[Document], rows: int, length: int) -> bool:
     """Whether joined documents would give rows from the beginnings of one or few of them only: one
     document, or fewer than rows, each of several rows and all together of twice as many."""
     sizes = [len(one.text) // CHARACTERS // length for one in documents]  # in rows
@@ -207,16 +207,23 @@ def hashed(ids: Tensor, names: Sequence[str], manifest: dict[str, Any]) -> Calib
     return drawn
 
 
-def tokenized(documents: list[Document], tokenizer: Any, name: str) -> Iterator[Tokenized]:
-    """Yield a source's documents with their token ids; chats in the model's chat template."""
-    tokenize = tokenizer_function(tokenizer)
-    for start in range(0, len(documents), TOKENISED_AT_ONCE):
-        batch = documents[start : start + TOKENISED_AT_ONCE]
-        texts = [formatted(one, tokenizer, name) for one in batch]
-        yield from zip(batch, tokenize(texts), strict=True)
+def tokenized(
+    documents: list[Document],
+    tokenizer: Any,
+    name: str,
+    *,
+    batch: int = TOKENISED_AT_ONCE,
+    characters: int | None = None,
+) -> Iterator[Tokenized]:
+    """Yield a source's documents with the token ids of their first `characters`, or of all; chats
+    in the model's chat template."""
+    for start in range(0, len(documents), batch):
+        part = documents[start : start + batch]
+        texts = [_formatted(document, tokenizer, name)[:characters] for document in part]
+        yield from zip(part, token_ids(tokenizer, texts), strict=True)
 
 
-def formatted(document: Document, tokenizer: Any, name: str) -> str:
+def _formatted(document: Document, tokenizer: Any, name: str) -> str:
     """Return the text of a source's document; of a chat in the model's chat template, if any."""
     if document.messages is None or not getattr(tokenizer, "chat_template", None):
         return document.text

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmix.calibration.build import formatted, pack_concat
-from calmix.calibration.tokenizer import HasTokenizer, begin_token, tokenizer_function
+from calmix.calibration.build import pack_concat, tokenized
+from calmix.calibration.tokenizer import HasTokenizer, begin_token
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.measures import RIGHT_OR_WRONG
 from calmix.evaluation.suites import ARCHIVE, Suite
@@ -79,7 +79,7 @@ def texts(
     readers |= {name: [local_file(str(path))] for name, path in (own or {}).items()}
     if not readers:
         raise InputError(f"no builtin text for {', '.join(dimensions or ())}: give --text")
-    tokenizer, tokenize = opened.tokenizer, tokenizer_function(opened.tokenizer)
+    tokenizer = opened.tokenizer
     head, length = begin_token(tokenizer), min(length, opened.context or length)
     rows_of: dict[str, Tensor] = {}
     for name, of_name in readers.items():
@@ -89,10 +89,8 @@ def texts(
             share = rows // len(of_name) + (number < rows % len(of_name))
             most, documents = TOKEN_CHARACTERS * share * length, list(reader.read())
             order = np.random.default_rng(TEXT_SEED).permutation(len(documents))
-            stream = (
-                (documents[i], tokenize([formatted(documents[i], tokenizer, name)[:most]])[0])
-                for i in order
-            )
+            ordered = [documents[i] for i in order]
+            stream = tokenized(ordered, tokenizer, name, batch=1, characters=most)
             packed, used = pack_concat(stream, share, length - len(head), tokenizer.eos_token_id)
             packed_rows += [head + row for row in packed]
             tokens += sum(len(ids) for _, ids in used)

@@ -15,6 +15,7 @@ single letters and digits: `1 2 1 2 1 2` and `0 1 2 3 4 5` occur in much code, b
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import unicodedata
@@ -49,8 +50,6 @@ _NUMBERED = re.compile(r"\n[^\w\n]*((?:[Ll]ine +)?(\d{1,7}))(?!\w)")
 _INVISIBLE = dict.fromkeys(map(ord, "\u00ad\u200b\u200c\u200d\u2060\ufeff"))
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 _POWERS = np.cumprod(np.full(64, 0xBF58476D1CE4E5B9, np.uint64))  # modulo 2^64
-
-_INDICES: dict[int, ItemIndex] = {}
 
 Hashes = NDArray[np.int64]
 Places = NDArray[np.intp]
@@ -220,12 +219,12 @@ def guard_of(suite: str) -> Guard | None:
     """Return the guard for the items of one or more suites (`a,b`); None for `off`."""
     if suite == "off":
         return None
-    items = tuple(suite_items(suite))
-    key = hash(items)
-    if key not in _INDICES:  # a study builds many sets with the same guard
-        _INDICES.clear()
-        _INDICES[key] = ItemIndex(items)
-    return Guard(suite, _INDICES[key])
+    return Guard(suite, _index(tuple(suite_items(suite))))
+
+
+@functools.lru_cache(1)  # a study builds many sets with the same guard
+def _index(items: tuple[Item, ...]) -> ItemIndex:
+    return ItemIndex(items)
 
 
 def suite_items(suite: str) -> list[Item]:

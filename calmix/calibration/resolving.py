@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from calmix.calibration.build import build, rows_per_source
+from calmix.calibration.build import build, hashed, rows_per_source
 from calmix.calibration.dataset import CalibrationSet, saved_set
-from calmix.calibration.leakage import Guard, guard_of, guarded_suites
+from calmix.calibration.leakage import guard_of, guarded_suites
 from calmix.calibration.selfgen.generators import GENERATORS, Generator, Prompted, generate
 from calmix.calibration.selfgen.prompts import chat_turns, count_turns, load_prompts
 from calmix.calibration.tokenizer import HasTokenizer
@@ -23,7 +23,7 @@ from calmix.models.opening import OpenModel
 from calmix.options import DrawOptions, Strategy, checked, named_options
 from calmix.sources.licences import allowed, refuse
 from calmix.sources.local import LocalFile
-from calmix.sources.mixes import MIXES, OFFLINE, Mix, make_mix, mix_text, parse_mix
+from calmix.sources.mixes import MIXES, OFFLINE, Mix, parse_mix
 from calmix.sources.registry import (
     Source,
     get_source,
@@ -97,6 +97,13 @@ class CalibrationRequest:
         if method == "chat" or not (method or set(names) - written.keys()):
             return "self-written"
         return method or ("mix" if len(names) > 1 else "single")
+
+    def record(self, text: str) -> dict[str, Any]:
+        """Return the request, which was written as `text`, as the set that it gave records it."""
+        record = {"calibration": text, **self.draw.model_dump(mode="json", exclude={"sources"})}
+        if self.files:
+            record["files"] = sha256_json([content_sha256(path) for path in self.files])
+        return record
 
 
 def _generator(text: str, own: Mapping[str, Source]) -> Generator | None:
@@ -206,9 +213,8 @@ def resolve(
     if request.saved is not None:
         drawn = CalibrationSet.open(user_path(text), opened)
     else:
-        guard = guard_of(request.draw.leakage)
-        drawn = make(request, opened, guard, tick=tick, writing=writing, note=note)
-        drawn.manifest["request"] = recorded(text, options)
+        drawn = _make(request, opened, tick, writing=writing, note=note)
+        drawn.manifest["request"] = request.record(text)
     if note is not None:
         for name in request.mix:
             if name not in drawn.sources:
@@ -225,26 +231,12 @@ def resolve(
     return drawn
 
 
-def recorded(text: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a request for text as the set that it gave records it."""
-    settings = {name: value for name, value in options.items() if name != "sources"}
-    draw = checked(DrawOptions, settings).model_dump(mode="json", exclude={"sources"})
-    own = [content_sha256(path) for path in parse_calibration(text, **options).files]
-    return {"calibration": text, **draw} | ({"files": sha256_json(own)} if own else {})
-
-
-def make(
-    request: CalibrationRequest,
-    opened: HasTokenizer,
-    guard: Guard | None,
-    *,
-    tick: Callable[[str], None] = lambda name: None,
-    **heard: Any,
+def _make(
+    request: CalibrationRequest, opened: HasTokenizer, tick: Callable[[str], None], **calls: Any
 ) -> CalibrationSet:
-    """Sample or write a requested set, without text that the guard refuses; `heard` are `writing`
-    and `note`."""
-    rows, seed = request.draw.rows, request.draw.seed
-    common: dict[str, Any] = {"length": request.draw.length, "seed": seed, "guard": guard}
+    """Sample or write a requested set; `calls` are `writing` and `note`."""
+    draw, rows, guard = request.draw, request.draw.rows, guard_of(request.draw.leakage)
+    common: dict[str, Any] = {"length": draw.length, "seed": draw.seed, "guard": guard}
     common["own"] = request.own
     if request.generator is None:
         counts, generators = rows_per_source(request.mix, rows), request.written
@@ -254,13 +246,15 @@ def make(
         chats = GENERATORS["chat"](batch=request.generator.batch)
         generators = {"own": request.generator, "chat": chats}
     parts: dict[str, CalibrationSet] = {}
-    if drawn := {name: float(counts[name]) for name in request.sources if counts[name]}:
-        mix = make_mix(drawn, mix_text(request.mix)) if request.written else request.mix
+    if drawn := sum(counts[name] for name in request.sources):
+        mix = request.mix
+        if request.written:
+            mix = {name: counts[name] / drawn for name in request.sources if counts[name]}
         parts["own"] = build(
             mix,
             opened,
-            rows=round(sum(drawn.values())),
-            packing=request.draw.packing,
+            rows=drawn,
+            packing=draw.packing,
             tick=tick,
             **common,
         )
@@ -268,16 +262,14 @@ def make(
         if counts[name]:
             if not isinstance(opened, OpenModel):
                 raise InputError(f"{generator.name} needs the model, not only its tokenizer")
-            parts[name] = generate(generator, opened, rows=counts[name], **heard, **common)
-    joined = _together(parts, request, seed)
+            parts[name] = generate(generator, opened, rows=counts[name], **calls, **common)
+    joined = _together(parts, request)
     if (turns := count_turns(joined.ids, opened.tokenizer)) is not None:
         joined.manifest["chat_turns"] = turns
     return joined
 
 
-def _together(
-    parts: Mapping[str, CalibrationSet], request: CalibrationRequest, seed: int
-) -> CalibrationSet:
+def _together(parts: Mapping[str, CalibrationSet], request: CalibrationRequest) -> CalibrationSet:
     """Join the parts of a set, shuffled; the rows of each part keep their order."""
     each = list(parts.values())
     if len(each) == 1 and (request.generator is not None or not request.written):
@@ -287,7 +279,7 @@ def _together(
         first = {key: value for key, value in first.items() if key not in OF_TEXT}
         first["mix"] = request.mix
     owner = np.repeat(list(parts), [part.rows for part in each])
-    owner = np.random.default_rng(seed).permutation(owner)
+    owner = np.random.default_rng(request.draw.seed).permutation(owner)
     left = {name: zip(part.ids, part.sources, strict=True) for name, part in parts.items()}
     rows = [(name, *next(left[name])) for name in owner.tolist()]
     manifest = first | {
@@ -297,9 +289,7 @@ def _together(
         "written": {name: part.manifest for name, part in parts.items() if name != "own"},
     }
     names = tuple(source if name == "own" else name for name, _, source in rows)
-    joined = CalibrationSet(torch.stack([ids for _, ids, _ in rows]), names, manifest)
-    manifest["sha256"] = joined.sha256
-    return joined
+    return hashed(torch.stack([ids for _, ids, _ in rows]), names, manifest)
 
 
 def _saved(path: Path, settings: dict[str, Any]) -> CalibrationSet:

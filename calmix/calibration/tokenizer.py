@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +28,6 @@ class OpenTokenizer:
 
 
 HasTokenizer = OpenModel | OpenTokenizer
-Tokenize = Callable[[list[str]], list[list[int]]]
 
 
 def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokenizer:
@@ -40,9 +38,9 @@ def open_tokenizer(name: str, *, trust_remote_code: bool = False) -> OpenTokeniz
     return OpenTokenizer(name, tokenizer, context, tokenizer_fingerprint(tokenizer))
 
 
-def tokenizer_function(tokenizer: Any) -> Tokenize:
-    """Return a function from texts to ids without special tokens and without warnings."""
-    return lambda texts: tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+def token_ids(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Return the ids of texts, without special tokens and without warnings."""
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def begin_token(tokenizer: Any) -> list[int]:

@@ -122,7 +122,7 @@ def list_sources(
     if dimension is not None and dimension not in dimensions:
         hint = nearest(dimension, dimensions)
         raise InputError(f"no source has dimension '{dimension}': {hint}")
-    chosen = [
+    selection = [
         source
         for source in known.values()
         if allowed(source.licence, licence) and dimension in (None, source.dimension)
@@ -140,7 +140,7 @@ def list_sources(
             "version": source.reader.version,
             "description": source.description,
         }
-        for source in chosen
+        for source in selection
     ]
     print_json(rows)
     heads = ("name", "dimension", "use", "licence", "available")

@@ -11,7 +11,7 @@ from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.distance_texts import texts_for
-from calmix.calibration.resolving import parse_calibration, recorded, resolve
+from calmix.calibration.resolving import parse_calibration, resolve
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.compression.folder import PACK_FOLDER
 from calmix.compression.results import Result, ready
@@ -92,7 +92,7 @@ class Draw(StageRequest):
 
     @property
     def decides(self) -> dict[str, Any]:
-        return recorded(self.text, self.draw)
+        return parse_calibration(self.text, **self.draw).record(self.text)
 
     @property
     def words(self) -> tuple[str, ...]:

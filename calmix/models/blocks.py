@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -69,8 +69,7 @@ class Prunable:
 
     def whole(self) -> Tensor:
         """Return the whole parameter, of which this can be a slice."""
-        weight: Tensor = self.module._parameters[self.parameter].data
-        return weight
+        return self.module._parameters[self.parameter].data
 
     def view(self) -> Tensor:
         """Return the weight in the module as a view (rows, columns)."""
@@ -151,14 +150,14 @@ class DecoderBlocks:
                 if not any(_matches(name, pattern) for name in names):
                     line = f"--{option} '{pattern}' matches no layer: names are like {names[0]}"
                     raise InputError(line)
-        chosen = replace(self, only=tuple(only), skip=tuple(skip))
-        if not any(chosen._wanted(name) for name in names):
+        selection = replace(self, only=tuple(only), skip=tuple(skip))
+        if not any(selection._wanted(name) for name in names):
             raise InputError("--only and --skip leave no layer to prune")
-        return chosen
+        return selection
 
     def _wanted(self, name: str) -> bool:
-        chosen = not self.only or any(_matches(name, pattern) for pattern in self.only)
-        return chosen and not any(_matches(name, pattern) for pattern in self.skip)
+        included = not self.only or any(_matches(name, pattern) for pattern in self.only)
+        return included and not any(_matches(name, pattern) for pattern in self.skip)
 
     def mixtures(self, index: int) -> list[Mixture]:
         """Return the mixtures of experts in block `index`; ModelError if the experts are separate
@@ -176,9 +175,9 @@ class DecoderBlocks:
 
     def _layers(self, index: int) -> tuple[list[Prunable], list[Dense]]:
         block, prefix = self.blocks[index], f"{self.name}.{index}"
-        mixtures = {mixture.name: mixture for mixture in self.mixtures(index)}
+        mixtures = self.mixtures(index)
         experts: dict[str, list[Prunable]] = {}  # by parameter
-        for layer in (one for mixture in mixtures.values() for one in mixture.layers):
+        for layer in (layer for mixture in mixtures for layer in mixture.layers):
             experts.setdefault(layer.parameter_name, []).append(layer)
         layers: list[Prunable] = []
         dense: list[Dense] = []
@@ -194,7 +193,7 @@ class DecoderBlocks:
                 continue
             elif p.ndim == 2 and _routes(owner, p, mixtures):
                 reason = "router"
-            elif linear and any(owner.startswith(f"{mixture}.") for mixture in mixtures):
+            elif linear and any(owner.startswith(f"{mixture.name}.") for mixture in mixtures):
                 reason = "beside experts"
             elif linear:
                 if p.dtype not in FLOATS:
@@ -215,9 +214,9 @@ def _matches(name: str, pattern: str) -> bool:
         raise InputError(f"'{pattern}' is not a regular expression: {error}") from error
 
 
-def _routes(path: str, weight: Tensor, mixtures: Mapping[str, Mixture]) -> bool:
+def _routes(path: str, weight: Tensor, mixtures: Iterable[Mixture]) -> bool:
     """Whether a linear layer is a router, or the gate of a shared expert."""
-    for mixture in mixtures.values():
+    for mixture in mixtures:
         owner = mixture.name.rpartition(".")[0]
         inside = path.removeprefix(f"{owner}.").split(".")
         if not path.startswith(f"{owner}.") or inside[0] == EXPERTS:
@@ -257,13 +256,13 @@ def _mixture(path: str, module: nn.Module, width: int | None) -> Mixture | None:
             layouts.append((back == width, transposed, neurons if up[0] != neurons else None))
     if not layouts:
         return None
-    _, transposed, half = max(layouts, key=lambda one: one[0])
+    _, transposed, gate_rows = max(layouts, key=lambda one: one[0])
     count = min(shape[0] for shape in shapes.values())
     layers = [
         Prunable(f"{path}.{expert}.{part}", module, name, transposed, path, expert, rows)
         for name in shapes
         for expert in range(count)
-        for part, rows in _parts(module, name, None if name == down else half).items()
+        for part, rows in _parts(module, name, None if name == down else gate_rows).items()
     ]
     return Mixture(path, module, count, layers)
 
@@ -347,22 +346,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def outer_weights(model: Any) -> list[nn.Parameter]:
-    """Return the weights of a model's output head and embeddings; one if they are the same once
-    they are loaded."""
+def outer_layers(model: Any) -> dict[str, nn.Parameter]:
+    """Return the weights of a model's output head and embeddings by the names of their modules;
+    one if they are the same once they are loaded."""
     head, embedded = model.get_output_embeddings(), model.get_input_embeddings()
     if getattr(head, "weight", None) is None:
         raise ModelError(f"{type(model).__name__} has no output head: leave out --embeddings")
     names = [f"{name}.weight" for name, one in model.named_modules() if one in (head, embedded)]
-    alike = not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)
-    tied = alike or head.weight is embedded.weight
-    return [embedded.weight] if tied else [head.weight, embedded.weight]
-
-
-def outer_layers(model: Any) -> dict[str, nn.Parameter]:
-    """Return the same weights by the names of their modules."""
-    names = {id(weight): name for name, weight in model.named_parameters()}
-    return {names[id(weight)].removesuffix(".weight"): weight for weight in outer_weights(model)}
+    same_once_loaded = not getattr(model, "all_tied_weights_keys", {}).keys().isdisjoint(names)
+    tied = same_once_loaded or head.weight is embedded.weight
+    weights = [embedded.weight] if tied else [head.weight, embedded.weight]
+    paths = {id(weight): path for path, weight in model.named_parameters()}
+    return {paths[id(weight)].removesuffix(".weight"): weight for weight in weights}
 
 
 def first_tensor(result: Any) -> Tensor:

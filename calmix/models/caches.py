@@ -92,15 +92,15 @@ def own_places(model: Any) -> Any:
 
         def fill(self, places: Tensor, cache: DynamicCache, seen: Tensor) -> None:
             """Copy the rows of another cache, without the tokens hidden by the mask `seen`."""
-            shown = [line.nonzero().flatten() for line in seen]
-            for own, other in zip(self.layers, cache.layers, strict=False):  # some are shared
-                if not own.is_initialized:
-                    own.keys = self._room(other.keys[:0, :, :0])
-                    own.values = self._room(other.values[:0, :, :0])
-                    own.is_initialized = True
-                for tensor, new in ((own.keys, other.keys), (own.values, other.values)):
-                    for place, row, which in zip(places.tolist(), new, shown, strict=True):
-                        tensor[place, :, : len(which)] = row[:, which]
+            positions = [line.nonzero().flatten() for line in seen]
+            for layer, other in zip(self.layers, cache.layers, strict=False):  # some are shared
+                if not layer.is_initialized:
+                    layer.keys = self._room(other.keys[:0, :, :0])
+                    layer.values = self._room(other.values[:0, :, :0])
+                    layer.is_initialized = True
+                for tensor, new in ((layer.keys, other.keys), (layer.values, other.values)):
+                    for place, row, indices in zip(places.tolist(), new, positions, strict=True):
+                        tensor[place, :, : len(indices)] = row[:, indices]
             self.at[places] = seen.sum(-1)
             self.move(0)
 

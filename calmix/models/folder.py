@@ -173,8 +173,7 @@ def weight_files(folder: Path) -> list[str]:
 
 def content_key(folder: Path) -> str:
     """Return a key of a model folder's configuration, weights and tokenizer for names of copies."""
-    names = [*model_files(folder), *map(str, matching(folder, BESIDE_WEIGHTS))]
-    return combined({one: cached_sha256(folder / one) for one in names})[:16]
+    return combined(ModelFiles(folder, str(folder)).hashes)[:16]
 
 
 def model_files(folder: Path) -> list[str]:

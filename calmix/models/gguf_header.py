@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,6 @@ DIMENSIONS, DEEPEST = 4, 4  # most dimensions of a tensor, and arrays within arr
 ENTRIES = 2**22  # most array entries of a file: a vocabulary of a million has four million
 MOST_NAMES = 2**18  # most tensors and most values
 SHOWN = 4096  # entries of an array whose values are kept, such as one for each layer
-
-
-@dataclass
-class Header:
-    """The metadata of a GGUF file, without long arrays, and the shape of each tensor."""
-
-    values: dict[str, Any] = field(default_factory=dict)
-    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def is_gguf(path: Path) -> bool:
@@ -45,36 +36,35 @@ def read_header(path: Path) -> Header:
         if path.stat().st_size < 24:
             raise ValueError("it is cut short")
         with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return _Parser(data).header()
+            return Header(data)
 
 
-class _Parser:
+class Header:
+    """The metadata of a GGUF file, without long arrays, and the shape of each tensor."""
+
     def __init__(self, data: mmap.mmap) -> None:
-        self._data, self._at, self._entries = data, 0, 0
-
-    def header(self) -> Header:
-        self._at = len(MAGIC)
+        self.values: dict[str, Any] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._data, self._at, self._entries = data, len(MAGIC), 0
         version = self._number("I")
         if version & 0xFFFF == 0:
             raise ValueError("its numbers are big-endian: convert it with gguf_convert_endian.py")
         if version not in (2, 3):
             raise ValueError(f"it has version {version} of the format, not 2 or 3")
         tensors, pairs = self._count(MOST_NAMES), self._count(MOST_NAMES)
-        header = Header()
         for _ in range(pairs):
             name = self._text()
-            header.values[name] = self._value(self._number("I"))
+            self.values[name] = self._value(self._number("I"))
         for _ in range(tensors):
             name, dimensions = self._text(), self._number("I")
             if dimensions > DIMENSIONS:
                 raise ValueError(f"tensor {name} has {dimensions} dimensions")
-            header.shapes[name] = tuple(self._number("Q") for _ in range(dimensions))
+            self.shapes[name] = tuple(self._number("Q") for _ in range(dimensions))
             self._bytes(12)  # type and offset
-        if not isinstance(header.values.get("general.architecture"), str):
+        if not isinstance(self.values.get("general.architecture"), str):
             raise ValueError("it names no architecture")
-        if (most := max(map(math.prod, header.shapes.values()), default=0)) > 8 * len(self._data):
+        if (most := max(map(math.prod, self.shapes.values()), default=0)) > 8 * len(data):
             raise ValueError(f"it has a tensor of {most} weights, more than its bytes can hold")
-        return header
 
     def _bytes(self, size: int) -> bytes:
         start, self._at = self._at, self._at + size
@@ -86,7 +76,7 @@ class _Parser:
         return struct.unpack(f"<{code}", self._bytes(struct.calcsize(f"<{code}")))[0]
 
     def _count(self, most: int) -> int:
-        count: int = self._number("Q")
+        count = self._number("Q")
         if count > most:
             raise ValueError(f"its header counts {count} entries, more than it can hold")
         return count

@@ -16,8 +16,10 @@ from calmix.models.folder import ADAPTER, BESIDE_WEIGHTS, adapter_error, check_c
 from calmix.models.gguf_header import is_gguf
 from calmix.yaml_files import packaged
 
-HUB_FILES = ["*.safetensors", "*.json", *BESIDE_WEIGHTS]
-REPEATED_WEIGHTS = ["*consolidated*.safetensors"]  # a second copy, in Mistral's format
+FETCHED: dict[str, Any] = {  # of a model on the hub
+    "allow_patterns": ["*.safetensors", "*.json", *BESIDE_WEIGHTS],
+    "ignore_patterns": ["*consolidated*.safetensors"],  # a second copy, in Mistral's format
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def named_model(name: str) -> Path | BuiltinModel | None:
 
     if (model := known_model(name)) is None:
         with hub_errors(name):
-            here = isinstance(try_to_load_from_cache(name, "config.json"), str)
-        if not here:
+            cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+        if not cached:
             hub_files(name)
     return model
 
@@ -93,11 +95,9 @@ def local_model(name: str) -> Path | BuiltinModel:
     from huggingface_hub import constants, snapshot_download
 
     with hub_errors(name), disk_errors(Path(constants.HF_HUB_CACHE)):
-        fetched = snapshot_download(
-            name, allow_patterns=HUB_FILES, ignore_patterns=REPEATED_WEIGHTS
-        )
-    check_folder(Path(fetched))
-    return Path(fetched)
+        folder = Path(snapshot_download(name, **FETCHED))
+    check_folder(folder)
+    return folder
 
 
 def hub_files(name: str) -> Sequence[Any]:

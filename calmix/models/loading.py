@@ -152,10 +152,10 @@ def to_continue(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     plain, full = (
         tokenizer("a", add_special_tokens=special)["input_ids"] for special in (False, True)
     )
-    fits = (n for n in range(len(full)) if full[: len(full) - n][-len(plain) :] == plain)
-    after = next(fits, 0)
+    endings = (n for n in range(len(full)) if full[: len(full) - n][-len(plain) :] == plain)
+    appended = next(endings, 0)
     rows = tokenizer(list(texts), verbose=False)["input_ids"]
-    return [row[: len(row) - after] for row in rows]
+    return [row[: len(row) - appended] for row in rows]
 
 
 @contextlib.contextmanager

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -52,8 +51,7 @@ from calmix.models.folder import (
 )
 from calmix.models.gguf import gguf_dtype, gguf_reader, read_gguf, reading_gguf, tensor_bytes
 from calmix.models.hub import (
-    HUB_FILES,
-    REPEATED_WEIGHTS,
+    FETCHED,
     BuiltinModel,
     gguf_file,
     hub_files,
@@ -134,9 +132,9 @@ def check_models(
     """
     device_of(device)
     dtype_of(dtype)
-    for name in names:
-        model = None if name is None else named_model(name)
-        if name is not None and isinstance(model, Path) and model.is_dir():
+    for name in (name for name in names if name is not None):
+        model = named_model(name)
+        if isinstance(model, Path) and model.is_dir():
             load_config(model, name, trust_remote_code)
 
 
@@ -149,23 +147,23 @@ def resolve_model(name: str) -> Path:
     """
     model = local_model(name)
     if is_dense(model):
-        assert isinstance(model, Path)
         return model
     folder = _unpacked(model)
     if (folder / "config.json").is_file():
         return folder
     with alone(folder), disk_errors(folder), hidden(folder) as beside:
-        if (folder / "config.json").is_file():
-            pass
-        elif isinstance(model, Path) and model.is_dir():
-            check_quantised(name, settings := quantization(model))
-            (_unpack if is_packed(settings) else _dequantise)(model, folder)
-        else:
-            _dequantise(gguf_file(model, beside), folder)
+        if (folder / "config.json").is_file():  # another process has written it
+            return folder
+        with atomic_folder(folder) as new:
+            if isinstance(model, Path) and model.is_dir():
+                check_quantised(name, settings := quantization(model))
+                (_unpack if is_packed(settings) else _dequantise)(model, new)
+            else:
+                _dequantise(gguf_file(model, beside), new)
     return folder
 
 
-def is_dense(model: Path | BuiltinModel | None) -> bool:
+def is_dense(model: Path | BuiltinModel | None) -> TypeGuard[Path]:
     """Whether a model is a folder whose weights are not quantised."""
     return isinstance(model, Path) and model.is_dir() and not quantization(model)
 
@@ -189,7 +187,7 @@ def size_of(name: str) -> tuple[int | None, float | None]:
     model, folder = local_model(name), resolve_model(name)
     if not isinstance(model, Path):
         return None, None
-    weights = sum(math.prod(one.shape) for one in stored_tensors(folder).values())
+    weights = sum(place.count for place in stored_tensors(folder).values())
     if model.is_dir():
         return (size := weight_bytes(model)), 8 * size / weights
     return model.stat().st_size, 8 * tensor_bytes(gguf_reader(model)) / weights
@@ -207,13 +205,12 @@ def to_fetch(name: str) -> str:
     from huggingface_hub.utils import filter_repo_objects
 
     model = known_model(name)
-    which: dict[str, Any] = {"allow_patterns": HUB_FILES, "ignore_patterns": REPEATED_WEIGHTS}
     if model is None:
         with contextlib.suppress(Exception):  # of many kinds, if it is not in the hub's cache
-            check_folder(Path(snapshot_download(name, local_files_only=True, **which)))
+            check_folder(Path(snapshot_download(name, local_files_only=True, **FETCHED)))
             return ""
-        chosen = filter_repo_objects(hub_files(name), key=lambda file: file.rfilename, **which)
-        return f"fetches {size_text(sum(file.size or 0 for file in chosen))} from the hub"
+        files = filter_repo_objects(hub_files(name), key=lambda file: file.rfilename, **FETCHED)
+        return f"fetches {size_text(sum(file.size or 0 for file in files))} from the hub"
     if is_dense(model) or (_unpacked(model) / "config.json").is_file():
         return ""
     place = cache_dir() / "models"
@@ -245,7 +242,7 @@ def open_model(
             that cannot be read.
         InputError: unknown dtype or device.
     """
-    name, target, chosen = str(name), device_of(device), dtype_of(dtype)
+    name, target, weight_type = str(name), device_of(device), dtype_of(dtype)
     folder = resolve_model(name)
     files = ModelFiles(folder, name)
     load_config(folder, name, trust_remote_code)
@@ -254,7 +251,7 @@ def open_model(
 
         model, info = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=chosen,
+            dtype=weight_type,
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -264,8 +261,8 @@ def open_model(
         raise ModelError(
             f"{name} lacks {len(missing)} weights its configuration requires, first '{missing[0]}'"
         )
-    if dtype == "auto" and (fits := suited(model.dtype, target)) != model.dtype:
-        model = model.to(fits)
+    if dtype == "auto" and (compute_type := suited(model.dtype, target)) != model.dtype:
+        model = model.to(compute_type)
     model.requires_grad_(False)
     plain = torch.contiguous_format
     if (head := model.get_output_embeddings()) is not None:
@@ -321,37 +318,33 @@ def dtype_of(name: str) -> torch.dtype | str:
 
 def _unpack(source: Path, folder: Path) -> None:
     """Write the model of a checkpoint with packed integers, one tensor at a time."""
-    with atomic_folder(folder) as beside:
-        write_model(beside, unpacked(source), PART)
-        copy_files(source, beside, matching(source, BESIDE_WEIGHTS))
-        config = read_object(source / "config.json", "")
-        write_json(
-            beside / "config.json", {k: v for k, v in config.items() if k != QUANTIZATION_CONFIG}
-        )
+    write_model(folder, unpacked(source), PART)
+    copy_files(source, folder, matching(source, BESIDE_WEIGHTS))
+    config = read_object(source / "config.json", "")
+    write_json(
+        folder / "config.json", {k: v for k, v in config.items() if k != QUANTIZATION_CONFIG}
+    )
 
 
 def _dequantise(source: Path, folder: Path) -> None:
     """Write the model of a GGUF file, or of a checkpoint that compressed-tensors reads."""
-    with atomic_folder(folder) as beside:
-        with loading(f"cannot open {source}"), reading_gguf():
-            from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+    with loading(f"cannot open {source}"), reading_gguf():
+        from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
-            file, how = source.resolve(), dict[str, Any]()
-            if file.is_dir():
-                settings = CompressedTensorsConfig.from_dict(quantization(file), dequantize=True)
-                model: Any = AutoModelForCausalLM.from_pretrained(
-                    file, quantization_config=settings
-                )
-            else:
-                model, how = read_gguf(file, gguf_dtype(file)), {"gguf_file": str(file)}
-            # In this folder, still empty, no other tokenizer is preferred to the file's.
-            tokenizer = AutoTokenizer.from_pretrained(beside if how else file, **how)
-        # transformers still marks the model as quantised, and would not save it.
-        model.hf_quantizer, model.is_quantized = None, False
-        vars(model.config).pop("quantization_config", None)  # older versions do not set it
-        # GGUF does not give the tokenizer's maximum length: it is the context.
-        if context := getattr(model.config, "max_position_embeddings", None):
-            tokenizer.model_max_length = context
-        with quiet_transformers():
-            model.save_pretrained(beside)
-            tokenizer.save_pretrained(beside)
+        file, how = source.resolve(), dict[str, Any]()
+        if file.is_dir():
+            settings = CompressedTensorsConfig.from_dict(quantization(file), dequantize=True)
+            model: Any = AutoModelForCausalLM.from_pretrained(file, quantization_config=settings)
+        else:
+            model, how = read_gguf(file, gguf_dtype(file)), {"gguf_file": str(file)}
+        # In this folder, still empty, no other tokenizer is preferred to the file's.
+        tokenizer = AutoTokenizer.from_pretrained(folder if how else file, **how)
+    # transformers still marks the model as quantised, and would not save it.
+    model.hf_quantizer, model.is_quantized = None, False
+    vars(model.config).pop("quantization_config", None)  # older versions do not set it
+    # GGUF does not give the tokenizer's maximum length: it is the context.
+    if context := getattr(model.config, "max_position_embeddings", None):
+        tokenizer.model_max_length = context
+    with quiet_transformers():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)

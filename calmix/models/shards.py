@@ -190,8 +190,8 @@ def write_model(
         size += tensor.nbytes
     write()
     for number, part in enumerate(parts, start=1):
-        alone = "" if len(parts) == 1 else f"-{number:05}-of-{len(parts):05}"
-        part.rename(folder / f"model{alone}.safetensors")
+        suffix = "" if len(parts) == 1 else f"-{number:05}-of-{len(parts):05}"
+        part.rename(folder / f"model{suffix}.safetensors")
     write_index(folder)
 
 

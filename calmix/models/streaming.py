@@ -64,36 +64,36 @@ class StreamedModel:
         trust_remote_code: bool = False,
     ) -> None:
         self.name, self.trust_remote_code = name, trust_remote_code
-        self.device, chosen = device_of(device), dtype_of(dtype)
+        self.device, weight_type = device_of(device), dtype_of(dtype)
         self.folder = resolve_model(name)
         self.files = ModelFiles(self.folder, name)
         self.places = stored_tensors(self.folder)
         # The folder's configuration; the model's can be its text part.
         self.config = load_config(self.folder, name, trust_remote_code)
-        self.model = self._skeleton(chosen)
+        self.model = self._skeleton(weight_type)
         self.blocks: DecoderBlocks = find_blocks(self.model)
         self.dtype: torch.dtype = next(self.blocks.blocks[0].parameters()).dtype
         self.stored_dtype = narrower(weight_dtype(self.places), self.dtype)
-        alike = getattr(self.model, "all_tied_weights_keys", {})
-        for pair in alike.items():
+        tied_names = getattr(self.model, "all_tied_weights_keys", {})
+        for pair in tied_names.items():
             if any(name.startswith(f"{self.blocks.name}.") for name in pair):
                 raise _not_streamable(self.name, f"its blocks share weights (first {pair[0]})")
         parts, self._merging = find_parts(self.model, self.places, self.name)
-        own = self._parameters()
-        self._parts = {name: part for name, part in parts.items() if name in own}
+        parameters = self._parameters()
+        self._parts = {name: part for name, part in parts.items() if name in parameters}
         self.types = {
-            name: narrower(self.places[part[0]].dtype, own[name].dtype)
+            name: narrower(self.places[part[0]].dtype, parameters[name].dtype)
             for name, part in self._parts.items()
         }
         self.names = {n: stored[0] for n, stored in parts.items() if n not in self._merging}
         self.merges = bool(self._merging)
         self.unknown = self.places.keys() - set(chain(*parts.values()))
-        for name, other in [pair for pair in alike.items() if {*pair} <= self.names.keys()]:
+        for name, other in [pair for pair in tied_names.items() if {*pair} <= self.names.keys()]:
             if not torch.equal(self.stored(name), self.stored(other)):  # loading unties them too
-                del alike[name]
+                del tied_names[name]
                 self._drop([name])
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
-        lacking = [name for name in own if name not in parts and name not in tied]
+        lacking = [name for name in parameters if name not in parts and name not in tied]
         unstored = self.model.state_dict().keys() - self.names
         lacking += [name for name, _ in self.model.named_buffers() if name in unstored]
         if lacking:
@@ -168,15 +168,16 @@ class StreamedModel:
     def fetch_outside(self, *, head: bool = False) -> None:
         """Read the weights outside the blocks (embeddings, norms), and the stored buffers."""
         self._put(*self._read(self.outside_names(head=head)))
-        self._tie(head)
+        if head:
+            self._tie()
         for name, buffer in list(self.model.named_buffers()):
             value = self.read(self.names[name]).to(buffer.dtype) if name in self.names else buffer
             owner, _, last = name.rpartition(".")
             self.model.get_submodule(owner)._buffers[last] = value.to(self.device)
 
-    def _tie(self, head: bool) -> None:
+    def _tie(self) -> None:
         """Make the head's weight, if the files lack one, that of the embeddings."""
-        output = self.model.get_output_embeddings() if head else None
+        output = self.model.get_output_embeddings()
         names = {name for name, one in self.model.named_modules() if one is output}
         if output is not None and self._parts.keys().isdisjoint(f"{n}.weight" for n in names):
             self.model.tie_weights()
@@ -184,7 +185,7 @@ class StreamedModel:
     def drop_outside(self) -> None:
         """Drop the weights outside the blocks; buffers stay."""
         self._drop(self.outside_names(head=True))
-        self._tie(True)
+        self._tie()
 
     def fetch(self, index: int, *, ahead: bool = False) -> None:
         """Read a block's weights unless they are in memory; with `ahead`, start on the next's."""
@@ -251,13 +252,13 @@ class StreamedModel:
     def rest(self, names: Collection[str], changed: Collection[str] = ()) -> dict[str, Tensor]:
         """Return the tensors of a checkpoint by their stored names; the `changed` ones are taken
         from memory."""
-        memory, alike = self._parameters(), getattr(self.model, "all_tied_weights_keys", {})
+        memory, tied_names = self._parameters(), getattr(self.model, "all_tied_weights_keys", {})
         types = {s: self.types[name] for name, part in self._parts.items() for s in part}
         new = self.as_stored(
             {
-                name: memory[alike.get(name, name)].detach()
+                name: memory[tied_names.get(name, name)].detach()
                 for name in self.names
-                if alike.get(name, name) in changed
+                if tied_names.get(name, name) in changed
             }
         )
         tensors = {name: new[name] if name in new else self.read(name) for name in names}
@@ -313,8 +314,10 @@ class StreamedModel:
             now.wait_event(copied)
             for value in values.values():
                 value.record_stream(now)
-        here = {name: value.to(self.device, non_blocking=True) for name, value in values.items()}
-        self.model.load_state_dict(here, strict=False, assign=True)
+        on_device = {
+            name: value.to(self.device, non_blocking=True) for name, value in values.items()
+        }
+        self.model.load_state_dict(on_device, strict=False, assign=True)
 
     def _drop(self, names: Iterable[str]) -> None:
         parameters = self._parameters()
@@ -338,8 +341,7 @@ def split(model: Any, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the stored tensors, by name, that parameters were merged from."""
     from transformers.core_model_loading import revert_weight_conversion
 
-    stored: dict[str, Tensor] = revert_weight_conversion(model, dict(parameters))
-    return stored
+    return revert_weight_conversion(model, dict(parameters))
 
 
 def find_parts(

@@ -91,11 +91,6 @@ def parse_mix(text: str) -> Mix:
         if source in weights:
             raise InputError(f"calibration '{text}' names '{source}' twice")
         weights[source] = weight
-    return make_mix(weights, text)
-
-
-def make_mix(weights: Mapping[str, float], text: str) -> Mix:
-    """Return a mix with its weights normalised to sum to 1."""
     for name, weight in weights.items():
         if not math.isfinite(weight) or weight < 0:
             raise InputError(f"calibration '{text}': the weight of '{name}' is {weight}, not >= 0")

@@ -20,7 +20,7 @@ from calmix.evaluation.tasks import load_items
 from calmix.files import size_text
 from calmix.machine import host_memory
 from calmix.memory import device_memory, plan_pruning, plan_recovery
-from calmix.models.blocks import find_blocks, outer_weights
+from calmix.models.blocks import find_blocks, outer_layers
 from calmix.models.hub import known_model
 from calmix.models.loading import loading
 from calmix.models.opening import DTYPES, device_of, resolve_model
@@ -71,11 +71,11 @@ class EmptyModel:
     @property
     def outer_weights(self) -> int:
         """Number of weights in embeddings and output head."""
-        return sum(weight.numel() for weight in outer_weights(self.model))
+        return sum(weight.numel() for weight in outer_layers(self.model).values())
 
     def outside_bytes(self, *, head: bool = False) -> int:
         """Return the bytes outside the blocks; an untied output head counts only if `head`."""
-        tied = len(outer_weights(self.model)) == 1
+        tied = len(outer_layers(self.model)) == 1
         untied = 0 if head or tied else self.vocabulary * self.hidden
         return (self.weights - self.block_weights - untied) * self.dtype.itemsize
 

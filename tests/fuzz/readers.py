@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer, tokenizer_function
+from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer, token_ids
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack, unpack
 from calmix.errors import InputError, ModelError
@@ -117,7 +117,7 @@ def _text(_, path):
     template = "{q}: {a}" if path.suffix == ".jsonl" else "{text}"
     documents = list(LocalFile(type="file", path=path, template=template).read())
     documents_hash(documents)
-    tokenizer_function(_TINY)([document.text for document in documents])
+    token_ids(_TINY, [document.text for document in documents])
 
 
 def _calibration(folder, _):

@@ -13,7 +13,7 @@ from calmix import memory
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.memory import Plan, out_of_memory, token_bytes
-from calmix.models.blocks import find_blocks, outer_weights
+from calmix.models.blocks import find_blocks, outer_layers
 from calmix.models.opening import open_model
 from calmix.models.shards import weight_bytes
 from calmix.models.streaming import StreamedModel
@@ -474,7 +474,7 @@ def test_embeddings_and_head_are_rounded(kind):
     pairs = zip(model.named_parameters(), dense.parameters(), strict=True)
     changed = {name for (name, one), other in pairs if not torch.equal(one, other)}
     assert changed == {f"{one.name}.weight" for one in report.outer}
-    wide = {id(weight) for weight in outer_weights(model)}
+    wide = {id(weight) for weight in outer_layers(model).values()}
     assert wide == {id(model.get_parameter(name)) for name in changed}
     for one in report.outer:
         assert one.bits == pytest.approx(4, abs=0.7)  # 2 bytes a row or column weigh
@@ -490,7 +490,7 @@ def test_stored_head_is_rounded(tmp_path, alike):
     weights[head] = (weights[TOKENS] if alike else weights[TOKENS].flip(0)).clone()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     source = StreamedModel(str(folder))
-    assert len(outer_weights(source.model)) == 1 or not alike
+    assert len(outer_layers(source.model)) == 1 or not alike
     source.close()
     model, tensors = in_memory(folder, 5), streamed_prune(folder, tmp_path / "out", embeddings=5)
     for name in (head, TOKENS):

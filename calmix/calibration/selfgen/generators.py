@@ -32,7 +32,7 @@ from calmix.calibration.selfgen.prompts import (
     start_token,
 )
 from calmix.calibration.selfgen.writing import WriteRequest, Written, write
-from calmix.calibration.tokenizer import begin_token, tokenizer_function
+from calmix.calibration.tokenizer import begin_token, token_ids
 from calmix.errors import InputError
 from calmix.evaluation.greedy import prompt
 from calmix.evaluation.prompts import OwnPrompt, calibration_hash, halves, read_prompts
@@ -264,7 +264,7 @@ class Sgs(Generator):
             documents = list(source.documents())
             order = np.random.default_rng(seed).permutation(len(documents))
             order = order[: PREFIXES // len(self.sources)]
-            texts = tokenizer_function(tokenizer)([documents[i].text for i in order])
+            texts = token_ids(tokenizer, [documents[i].text for i in order])
             kind = source.dimension if len(self.sources) > 1 else self.name
             starts.setdefault(kind, []).extend((head + ids)[:PREFIX] for ids in texts if ids)
         if not all(starts.values()):
@@ -308,7 +308,7 @@ def generate(
     known = {} if temperature else load_prompts(getattr(generator, "prompts", None))
     temps = {name: temperature or known[name].temperature for name in quota}
 
-    def more(pairs: list[tuple[str, int]], number: int) -> Written:
+    def write_pieces(pairs: list[tuple[str, int]], number: int) -> Written:
         """Write a piece for each pair of a dimension and a number."""
         at = seed + 1 + number * ANOTHER
         request = WriteRequest(
@@ -324,9 +324,9 @@ def generate(
         progress = writing and partial(writing, label)
         return write(opened, request, batch=generator.batch, progress=progress, note=note)
 
-    pieces, counted = _enough(generator, more, quota, guard, opened.tokenizer)
+    pieces, counted = _usable_pieces(generator, write_pieces, quota, guard, opened.tokenizer)
     places = generator.choose(pieces, quota)
-    written, groups, nll, tokens = chosen = [part[places] for part in pieces]
+    written, groups, nll, tokens = selection = [part[places] for part in pieces]
     rng = np.random.default_rng(seed)  # pieces of one dimension are joined to rows
     joined = np.concatenate([rng.permutation(np.flatnonzero(groups == name)) for name in quota])
     order = rng.permutation(rows)
@@ -352,16 +352,16 @@ def generate(
             name: math.exp(nll[groups == name].sum() / tokens[groups == name].sum())
             for name in quota
         },
-        "J": objective(*chosen),
+        "J": objective(*selection),
         "pieces": {"tokens": size, "a_row": per_row} | counted,
     }
     names = groups[joined[::per_row]][order].tolist()
     return hashed(torch.from_numpy(ids), names, manifest)
 
 
-def _enough(
+def _usable_pieces(
     generator: Generator,
-    more: Callable[[list[tuple[str, int]], int], Written],
+    write_pieces: Callable[[list[tuple[str, int]], int], Written],
     quota: Mapping[str, int],
     guard: Guard | None,
     tokenizer: Any,
@@ -381,27 +381,28 @@ def _enough(
             due = Counter({name: n + max(SPARE, n // 8) for name, n in missing.items()})
         # Dimensions alternate, so that a stop leaves some of each.
         pairs = [(d, j) for j in range(max(due.values())) for d in due if j < due[d]]
-        part = more(pairs, number)
-        taken = part.sampled.any(1).numpy()
+        part = write_pieces(pairs, number)
+        accepted = part.sampled.any(1).numpy()
         if guard is not None:
             texts = tokenizer.batch_decode(part.ids, skip_special_tokens=True)
-            taken &= [guard.passes(generator.name, str(i), text) for i, text in enumerate(texts)]
+            accepted &= [guard.passes(generator.name, str(i), text) for i, text in enumerate(texts)]
         parts.append(part)
         groups = np.append(groups, [d for d, _ in pairs])
-        repeated = np.where(taken, row_aggregation(part.ids.numpy(), NGRAM_ORDER), np.inf)
+        repeated = np.where(accepted, row_aggregation(part.ids.numpy(), NGRAM_ORDER), np.inf)
         shares = np.append(shares, repeated)
         usable = shares <= generator.repeats
         missing = Counter(quota) - Counter(groups[usable].tolist())
         if not missing:
             break
     for name in missing:
-        ours = np.flatnonzero(groups == name)
-        least = ours[np.argsort(shares[ours], kind="stable")[: quota[name]]]
+        group = np.flatnonzero(groups == name)
+        least = group[np.argsort(shares[group], kind="stable")[: quota[name]]]
         if not np.isfinite(shares[least]).all():
             raise InputError(
                 f"{quota[name]} pieces of {name} are needed, but only "
-                f"{np.isfinite(shares[ours]).sum()} of {len(ours)} can be used: the model recites "
-                "the suite (--leakage off allows that) or writes nothing (use other prompts)"
+                f"{np.isfinite(shares[group]).sum()} of {len(group)} can be used: the model "
+                "recites the suite (--leakage off allows that) or writes nothing (use other "
+                "prompts)"
             )
         usable[least] = True
     written = Written(*map(torch.cat, zip(*parts, strict=True)))

@@ -118,8 +118,8 @@ def start_token(tokenizer: Any, start: str = "auto") -> int | None:
     request except at the very beginning.
     """
     begin = tokenizer.bos_token_id
-    own = begin_token(tokenizer) or _of_text(tokenizer, begin)
-    if start == "bos" or (start == "auto" and own):
+    begins_text = begin_token(tokenizer) or _of_text(tokenizer, begin)
+    if start == "bos" or (start == "auto" and begins_text):
         return begin
     separator = tokenizer.eos_token_id
     if not _of_text(tokenizer, separator):

@@ -7,7 +7,6 @@ A row's random numbers depend on its own number, so rows can be batched in any w
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -199,22 +198,21 @@ def write(
             progress(at * request.length + rows * tokens, total * request.length)
 
     def write_next(count: int) -> Written:
-        return _batch(opened, request, range(at, at + count), tick)
+        return _batch(opened, request, range(at, at + count), ends, tick)
 
     while at < total:
-        path, part = folder / f"{at:08d}.safetensors", None
-        with contextlib.suppress(SafetensorError, OSError):  # missing or damaged
+        path = folder / f"{at:08d}.safetensors"
+        try:
             part = Written(**load_file(path))
             tick(*part.ids.shape)
-        if part is None:
+        except (SafetensorError, OSError):  # missing or damaged
             wanted = size = min(size, total - at)
             if not planned:
                 size, planned = plan_writing(opened.model, request.length, wanted), True
             if size < wanted:
                 say(f"memory holds {size} rows at a time, not {wanted}: writing in smaller batches")
-            size, batch_rows = halving(write_next, size, say)
-            write_bytes(path, save(batch_rows._asdict()))
-            part = batch_rows
+            size, part = halving(write_next, size, say)
+            write_bytes(path, save(part._asdict()))
         parts.append(part)
         at += len(part.ids)
     written = Written(*map(torch.cat, zip(*parts, strict=True)))
@@ -229,12 +227,14 @@ def write(
     return written
 
 
-def _batch(opened: OpenModel, request: WriteRequest, rows: range, tick: Tick) -> Written:
+def _batch(
+    opened: OpenModel, request: WriteRequest, rows: range, ends: Sequence[int], tick: Tick
+) -> Written:
     from transformers import GenerationConfig, LogitsProcessorList
 
     device = opened.model.device
     ids = torch.tensor([[request.openers[row][0][0]] for row in rows], device=device)
-    sampler = Sampler(request, rows, end_tokens(opened), device, tick)
+    sampler = Sampler(request, rows, ends, device, tick)
     plain = GenerationConfig(
         do_sample=False,
         num_beams=1,
