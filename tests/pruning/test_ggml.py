@@ -12,7 +12,7 @@ from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method, ggml
 from calmix.pruning.patterns import Blocks, as_pattern
 from calmix.pruning.solvers.ggml_scales import BlockGrid, rounded_alone, solve_blocks
-from calmix.pruning.solvers.ggml_types import TYPES, Encoded, Levels, block_type
+from calmix.pruning.solvers.ggml_types import TYPES, Encoded, block_type, encode
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 from tests.pruning.test_engine import input_gram
@@ -22,7 +22,8 @@ BY_COLUMN = [name for name, kind in TYPES.items() if kind.group]
 
 
 def random_levels(kind, rows=3, blocks=2, seed=0):
-    """Return a random matrix on the grid of a type; every level and scale can occur."""
+    """Return a random matrix on the grid of a type, in blocks and as the weights that these hold;
+    every level and scale can occur."""
     rng = torch.Generator().manual_seed(seed)
     size = rows, blocks * kind.size
 
@@ -33,11 +34,16 @@ def random_levels(kind, rows=3, blocks=2, seed=0):
         return (torch.rand(rows, blocks, generator=rng) + 0.01).half()
 
     groups = size[1] // kind.group
-    scales = None if kind.scales is None else numbers(kind.scales, groups).short()
-    minima = numbers(kind.scales, groups).short() if kind.minima and kind.scales else None
-    least = units() if kind.minima else None
-    levels = numbers((kind.low, kind.high), size[1]).to(torch.int8)
-    return Levels(kind, levels, units(), scales, least, minima)
+    scales, minima = (numbers(kind.scales or (1, 1), groups) for _ in range(2))
+    levels, step, least = numbers((kind.low, kind.high), size[1]), units(), units()
+    worth = torch.tensor(kind.codebook)[levels] if kind.codebook else levels
+    scale, minimum = (
+        unit.float().repeat_interleave(groups // blocks, 1) * number
+        for unit, number in ((step, scales), (least, minima))
+    )
+    values = worth.view(rows, groups, -1) * scale[..., None]
+    values -= minimum[..., None] if kind.minima else 0
+    return encode(kind, levels, step, scales, least, minima), values.view(size)
 
 
 def correlated(tokens=1500, columns=512, seed=0):
@@ -59,12 +65,11 @@ def solved(name, weights, gram, **options):
 def test_blocks_decode_with_the_gguf_package(name):
     for each, kind in TYPES.items():
         assert (kind.size, kind.bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[each]]
-    grid = random_levels(TYPES[name], rows=20, blocks=6)
-    encoded = grid.encoded()
+    encoded, values = random_levels(TYPES[name], rows=20, blocks=6)
     assert encoded.data.shape == (20, 6 * TYPES[name].bytes)
     decoded = quants.dequantize(encoded.data.numpy(), GGMLQuantizationType[name])
-    np.testing.assert_array_equal(decoded, grid.values().numpy())
-    assert torch.equal(encoded.values(), grid.values())
+    np.testing.assert_array_equal(decoded, values.numpy())
+    assert torch.equal(encoded.values(), values)
 
 
 def test_unknown_type_is_one_line():

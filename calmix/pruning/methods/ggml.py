@@ -23,7 +23,7 @@ from calmix.pruning.methods.base import DAMPING, Damping, Method, Solution, by_k
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
 from calmix.pruning.solvers.ggml_scales import BlockGrid, fitting, rounded_alone, solve_blocks
 from calmix.pruning.solvers.ggml_types import BlockType, Encoded
-from calmix.pruning.solvers.libggml import check_library, quantise
+from calmix.pruning.solvers.libggml import load_library, quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 
 
@@ -61,7 +61,7 @@ class Typed(Method):
         kind = type_of(Blocks("Q8_0") if later else pattern, columns, name, self.name)
         searched = str(pattern).startswith(("IQ2", "IQ3")) if later else not kind.group
         if searched or isinstance(pattern, Mixed):
-            check_library()
+            load_library()
 
     @abstractmethod
     def solve_outer(
@@ -172,7 +172,7 @@ class Llama(Typed):
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         super().check(pattern, columns, name)
-        check_library()
+        load_library()
 
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
