@@ -719,15 +719,15 @@ class Run:
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal sampled
-            rows = self._batches[number].rows
+            rows, call = self._batches[number].rows, (args, kwargs)
             if number not in routed.counted:
-                routed.counted[number] = routed.counts(rows, args, kwargs)
+                routed.counted[number] = routed.counts(rows, call)
             before = number * report.rows_at_once * length
             tokens = torch.arange(-before % spacing, rows * length, spacing).to(routed.device)
-            routed.collect(step, experts, (args, kwargs), add_own)
+            routed.collect(step, experts, call, add_own)
             if smoothed and len(tokens):
                 sampled += len(tokens)
-                routed.everything(step, smoothed, tokens, (args, kwargs), partial(add, every))
+                routed.everything(step, smoothed, tokens, call, partial(add, every))
 
         yield collect
         if not report.experts or report.experts[-1].name != routed.name:  # once per mixture
