@@ -210,9 +210,8 @@ class RecoveryRun:
 
     def masters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Masters:
         """Return masters for parameters of the pruned model."""
-        masked = self.masked.__contains__
-        files = self.pruned.stored, masked
-        return Masters(parameters, *files, self.grids, self.dense.stored, self.encoded)
+        pruned, dense = self.pruned.stored, self.dense.stored
+        return Masters(parameters, pruned, self.masked, self.grids, dense, self.encoded)
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a file of the result, trained tensors (by stored name) replacing pruned ones, and
