@@ -27,7 +27,7 @@ from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -335,8 +335,6 @@ class Run:
         costs: of errors by token, `token_weights`.
         weighting: multiplies the inputs of layers before their statistic is added up.
         robust: whether Gram matrices are shrunk, and judged on rows that are not fitted.
-        targets: what layers of a robust run approximate: outputs nearer to the dense model's, or
-            their own on the inputs that earlier layers leave them.
         states: hidden states entering the current block, by micro-batch number. With targets from
             the dense model, its states follow, and then its layers' inputs.
         types: that parameters will be stored in, by name, if narrower than in memory; pruned
@@ -357,7 +355,6 @@ class Run:
     weighting: Weighting | None = None
     costs: Mapping[str, Tensor] = field(default_factory=dict)
     robust: bool = False
-    targets: Literal["dense", "own"] = "dense"
     expert_bytes: int = EXPERT_BYTES
     seen: Callable[[list[Prunable], Any], None] | None = None
     states: dict[int, Tensor] | States = field(default_factory=dict)
@@ -454,7 +451,7 @@ class Run:
     @property
     def has_dense_targets(self) -> bool:
         """Whether layers also make up for the errors of those before them."""
-        return self.targets == "dense" and self.robust and self._kind is Gram
+        return self.robust and self._kind is Gram
 
     @property
     def follows_dense(self) -> bool:
