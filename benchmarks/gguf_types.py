@@ -45,7 +45,7 @@ from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.opening import OpenModel, open_model
 from calmix.pruning.allocation import LossPass, file_bytes, file_weights
 from calmix.pruning.engine import Run, prune, run_through
-from calmix.pruning.gram import Factor, relative_error
+from calmix.pruning.gram import Factor, Gram, relative_error
 from calmix.pruning.methods import Look
 from calmix.pruning.methods.ggml import Ggml
 from calmix.pruning.patterns import Blocks, Mixed, Recipe
@@ -91,6 +91,12 @@ SOLVED = {
 WAYS = (*ROUNDED, *SOLVED)
 
 
+class LookAtGrams(Look):
+    """Gathers Gram matrices in place of square sums."""
+
+    statistic = Gram
+
+
 def statistics(
     opened: OpenModel, ids: Tensor, *, gram: bool, only: Sequence[str] = ()
 ) -> dict[str, Tensor]:
@@ -101,7 +107,7 @@ def statistics(
         sums.update(dict.fromkeys((layer.name for layer in layers), statistic))
 
     layers = find_blocks(opened.model).select(only)
-    run_through(Run(opened.model, layers, Look(gram=gram), seen=seen), ids)
+    run_through(Run(opened.model, layers, LookAtGrams() if gram else Look(), seen=seen), ids)
     return sums
 
 

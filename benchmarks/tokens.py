@@ -61,6 +61,12 @@ def unit(power: float) -> Weighting:
     return weigh
 
 
+class OwnTargets(Run):
+    """A run whose layers approximate their own outputs on the inputs that earlier layers leave."""
+
+    has_dense_targets = False
+
+
 def rounding(opened: OpenModel, name: str, weigh: Weighting | None) -> Run:
     """Return a run that rounds by llama.cpp's search, weighted by the sum of squares."""
 
@@ -146,8 +152,9 @@ def main() -> None:
                 method, pattern = get_method(name).aim(
                     as_pattern(f"{target} blocks" if name.startswith("ggml") else target)
                 )
-                run = Run(opened.model, find_blocks(opened.model), method, pattern)
-                run.weighting, run.robust, run.targets = weigh, options.shrunk, targets
+                kind_of_run = Run if targets == "dense" else OwnTargets
+                run = kind_of_run(opened.model, find_blocks(opened.model), method, pattern)
+                run.weighting, run.robust = weigh, options.shrunk
             run_through(run, ids)
             seconds, result = spent() - began, distance(opened, dense)
             errors = [one.error for one in run.report.layers if one.error is not None]

@@ -160,7 +160,8 @@ def prune_request(
         default = BITS_METHOD if bare and "bits" in own else METHOD
         solver, target = get_method(default if method is None else method, **own).aim(wanted)
         where = f"with method {solver.name}: leave it out, or choose another method"
-        _check_unused(_unread(solver, present), where)
+        unread = CALIBRATED - SCORED if drops else CALIBRATED  # by methods without data
+        _check_unused(set() if solver.needs else present.keys() & unread, where)
         if isinstance(target, Blocks | Mixed | Recipe) and "embeddings" in present:
             raise InputError(f"--embeddings has no effect with {target}: leave it out")
         share = target.sparsity if isinstance(target, Unstructured) else None
@@ -186,13 +187,6 @@ def prune_request(
 def _check_unused(unused: Collection[str], where: str) -> None:
     if unused:
         raise InputError(f"--{min(unused).replace('_', '-')} has no effect {where}")
-
-
-def _unread(method: Method, names: Collection[str]) -> set[str]:
-    """Return the options given that have no effect because the method uses no calibration data."""
-    if method.needs is not None:
-        return set()
-    return set(names) & CALIBRATED - (SCORED if "drop_experts" in names else set())
 
 
 def recover_request(**options: Any) -> Recovering:

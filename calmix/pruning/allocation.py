@@ -6,8 +6,8 @@ The loss of rounding is measured in one pass of the dense model over the calibra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,6 @@ from calmix.pruning.solvers.ggml_scales import fitting
 from calmix.pruning.solvers.ggml_types import TYPES, BlockType
 from calmix.pruning.solvers.libggml import quantise
 
-LOSS = "loss"
 LOGIT = 2.0  # loss of a squared error of a logit, in shares of a layer's output energy
 SAMPLED = 2**16  # weights of a matrix that are rounded to every type
 FILLED = 0.98  # share of the requested size that a file has at least
@@ -145,8 +144,6 @@ class LossPass(Run):
             of a logit.
     """
 
-    name: ClassVar[str] = LOSS
-
     def __init__(
         self, model: nn.Module, blocks: DecoderBlocks, outer: Mapping[str, Pattern] | None = None
     ) -> None:
@@ -164,14 +161,20 @@ class LossPass(Run):
     def _record(
         self, name: str, weight: Tensor, squares: Tensor, worth: float | None = None
     ) -> None:
-        energy, losses = rounding_losses(weight, squares, self._rounded)
-        scale = 1.0 if worth is None else worth * energy / self.report.tokens
+        sample = weight[:: weight.numel() // SAMPLED | 1].float()  # of all places in a head, if odd
+        squares = squares.float()
+        energy = float((sample.square() @ squares).sum()) or 1.0
+        by_row = energy / len(sample)
+        scale = 1.0 if worth is None else worth * by_row / self.report.tokens
         if self.report.weighted:
-            scale = energy * len(weight) / (2 * self.report.tokens)
-        self.losses[name] = {kind: scale * loss for kind, loss in losses.items()}
+            scale = by_row * len(weight) / (2 * self.report.tokens)
+        self.losses[name] = {
+            kind: scale * (float(((values - sample).square_() @ squares).sum()) / energy)
+            for kind, values in self._rounded(sample, squares)
+        }
 
     def _rounded(self, rows: Tensor, squares: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """Yield rows rounded in each way, with its name."""
+        """Yield float32 rows rounded in each way, with its name."""
         for kind in types_for(rows.shape[1]):
             yield kind.name, quantise(rows, squares, name=kind.name).values()
 
@@ -259,28 +262,6 @@ def check_mixed(target: Mixed, model: Any, blocks: DecoderBlocks, method: Method
         check_bits(target.bits, model, blocks)
 
 
-def rounding_losses(
-    weight: Tensor,
-    squares: Tensor,
-    rounded: Callable[[Tensor, Tensor], Iterable[tuple[str, Tensor]]],
-) -> tuple[float, dict[str, float]]:
-    """Return a row's mean output energy, and the share of it that rounding loses, by its name.
-
-    Args:
-        weight: (rows, columns); some of its rows are rounded.
-        squares: sum of squares of each input, (columns,).
-        rounded: yields float32 rows rounded in several ways, given them and the squares.
-    """
-    some = weight[:: weight.numel() // SAMPLED | 1].float()  # of all places in a head, if odd
-    squares = squares.float()
-    energy = float((some.square() @ squares).sum()) or 1.0
-    losses = {
-        name: float(((values - some).square_() @ squares).sum()) / energy
-        for name, values in rounded(some, squares)
-    }
-    return energy / len(some), losses
-
-
 def allocate(
     model: nn.Module | OpenModel,
     ids: Tensor | CalibrationSet,
@@ -311,6 +292,6 @@ def allocate(
     check_pattern(blocks, target, chosen)
     check_mixed(target, net, blocks, chosen)
     losses = loss_pass(net, blocks, chosen)
-    losses.weigh(costs_in_memory(net, blocks, check_ids(rows, LOSS)), power=1)
+    losses.weigh(costs_in_memory(net, blocks, check_ids(rows, "loss")), power=1)
     run_through(losses, rows, micro_tokens)
     return losses.patterns(target)

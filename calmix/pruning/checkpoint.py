@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ from calmix.pruning.token_weights import token_weights
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 from calmix.specs import How, PruneRequest
 
+R = TypeVar("R")
 COSTS = "token-weights.safetensors"
 
 
@@ -94,7 +95,7 @@ def prune_checkpoint(name: str, output: Path, request: PruneRequest, **how: Any)
     check_request([name], output, request, run)
     job = _Pruning(name, output, request, run)
     try:
-        report = job.finished() if run.resume else None
+        report = finished(job.work, output, job.identity, run, "pruning", PruneReport.from_json)
         return job.prune() if report is None else report
     except BaseException as error:
         job.work.leave(error, run.note)
@@ -192,18 +193,6 @@ class _Pruning:
         """Whether tokens are weighted by what their errors cost."""
         return self.method.is_robust(self.request.statistics)
 
-    def finished(self) -> PruneReport | None:
-        """Return the report of an output finished by an earlier run of the same request."""
-        manifest, run = (read_if_there(self.output / name) for name in (MANIFEST, RUN))
-        with suppress(KeyError, TypeError):
-            if is_of(manifest, self.identity, self.output):
-                pruning = manifest["pruning"] | {"seconds": run["seconds"]}
-                report = PruneReport.from_json(pruning)
-                self.work.remove_leftover()
-                self.run.note(f"{self.output} was finished by an earlier run")
-                return report
-        return None
-
     def plan(self, shape: Sequence[int], method: Method | None = None) -> Plan:
         """Return the memory plan of pruning, or of a pass over the dense model with a `method`."""
         run, how = self.engine(), dict[str, Any]()
@@ -235,12 +224,10 @@ class _Pruning:
         """Return the set of resumed work, or draw and save it."""
         drawn = draw_set(
             self.work,
-            str(self.request.calibration),
+            self.request,
             self.tokenizer,
             lambda: open_model(self.source.name, **self.run.opening),
-            self.request.drawn(),
-            writing=self.run.writing,
-            note=self.run.note,
+            self.run,
         )
         check_ids(self.source.name, self.source.model.get_input_embeddings(), drawn.ids)
         return drawn
@@ -480,10 +467,25 @@ def take_through(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_of(manifest: Mapping[str, Any], identity: Mapping[str, Any], output: Path) -> bool:
-    """Whether an output is of a request, and has all its files."""
-    whole = all((output / name).is_file() for name in manifest["files"])
-    return whole and manifest["request_sha256"] == sha256_json(identity)
+def finished(
+    work: WorkFolder,
+    output: Path,
+    identity: Mapping[str, Any],
+    run: How,
+    part: str,
+    report_of: Callable[[dict[str, Any]], R],
+) -> R | None:
+    """Return the report of an output that an earlier run of the same request finished, made from a
+    part of its manifest; None unless the run resumes and the output has all its files."""
+    manifest, run_file = (read_if_there(output / name) for name in (MANIFEST, RUN))
+    with suppress(KeyError, TypeError):
+        whole = run.resume and all((output / name).is_file() for name in manifest["files"])
+        if whole and manifest["request_sha256"] == sha256_json(identity):
+            report = report_of(manifest[part] | {"seconds": run_file["seconds"]})
+            work.remove_leftover()
+            run.note(f"{output} was finished by an earlier run")
+            return report
+    return None
 
 
 def _write_beside(

@@ -21,13 +21,13 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -238,8 +238,8 @@ def check_pattern(blocks: DecoderBlocks, pattern: Patterns, method: Method) -> N
     """Refuse patterns that do not fit the layers or the method."""
     layers = blocks.layers
     if isinstance(pattern, Mapping):
-        inside = pattern.keys() - _outside(blocks, pattern)
-        check_names([layer.name for layer in layers], dict.fromkeys(inside), "pattern")
+        outside = _outside(blocks, pattern)
+        check_names([layer.name for layer in layers], [n for n in pattern if n not in outside])
     for layer in layers:
         own = pattern[layer.name] if isinstance(pattern, Mapping) else pattern
         method.check(own, layer.shape[1], layer.name)
@@ -259,7 +259,7 @@ def check_run(run: Run) -> None:
     if not (wanted := run.outer):
         return
     layers = outer_layers(run.model)
-    check_names(list(layers), layers | wanted, "pattern")
+    check_names(list(layers), layers | wanted)
     for name, one in _outside(run.blocks, run.pattern).items():
         run.method.check(one, layers[name].shape[1], name)
 
@@ -280,14 +280,15 @@ def solve_rows(
     return values, Encoded(blocks[0].name, torch.cat([one.data for one in blocks]))
 
 
-def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]:
+def round_rows(weight: Tensor, gram: Tensor | None, bits: float) -> tuple[Tensor, Grid]:
     """Return a matrix with many rows, rounded to a rate by the default method, in its own type, and
     its grid. It is rounded in chunks of about equal size, each with its own step.
 
     Args:
         weight: (rows, columns).
-        gram: (columns, columns), of the inputs.
+        gram: (columns, columns), of the inputs; without it, as if they did not depend on another.
     """
+    gram = torch.eye(weight.shape[1], device=weight.device) if gram is None else gram
     method, parts = get_method(BITS_METHOD), -(-weight.numel() // ROUNDED_AT_ONCE)
     assert isinstance(method, Quantiser)
     factor = inverse_factor(gram, method.damping)
@@ -300,15 +301,15 @@ def round_rows(weight: Tensor, gram: Tensor, bits: float) -> tuple[Tensor, Grid]
     return values, replace(grid, scale=torch.cat(scales), bits=taken / weight.numel())
 
 
-def check_names(layers: Sequence[str], named: Mapping[str, Any], what: str) -> None:
-    """Refuse a mapping whose names are not exactly those of the layers."""
-    for name in named:
+def check_names(layers: Sequence[str], names: Collection[str]) -> None:
+    """Refuse a pattern whose names are not exactly those of the layers."""
+    for name in names:
         if name not in layers:
             raise InputError(
-                f"the {what} names '{name}', which is not a layer: {nearest(name, layers)}"
+                f"the pattern names '{name}', which is not a layer: {nearest(name, layers)}"
             )
-    if missing := [name for name in layers if name not in named]:
-        raise InputError(f"the {what} lacks {len(missing)} layers, the first is {missing[0]}")
+    if missing := [name for name in layers if name not in names]:
+        raise InputError(f"the pattern lacks {len(missing)} layers, the first is {missing[0]}")
 
 
 def check_ids(ids: Tensor | None, method: str) -> Tensor:
@@ -334,8 +335,6 @@ class Run:
         costs: of errors by token, `token_weights`.
         weighting: multiplies the inputs of layers before their statistic is added up.
         robust: whether Gram matrices are shrunk, and judged on rows that are not fitted.
-        targets: what layers of a robust run approximate: outputs nearer to the dense model's, or
-            their own on the inputs that earlier layers leave them.
         states: hidden states entering the current block, by micro-batch number. With targets from
             the dense model, its states follow, and then its layers' inputs.
         types: that parameters will be stored in, by name, if narrower than in memory; pruned
@@ -356,7 +355,6 @@ class Run:
     weighting: Weighting | None = None
     costs: Mapping[str, Tensor] = field(default_factory=dict)
     robust: bool = False
-    targets: Literal["dense", "own"] = "dense"
     expert_bytes: int = EXPERT_BYTES
     seen: Callable[[list[Prunable], Any], None] | None = None
     states: dict[int, Tensor] | States = field(default_factory=dict)
@@ -441,7 +439,11 @@ class Run:
                     del self.states[key]
             else:
                 for layer in self.blocks.prunables(index):
-                    self._prune([layer], self._imported(layer))
+                    squares = None
+                    if self.importance:
+                        squares = Squares(layer.shape[1], layer.view().device)
+                        squares.sum.copy_(self.importance[layer.name])
+                    self._prune([layer], squares)
         self._laps.read(seconds)
         rest = "forward" if self.needs_ids else "solve"
         seconds[rest] += time.perf_counter() - began - (sum(seconds.values()) - before)
@@ -449,7 +451,7 @@ class Run:
     @property
     def has_dense_targets(self) -> bool:
         """Whether layers also make up for the errors of those before them."""
-        return self.targets == "dense" and self.robust and self._kind is Gram and self.seen is None
+        return self.robust and self._kind is Gram
 
     @property
     def follows_dense(self) -> bool:
@@ -497,44 +499,47 @@ class Run:
         The head, or the matrix shared with it, is solved on its inputs; separate embeddings are
         rounded without correction.
         """
-        if not (wanted := self.outer):
+        if not (patterns := self.outer):
             return
         began = time.perf_counter()
-        outer = outer_layers(self.model)
-        name, head = next(iter(outer.items()))
-        with _at_work(head.device):
+        weights = outer_layers(self.model)
+        head = next(iter(weights))
+        with _at_work(weights[head].device):
             held_out = self._judge()
-            gathered = self._head_gram(name, head, held_out) if self.needs_ids else None
-            for (name, weight), gram in zip(outer.items(), (gathered, None), strict=False):
-                if (pattern := wanted.get(name)) is None:
+            head_gram = self._head_gram(head, weights[head], held_out) if self.needs_ids else None
+            for name, weight in weights.items():
+                if (pattern := patterns.get(name)) is None:
                     continue
-                numbers = [weight] if gram is None else [weight, gram.sum]
-                ends = torch.stack([end for one in numbers for end in torch.aminmax(one)])
+                gram = head_gram if name == head else None
+                statistic = None if gram is None else gram.matrix()
+                matrices = [weight] if statistic is None else [weight, statistic]
+                ends = torch.stack([end for matrix in matrices for end in torch.aminmax(matrix)])
                 if not ends.isfinite().all():
                     raise SolverError(f"{name}: its weights or inputs are not finite")
-                shrinkage = 0.0
-                with bfloat16_products(allowed=False):
-                    if gram is None:
-                        rounded, grid = self._round(weight, None, pattern)
+                shrinkage = 0.0 if gram is None or not self.robust else gram.shrinkage()
+                grid: Grid | Encoded
+                with bfloat16_products(allowed=False), raised_diagonal(statistic, shrinkage):
+                    if isinstance(pattern, Blocks):
+                        rounded, grid = solve_rows(weight, statistic, pattern, self.method)
                     else:
-                        statistic = gram.matrix()
-                        shrinkage = gram.shrinkage() if self.robust else 0.0
-                        with raised_diagonal(statistic, shrinkage):
-                            rounded, grid = self._round(weight, statistic, pattern)
+                        assert isinstance(pattern, Rate)
+                        rounded, grid = round_rows(weight, statistic, pattern.bits)
                 error = held_out.error(weight, rounded) if gram and held_out.judges else None
                 weight.data.copy_(rounded)
                 self.report.grids[f"{name}.weight"] = grid
-                self.report.outer.append(_layer_report(name, weight, grid, error, shrinkage))
+                self.report.outer.append(
+                    LayerReport(
+                        name,
+                        len(weight),
+                        weight.shape[1],
+                        error=error,
+                        bits=grid.bits,
+                        type=grid.name if isinstance(grid, Encoded) else None,
+                        shrinkage=shrinkage,
+                        held_out=error is not None,
+                    )
+                )
         self.report.seconds["solve"] += time.perf_counter() - began
-
-    def _round(
-        self, weight: Tensor, gram: Tensor | None, pattern: Pattern
-    ) -> tuple[Tensor, Grid | Encoded]:
-        if isinstance(pattern, Blocks):
-            return solve_rows(weight, gram, pattern, self.method)
-        assert isinstance(pattern, Rate)
-        gram = torch.eye(weight.shape[1], device=weight.device) if gram is None else gram
-        return round_rows(weight, gram, pattern.bits)
 
     def _head_gram(self, name: str, head: Tensor, held_out: HeldOut | None = None) -> Gram | None:
         """Return the statistic of the head's inputs, without the rows held out if these are asked
@@ -711,20 +716,15 @@ class Run:
 
         def collect(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal sampled
-            rows = self._batches[number].rows
+            rows, call = self._batches[number].rows, (args, kwargs)
             if number not in routed.counted:
-                routed.counted[number] = routed.counts(rows, args, kwargs)
+                routed.counted[number] = routed.counts(rows, call)
             before = number * report.rows_at_once * length
             tokens = torch.arange(-before % spacing, rows * length, spacing).to(routed.device)
-            routed.collect(step, experts, (args, kwargs), add_own)
+            routed.collect(step, experts, call, add_own)
             if smoothed and len(tokens):
                 sampled += len(tokens)
-                routed.everything(step, smoothed, tokens, (args, kwargs), partial(add, every))
-
-        def popped(sums: dict[int, Statistic], expert: int) -> Statistic:
-            statistic = sums[expert]  # of no tokens if none is routed to it
-            del sums[expert]
-            return statistic
+                routed.everything(step, smoothed, tokens, call, partial(add, every))
 
         yield collect
         if not report.experts or report.experts[-1].name != routed.name:  # once per mixture
@@ -738,22 +738,14 @@ class Run:
         whole: Statistic | None = None
         with self._laps.lap("solve"):
             for expert in experts:
-                statistic = popped(own, expert)
+                statistic = own.pop(expert, None) or kind()  # of no tokens if none is routed to it
                 if smoothed:
                     if whole is None or not step.common:
-                        whole = popped(every, expert)
+                        whole = every.pop(expert, None) or kind()
                     statistic.merge(whole, SMOOTHING / sampled)
                 tokens = report.experts[-1].tokens[expert]
                 self._prune(step.layers[expert], statistic, held_out.pop(expert, None), tokens)
                 del statistic
-
-    def _imported(self, layer: Prunable) -> Squares | None:
-        """Return the squares of a layer's inputs that come from a file, if the method names one."""
-        if not self.importance:
-            return None
-        squares = Squares(layer.shape[1], device := layer.view().device)
-        squares.sum = self.importance[layer.name].to(device)
-        return squares
 
     def _targets(
         self,
@@ -874,16 +866,6 @@ class Run:
                     kept_correction,
                 )
             )
-
-
-def _layer_report(
-    name: str, weight: Tensor, grid: Grid | Encoded, error: float | None, shrinkage: float
-) -> LayerReport:
-    """Return the report of a matrix outside the blocks."""
-    rows, columns = weight.shape
-    kind = grid.name if isinstance(grid, Encoded) else None
-    about = LayerReport(name, rows, columns, 0, 0.0, error, None, None, 0, None, grid.bits, kind)
-    return replace(about, shrinkage=shrinkage, held_out=error is not None)
 
 
 @contextmanager

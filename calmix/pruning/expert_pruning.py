@@ -27,7 +27,7 @@ from calmix.models.shards import write_file
 from calmix.models.streaming import StreamedModel
 from calmix.precision import widest
 from calmix.pruning.engine import Run
-from calmix.pruning.experts import Routed, given_tensors
+from calmix.pruning.experts import Routed, call_tensors
 from calmix.pruning.methods import Look
 from calmix.pruning.report import Dropped
 from calmix.pruning.trace import SharedInput
@@ -88,7 +88,7 @@ def _score(
     routed: Routed, sums: Tensor, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Add a call of a mixture to the sums (score and tokens; experts)."""
-    hidden, index, tensors = given_tensors((args, kwargs))
+    hidden, index, tensors = call_tensors((args, kwargs))
     width, count = hidden.shape[-1], routed.mixture.count
     if index is None:  # stacked: the gate is in the input
         used = (hidden.reshape(count, -1, width) != 0).any(-1)

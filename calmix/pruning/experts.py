@@ -40,10 +40,10 @@ MATMULS = frozenset(
 # compute the product.
 Seen = Callable[[str, int | None, Tensor], bool]
 Add = Callable[[int, Tensor], None]  # expert and its inputs
-Given = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments of a mixture
+Call = tuple[tuple[Any, ...], Mapping[str, Any]]  # arguments of a mixture
 
 
-def given_tensors(call: Given) -> tuple[Tensor, Tensor | None, list[Tensor]]:
+def call_tensors(call: Call) -> tuple[Tensor, Tensor | None, list[Tensor]]:
     """Return the hidden states, the tensor of each token's experts (or None), and all tensors."""
     args, kwargs = call
     tensors = [one for one in (*args, *kwargs.values()) if isinstance(one, Tensor)]
@@ -137,7 +137,7 @@ class Routed:
         self.counted: dict[int, Tensor] = {}
         self.kind, self.chosen = "", 1
 
-    def learn(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def learn(self, call: Call) -> Any:
         """Run the module on a few tokens to find the steps; return its output."""
         groups: dict[tuple[Any, ...], list[str]] = {}
         alive: list[Tensor] = []  # keeps inputs alive, so that no address is reused
@@ -148,7 +148,6 @@ class Routed:
             groups.setdefault((expert, *where, inputs.shape, inputs.stride()), []).append(key)
             return True
 
-        call = args, kwargs
         result = self._watched(call, seen)
         done: set[str] = set()
         for keys in groups.values():
@@ -162,11 +161,11 @@ class Routed:
                 f"the input of {min(missing)} of the experts in {self.name} cannot be traced: the "
                 "engine cannot prune them"
             )
-        hidden, index, tensors = given_tensors(call)
+        hidden, index, tensors = call_tensors(call)
         self.kind = "stacked" if len(tensors) == 1 else "shared" if index is None else "indexed"
         tokens = hidden.numel() // hidden.shape[-1]
         tokens //= self.mixture.count if self.kind == "stacked" else 1
-        self.chosen = round(int(self.counts(1, args, kwargs).sum()) / tokens)
+        self.chosen = round(int(self.counts(1, call).sum()) / tokens)
         for step in self.steps:
             for layer in self.layers:
                 if layer.parameter in step.keys:
@@ -179,7 +178,7 @@ class Routed:
                 step.common = len(inputs) < 2 or torch.equal(*inputs.values())
         return result
 
-    def _watched(self, call: Given, seen: Seen) -> Any:
+    def _watched(self, call: Call, seen: Seen) -> Any:
         """Run the module and call `seen` for every product with its experts' weights.
 
         A product is computed if `seen` returns True. A product of all experts has the expert None.
@@ -196,7 +195,7 @@ class Routed:
             if before is not None:
                 config._experts_implementation = before
 
-    def collect(self, step: Step, experts: Collection[int], call: Given, add: Add) -> None:
+    def collect(self, step: Step, experts: Collection[int], call: Call, add: Add) -> None:
         """Run the module up to a step's inputs and call `add` with those of some experts."""
         earlier = {key for one in self.steps[: self.steps.index(step)] for key in one.keys}
 
@@ -212,10 +211,10 @@ class Routed:
         self._watched(call, seen)
 
     def everything(
-        self, step: Step, experts: Sequence[int], tokens: Tensor, call: Given, add: Add
+        self, step: Step, experts: Sequence[int], tokens: Tensor, call: Call, add: Add
     ) -> None:
         """Do the same as if the tokens at the given positions were routed to all these experts."""
-        (hidden, index, tensors), count = given_tensors(call), self.mixture.count
+        (hidden, index, tensors), count = call_tensors(call), self.mixture.count
         flat = hidden.reshape(-1, hidden.shape[-1])
         if index is None:
             apart = flat.view(count, -1, flat.shape[-1])
@@ -234,9 +233,9 @@ class Routed:
         kwargs = {key: new.get(id(value), value) for key, value in call[1].items()}
         self.collect(step, experts, (args, kwargs), add)
 
-    def counts(self, rows: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    def counts(self, rows: int, call: Call) -> Tensor:
         """Return the number of tokens of each row that reach each expert, (rows, experts)."""
-        (hidden, index, _), count = given_tensors((args, kwargs)), self.mixture.count
+        (hidden, index, _), count = call_tensors(call), self.mixture.count
         if index is not None:
             each = index.reshape(rows, -1).long().clamp(max=count)  # some exceed it
             each += torch.arange(rows, device=each.device)[:, None] * (count + 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -265,18 +265,19 @@ def chunks(matrix: Tensor) -> list[slice]:
     return [slice(*ends) for ends in _panels(rows, size)]
 
 
-def output_energy(weight: Tensor, gram: Tensor) -> Tensor:
+def output_energy(parts: Iterable[Tensor], gram: Tensor) -> Tensor:
     """Return tr(W H W^T), the energy of a layer's output, as a 0-d tensor.
 
     Computed as the sum of entrywise products of H and W^T W, itself a Gram matrix: exact for
     bfloat16 weights even where products round their factors to bfloat16.
 
     Args:
-        weight: W, (rows, columns) of any float type.
+        parts: the rows of W, some at a time, of any float type.
         gram: H, float32 (columns, columns), sum or mean of x x^T.
     """
     product = Gram(len(gram), gram.device)
-    product.add_product(weight)
+    for rows in parts:
+        product.add_product(rows)
     return product.times(gram)
 
 
@@ -291,15 +292,11 @@ def relative_error(weight: Tensor, changed: Tensor, gram: Tensor) -> float:
         changed: the weights that replace W, rounded to its type; D is the difference.
         gram: H, float32 (columns, columns), sum or mean of x x^T, undamped.
     """
-    lost = Gram(len(gram), gram.device)
-    for dense, sparse in zip(
-        weight.split(CONVERTED_TOKENS), changed.split(CONVERTED_TOKENS), strict=True
-    ):
-        lost.add_product(dense.float() - sparse.to(weight.dtype))
-    error = lost.times(gram)
-    del lost
-    gone, whole = torch.stack([error, output_energy(weight, gram)]).tolist()
-    return max(gone, 0.0) / whole if whole else 0.0
+    pairs = zip(weight.split(CONVERTED_TOKENS), changed.split(CONVERTED_TOKENS), strict=True)
+    differences = (dense.float() - sparse.to(weight.dtype) for dense, sparse in pairs)
+    energies = torch.stack([output_energy(rows, gram) for rows in (differences, [weight])])
+    lost, whole = energies.tolist()
+    return max(lost, 0.0) / whole if whole else 0.0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -172,26 +171,19 @@ def checked(
     steps = [-(-len(weights[at]) // SAMPLED_OUTPUTS) for at in doubtful]
     some = [weights[at][::step] for at, step in zip(doubtful, steps, strict=True)]
     plain = uncorrected(method, some, squares, [patterns[at] for at in doubtful])
-    replaced = list[int]()
     if plain is None:
-        return solution, replaced
+        return solution, []
+    replaced = list[int]()
+    solved, pruned, grids = [*solution.weights], [*solution.pruned], [*solution.grids]
     for number, at in enumerate(doubtful):
-        weight, solved = weights[at], solution.weights[at]
-        few = held_out.apart(some[number], plain.weights[number])
-        if held_out.apart(some[number], solved[:: steps[number]]) <= few:
+        weight, sample = weights[at], some[number]
+        sample_distance = held_out.apart(sample, plain.weights[number])
+        if held_out.apart(sample, solved[at][:: steps[number]]) <= sample_distance:
             continue
         alone = uncorrected(method, [weight], squares, [patterns[at]])
         assert alone is not None
-        if held_out.apart(weight, solved) > held_out.apart(weight, alone.weights[0]):
+        if held_out.apart(weight, solved[at]) > held_out.apart(weight, alone.weights[0]):
             replaced.append(at)
-            solution = _with_layer(solution, at, alone)
-    return solution, replaced
-
-
-def _with_layer(solution: Solution, at: int, alone: Solution) -> Solution:
-    """Return a solution with one layer replaced."""
-    parts: dict[str, Any] = {}
-    for name in ("weights", "pruned", "grids"):
-        parts[name] = [*getattr(solution, name)]
-        parts[name][at : at + 1] = getattr(alone, name)
-    return replace(solution, **parts)
+            [solved[at]], [pruned[at]] = alone.weights, alone.pruned
+            grids[at : at + 1] = alone.grids
+    return replace(solution, weights=solved, pruned=pruned, grids=grids), replaced

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from calmix.errors import InputError, ModelError
@@ -23,7 +24,10 @@ def read_imatrix(file: Path) -> dict[str, Tensor]:
     llama.cpp. InputError for any other file."""
     try:
         content = file.read_bytes()
-        return _read_gguf(file) if content[:4] == b"GGUF" else _read_legacy(content)
+        sums = _read_gguf(file) if content[:4] == b"GGUF" else _read_legacy(content)
+        if not sums or not all((np.isfinite(part) & (part >= 0)).all() for part in sums.values()):
+            raise ValueError("no finite sums of squares")
+        return {name: torch.from_numpy(part) for name, part in sums.items()}
     except OSError as error:
         check_readable(file)
         raise InputError(f"cannot read {file}: {error.strerror}") from error
@@ -52,17 +56,17 @@ def importance(file: Path, model: Any, blocks: DecoderBlocks) -> dict[str, Tenso
     return squares
 
 
-def _read_gguf(file: Path) -> dict[str, Tensor]:
+def _read_gguf(file: Path) -> dict[str, NDArray[np.float32]]:
     from gguf import GGUFReader
 
-    tensors = {one.name: np.array(one.data, np.float32) for one in GGUFReader(file).tensors}
-    sums = {name: part for name, part in tensors.items() if name.endswith(SUMS_SUFFIX)}
-    return _checked(
-        {name.removesuffix(SUMS_SUFFIX): part.reshape(-1) for name, part in sums.items()}
-    )
+    return {
+        tensor.name.removesuffix(SUMS_SUFFIX): np.array(tensor.data, np.float32).reshape(-1)
+        for tensor in GGUFReader(file).tensors
+        if tensor.name.endswith(SUMS_SUFFIX)
+    }
 
 
-def _read_legacy(content: bytes) -> dict[str, Tensor]:
+def _read_legacy(content: bytes) -> dict[str, NDArray[np.float32]]:
     """Read the format of files named `.dat`: count, then length, name, calls, length, values."""
     at, sums = 4, {}
     (count,) = struct.unpack_from("<i", content)
@@ -72,11 +76,4 @@ def _read_legacy(content: bytes) -> dict[str, Tensor]:
         _, size = struct.unpack_from("<ii", content, at)
         sums[name] = np.frombuffer(content, "<f4", size, at + 8).astype(np.float32)
         at += 8 + 4 * size
-    return _checked(sums)
-
-
-def _checked(sums: dict[str, np.ndarray[Any, Any]]) -> dict[str, Tensor]:
-    values = {name: torch.from_numpy(part) for name, part in sums.items()}
-    if not values or not all(one.isfinite().all() and (one >= 0).all() for one in values.values()):
-        raise ValueError("no finite sums of squares")
-    return values
+    return sums

@@ -171,10 +171,8 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
     text = str(value)
     if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
         return SemiStructured(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?\s*", text):
-        return Rate(float(match[1]))
-    if match := re.fullmatch(r"\s*(\d+\.?\d*)\s*bits? mixed\s*", text):
-        return Mixed(float(match[1]))
+    if match := re.fullmatch(r"\s*(\d+\.?\d*)\s*bits?( mixed)?\s*", text):
+        return (Mixed if match[2] else Rate)(float(match[1]))
     if match := re.fullmatch(r"\s*(\w+)\s+blocks\s*", text):
         return Blocks(match[1])
     with suppress(InputError):

@@ -27,12 +27,12 @@ class LayerReport:
     name: str
     rows: int
     columns: int
-    pruned: int
-    sparsity: float
-    error: float | None
-    damping: float | None
-    factor_dtype: str | None
-    dead_inputs: int
+    pruned: int = 0
+    sparsity: float = 0.0
+    error: float | None = None
+    damping: float | None = None
+    factor_dtype: str | None = None
+    dead_inputs: int = 0
     tokens: int | None = None
     bits: float | None = None
     type: str | None = None

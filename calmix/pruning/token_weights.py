@@ -19,8 +19,9 @@ block at a time: no more than one block's weights and activations need to be in 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
 from itertools import count
 from typing import Any
 
@@ -50,7 +51,6 @@ def token_weights(
     rows_at_once: int,
     loaded: Loaded = lambda index: nullcontext(),
     states: Callable[[], Any] = dict,
-    seed: int = 0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Tensor]:
     """Return the cost of an error at every token, by layer: float32 (rows, tokens).
@@ -65,7 +65,6 @@ def token_weights(
         rows_at_once: rows that run through a block at a time.
         loaded: a context in which a block's weights are in memory, or those outside the blocks.
         states: makes an empty store of hidden states, by number.
-        seed: of the drawn tokens; each row has its own, whatever runs beside it.
         progress: called with blocks done, forward and backward, and their total.
 
     Raises:
@@ -80,7 +79,8 @@ def token_weights(
             calls = Calls(model, blocks, ids[:1, :TRACED_TOKENS].clone().to(device))
             each = ids.shape[1] * token_bytes(model, blocks) * (len(blocks) + 1)
         at_once = max(rows_at_once, STORED // each // rows_at_once * rows_at_once)
-        seeds, outer = range(seed, seed + len(ids)), list(outer_layers(model))
+        seeds = range(len(ids))  # of the drawn tokens: a row's own, whatever runs beside it
+        outer = list(outer_layers(model))
         parts, total, done = [], 2 * len(blocks) * -(-len(ids) // at_once), count(1)
 
         def tick() -> None:
@@ -187,7 +187,15 @@ def _of_block(
     batch: Batch, index: int, layers: list[Prunable], hidden: Tensor, gradient: Tensor
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the gradient at a block's inputs, and at each layer's outputs its mean square."""
-    with torch.enable_grad(), _outputs(layers) as outputs:
+    outputs: dict[str, Tensor] = {}
+
+    def see(name: str, module: Any, args: Any, output: Tensor) -> None:
+        outputs[name] = output
+
+    with torch.enable_grad(), ExitStack() as hooks:
+        for layer in layers:
+            hook = partial(see, layer.name)
+            hooks.enter_context(layer.module.register_forward_hook(hook))
         hidden.requires_grad_(True)
         result = batch.run(index, hidden, keep=False)
         named = {name: output for name, output in outputs.items() if output.requires_grad}
@@ -201,20 +209,6 @@ def _of_block(
         name: grad.float().square_().mean(-1).flatten() for name, grad in pairs if grad is not None
     }
     return grads[0], {name: one for name, one in squares.items() if len(one) % batch.rows == 0}
-
-
-@contextmanager
-def _outputs(layers: list[Prunable]) -> Iterator[dict[str, Tensor]]:
-    """Collect the outputs of layers by name."""
-    outputs: dict[str, Tensor] = {}
-    with ExitStack() as hooks:
-        for layer in layers:
-
-            def see(module: Any, args: Any, output: Tensor, name: str = layer.name) -> None:
-                outputs[name] = output
-
-            hooks.enter_context(layer.module.register_forward_hook(see))
-        yield outputs
 
 
 def weighting(costs: Mapping[str, Tensor], power: float = POWER) -> Weighting:

@@ -272,7 +272,7 @@ def observe_block(
         seen.append((mixture, (mixture.name,)))
         with patch.object(mixture.module, "forward", run):
             try:
-                return mixture.learn(args, kwargs)
+                return mixture.learn((args, kwargs))
             except ModelError:
                 why[mixture.name] = UNSEEN
                 return run(*args, **kwargs)

@@ -51,6 +51,8 @@ from calmix.files import (
 from calmix.manifest import differences, read_sealed, sealed
 from calmix.models.opening import OpenModel
 from calmix.models.shards import read_file, tensor_bytes, write_file
+from calmix.options import Recovering
+from calmix.specs import How, PruneRequest
 
 SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "calibration"
 
@@ -104,13 +106,13 @@ class WorkFolder:
         """Take the folder, and the record of an earlier run, for a request."""
         self._identity, self._overwrite = json.loads(json.dumps(identity)), overwrite
         try:
-            self.state = self._take(resume, overwrite)
+            self._take(resume, overwrite)
         except BaseException:
             give_back(self._lock)
             raise
         self.resumes = self.begun
 
-    def _take(self, resume: bool, overwrite: bool) -> dict[str, Any]:
+    def _take(self, resume: bool, overwrite: bool) -> None:
         with disk_errors(self.output), suppress(Timeout):
             self.output.parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(blocking=False)
@@ -136,7 +138,7 @@ class WorkFolder:
                     "name another output, or delete it"
                 )
             shutil.rmtree(self.path / "scratch", ignore_errors=True)
-            return self.state
+            return
         empty = not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
         if not record and not empty:
             raise InputError(f"{self.path} is in the way and was not made by calmix: move it")
@@ -144,7 +146,6 @@ class WorkFolder:
         with atomic_folder(self.path) as folder:
             (folder / CHECKPOINT).mkdir()
             self._write(folder)
-        return self.state
 
     def _write(self, folder: Path) -> None:
         write_json(folder / RECORD, sealed({"request": self._identity, "kept": self.state}))
@@ -279,21 +280,22 @@ class States:
 
 def draw_set(
     work: WorkFolder,
-    calibration: str,
+    request: PruneRequest | Recovering,
     tokenizer: OpenTokenizer,
     model: Callable[[], OpenModel],
-    draw: dict[str, Any],
-    **how: Any,
+    run: How,
 ) -> CalibrationSet:
     """Return the set of resumed work, or draw it and save it in the work folder.
 
-    `model` opens the model for self-written text; `how` is passed to `resolve`.
+    `model` opens the model for self-written text.
     """
     if work.resumes:
         saved = CalibrationSet.open(work.path / SET)
         return CalibrationSet(saved.ids, saved.sources, work.state["calibration"])
+    calibration, draw = str(request.calibration), request.drawn()
     written = bool(parse_calibration(calibration, context=tokenizer.context, **draw).written)
-    drawn = resolve(calibration, model() if written else tokenizer, **how, **draw)
+    source = model() if written else tokenizer
+    drawn = resolve(calibration, source, writing=run.writing, note=run.note, **draw)
     drawn.save(work.path / SET, overwrite=True)
     work.keep(calibration=drawn.manifest)
     return drawn

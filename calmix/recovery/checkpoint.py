@@ -10,7 +10,6 @@ import math
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,7 +42,7 @@ from calmix.models.shards import weight_dtype, write_index
 from calmix.models.streaming import StreamedModel
 from calmix.options import Recovering
 from calmix.precision import dtype_name, reproducible, suited
-from calmix.pruning.checkpoint import check_request, is_of
+from calmix.pruning.checkpoint import check_request, finished
 from calmix.pruning.expert_pruning import experts_of
 from calmix.pruning.solvers.grids import SCALES, read_blocks, read_grids, replace_blocks
 from calmix.pruning.work import CHECKPOINT, WorkFolder, draw_set
@@ -211,9 +210,8 @@ class RecoveryRun:
 
     def masters(self, parameters: Mapping[str, torch.nn.Parameter]) -> Masters:
         """Return masters for parameters of the pruned model."""
-        masked = self.masked.__contains__
-        files = self.pruned.stored, masked
-        return Masters(parameters, *files, self.grids, self.dense.stored, self.encoded)
+        pruned, dense = self.pruned.stored, self.dense.stored
+        return Masters(parameters, pruned, self.masked, self.grids, dense, self.encoded)
 
     def write(self, file: str, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Write a file of the result, trained tensors (by stored name) replacing pruned ones, and
@@ -260,12 +258,10 @@ def recover(
             job.check_room(size.rows * size.length)
         return draw_set(
             work,
-            request.calibration,
+            request,
             tokenizers[1],
             lambda: open_model(against, **job.opening | {"dtype": "auto"}),
-            request.drawn(),
-            writing=run.writing,
-            note=run.note,
+            run,
         )
 
     check_request([pruned, against], job.output, request, run)
@@ -292,13 +288,11 @@ def recover(
             **request.record() | {"calibration": identified(request.calibration)},
             "versions": deciding_versions(),
         }
-        manifest, ran = (read_if_there(job.output / name) for name in (MANIFEST, RUN))
-        with suppress(KeyError, TypeError):
-            if run.resume and is_of(manifest, identity, job.output):
-                report = RecoveryReport(**manifest["recovery"], seconds=ran["seconds"])
-                run.note(f"{job.output} was finished by an earlier run")
-                work.remove_leftover()
-                return report
+        earlier = finished(
+            work, job.output, identity, run, "recovery", lambda part: RecoveryReport(**part)
+        )
+        if earlier is not None:
+            return earlier
         work.claim(identity, resume=run.resume, overwrite=run.overwrite)
         try:
             calibration = draw()

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from calmix.evaluation.likelihood import Head, behind, decoder_and_head, divergences, in_cache
@@ -83,38 +83,30 @@ def divergence(
     return loss
 
 
-class Student(nn.Module):
-    """A pruned model whose forward returns the loss.
+def student_loss(
+    model: Any, dense_head: Head | None, *, recompute: bool, fixed: Collection[str] = ()
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Make a pruned model ready to train; return what computes the sum of KL(dense || pruned) over
+    all positions, in nats, from ids (rows, length) and the dense model's head inputs for them.
 
     `dense_head` is None if the heads are equal; `fixed` weights are not trained. With `recompute`,
     blocks are recomputed in the backward pass: the same numbers in less memory and more time.
     """
+    decoder, head = decoder_and_head(model)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    for name, parameter in trained_parameters(model).items():
+        parameter.requires_grad_(name not in fixed)
+    if recompute:
+        for block in find_blocks(model).blocks:
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
 
-    def __init__(
-        self, model: Any, dense_head: Head | None, *, recompute: bool, fixed: Collection[str] = ()
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self._forwards = decoder_and_head(model)
-        self._dense_head = dense_head
-        self._vocabulary = model.get_output_embeddings().weight.shape[0]
-        for name, parameter in trained_parameters(model).items():
-            parameter.requires_grad_(name not in fixed)
-        if recompute:
-            for block in find_blocks(model).blocks:
-                block.forward = functools.partial(
-                    checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-                )
-
-    def forward(self, ids: Tensor, target: Tensor) -> Tensor:
-        """Return the sum of KL(dense || pruned) over all positions, in nats.
-
-        `ids` are (rows, length), `target` the dense model's head inputs for them.
-        """
-        decoder, head = self._forwards
+    def loss(ids: Tensor, target: Tensor) -> Tensor:
         hidden = decoder(input_ids=ids, use_cache=False)[0].flatten(0, 1)
-        dense_head = self._dense_head or head
-        return divergence(hidden, target.flatten(0, 1), head, dense_head, self._vocabulary)
+        return divergence(hidden, target.flatten(0, 1), head, dense_head or head, vocabulary)
+
+    return loss
 
 
 def distill_model(job: RecoveryRun) -> tuple[float, float, Any]:
@@ -132,7 +124,7 @@ def distill_model(job: RecoveryRun) -> tuple[float, float, Any]:
     ):
         dense_head = None
     del weights
-    student: Any = Student(model, dense_head, recompute=job.sparing, fixed=job.fixed)
+    loss_of = student_loss(model, dense_head, recompute=job.sparing, fixed=job.fixed)
     masters = job.masters({name: p for name, p in model.named_parameters() if p.requires_grad})
     ids = job.calibration.ids
 
@@ -142,7 +134,7 @@ def distill_model(job: RecoveryRun) -> tuple[float, float, Any]:
         for part in grouped(rows, job.rows):
             seen = torch.stack([read_file(folder / str(row))["hidden"] for row in part])
             with torch.set_grad_enabled(learn):
-                loss = student(ids[part].to(job.device), seen.to(job.device)) / tokens
+                loss = loss_of(ids[part].to(job.device), seen.to(job.device)) / tokens
             total += loss.detach()
             if learn:
                 loss.backward()

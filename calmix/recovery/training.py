@@ -10,7 +10,7 @@ MLX's DWQ, and the levels stay.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -247,19 +247,19 @@ class Steps:
 class Masters:
     """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
 
-    `stored` returns a parameter by name in the precision of the files; `masked` says whether its
-    zeros are kept. Quantised parameters have `grids`, and `dense` returns their dense weights;
-    those in `blocks` of GGML have factors of their steps as masters.
+    `stored` returns a parameter by name in the precision of the files; `masked` are the names of
+    those whose zeros are kept. Quantised parameters have `grids`, and `dense` returns their dense
+    weights; those in `blocks` of GGML have factors of their steps as masters.
     """
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         stored: Callable[[str], Tensor],
-        masked: Callable[[str], bool],
-        grids: Mapping[str, Grid] | None = None,
-        dense: Callable[[str], Tensor] | None = None,
-        blocks: Mapping[str, Encoded] | None = None,
+        masked: Collection[str],
+        grids: Mapping[str, Grid],
+        dense: Callable[[str], Tensor],
+        blocks: Mapping[str, Encoded],
     ) -> None:
         self.parameters = dict(parameters)
         self.values: dict[str, nn.Parameter] = {}
@@ -270,10 +270,10 @@ class Masters:
         for name, parameter in self.parameters.items():
             full = stored(name)
             self._dtypes[name] = full.dtype
-            if blocks and name in blocks:
+            if name in blocks:
                 self._steps[name] = Steps(blocks[name], parameter.device)
                 full, size = self._steps[name].ones(), FACTOR
-            elif grids and dense and name in grids:
+            elif name in grids:
                 grid, full = grids[name].to(parameter.device), full.to(parameter.device)
                 low, high = map(float, grid.levels(full).aminmax())
                 if not -LEVELS <= low <= high <= LEVELS:
@@ -284,7 +284,7 @@ class Masters:
                 self._levels[name] = grid, low, high
                 size, zeros = STEP * float(grid.steps().abs().mean()), full == 0
                 full = near_dense(grid, full, dense(name).to(parameter.device))
-                if masked(name):
+                if name in masked:
                     full.masked_fill_(zeros, 0)
             else:
                 size = size_of(full)
@@ -292,7 +292,7 @@ class Masters:
             self.values[name] = nn.Parameter(master)
             groups.append({"params": [self.values[name]], "size": size})
         self._masked = [
-            value for name, value in self.values.items() if masked(name) and name not in self._steps
+            value for name, value in self.values.items() if name in masked and name not in blocks
         ]
         fused = next(iter(self.values.values())).device.type in ("cpu", "cuda")
         self._adam = torch.optim.Adam(groups, lr=0.0, betas=BETAS, fused=fused)

@@ -28,7 +28,7 @@ def masters_of(model, names):
     own = {name: model.get_parameter(name).requires_grad_() for name in names}
     stored = {name: value.detach().cpu() for name, value in own.items()}.__getitem__
     grids = {names[0]: Grid(torch.ones(1, 1), 4.0)}
-    return Masters(own, stored, lambda name: "proj" in name, grids, stored)
+    return Masters(own, stored, [name for name in names if "proj" in name], grids, stored, {})
 
 
 @pytest.fixture

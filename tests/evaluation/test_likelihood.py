@@ -14,7 +14,7 @@ from calmix.evaluation import distance as module
 from calmix.evaluation.distance import distance, head_hash, reference
 from calmix.evaluation.likelihood import behind, decoder_and_head, perplexity, row_nll
 from calmix.models.opening import open_model
-from calmix.recovery.distill import Student
+from calmix.recovery.distill import student_loss
 from calmix.recovery.training import trained_parameters
 from tests.evaluation.helpers import opened
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model
@@ -48,10 +48,10 @@ def test_logits_match_the_models_forward(kind):
     assert torch.allclose(row_nll(model, ids).flatten(), wanted, rtol=1e-4, atol=1e-5)
     parts = {"lm_head.dense.weight", "lm_head.norm.weight"} if kind.startswith("modern") else set()
     assert set(behind(model)) == parts
-    student = Student(model, None, recompute=False)
+    loss_of = student_loss(model, None, recompute=False)
     for parameter in trained_parameters(model).values():
         parameter.data.mul_(1.1)
-    loss = student(ids, target)
+    loss = loss_of(ids, target)
     loss.backward()
     with torch.no_grad():
         after = model(input_ids=ids, use_cache=False).logits

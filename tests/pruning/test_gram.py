@@ -170,10 +170,7 @@ def test_shrinkage_is_near_the_best_one():
         best = min(distance(share) for share in torch.logspace(-3, 0.5, 60).tolist())
         assert distance(shrinkage) < 1.1 * best
         assert gram.rows == rows
-
-
-def test_one_row_is_shrunk_most():
-    gram = Gram(8, CPU)
+    gram = Gram(8, CPU)  # one row says nothing of others
     gram.add(torch.randn(1, 20, 8, generator=torch.Generator().manual_seed(1)))
     gram.matrix()
     assert gram.shrinkage() == gram_module.MOST_SHRINKAGE

@@ -89,9 +89,10 @@ def test_masters_start_within_their_level():
         masters = Masters(
             parameters,
             lambda name: stored,
-            lambda name, masked=masked: masked,
+            {"w"} if masked else (),
             {"w": grid},
             lambda name: dense,
+            {},
         )
         begun = masters.values["w"].detach()
         assert torch.equal(masters.rounded("w"), stored)
@@ -104,7 +105,7 @@ def test_masters_start_within_their_level():
     assert masters.rounded("w").abs().max() == stored.abs().max()
     other = {"w": Grid(torch.full((2, 1), 1e-30), 0.0)}
     with pytest.raises(InputError, match="the scales of w are not those of its weights"):
-        Masters(parameters, lambda name: stored, lambda name: False, other, lambda name: dense)
+        Masters(parameters, lambda name: stored, (), other, lambda name: dense, {})
 
 
 @pytest.mark.parametrize("case", [("gpt2", "distill"), ("mixtral", "blocks")])

@@ -15,7 +15,7 @@ from calmix.errors import disk_errors
 from calmix.pruning.work import WorkFolder
 from calmix.recovery import blocks as by_block
 from calmix.recovery import distill
-from calmix.recovery.distill import Student
+from calmix.recovery.distill import student_loss
 from tests.forks import stopped
 from tests.recovery.conftest import METHODS, arm, command, manifest
 from tests.tiny import hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
@@ -189,8 +189,8 @@ def test_recomputed_blocks_give_equal_gradients(kind):
     for recompute in (False, True):
         dense, model = tiny_model(kind), tiny_model(kind, seed=5)
         target = dense.get_decoder()(input_ids=ids, use_cache=False)[0]
-        student = Student(model, None, recompute=recompute)
-        loss = student(ids, target)
+        loss_of = student_loss(model, None, recompute=recompute)
+        loss = loss_of(ids, target)
         loss.backward()
         gradients.append([loss.detach(), *(p.grad for p in model.parameters() if p.requires_grad)])
     assert len(gradients[0]) > 10

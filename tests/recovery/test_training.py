@@ -93,7 +93,7 @@ def layer(dtype=torch.bfloat16):
 def masters_of(module):
     own = dict(module.named_parameters())
     stored = copy.deepcopy(module.state_dict())
-    return Masters(own, lambda name: stored[name], lambda name: name == "weight")
+    return Masters(own, stored.__getitem__, {"weight"}, {}, stored.__getitem__, {})
 
 
 def learn(module, step, after=lambda: None):

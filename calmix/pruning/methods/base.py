@@ -221,22 +221,16 @@ def sampled(matrix: Tensor, size: int) -> Tensor:
 
 
 class Look(Method):
-    """A method that only gathers statistics and leaves all weights unchanged."""
+    """A method that only gathers square sums of inputs and leaves all weights unchanged."""
 
     name = "look"
     statistic = Squares
     work = 4, 13
 
-    gram: bool = Field(default=False, description="Gram matrices instead of square sums.")
-
     def solve(
         self, weights: Sequence[Tensor], statistic: Any, patterns: Sequence[Pattern]
     ) -> Solution:
         return Solution([weight.float() for weight in weights], [0] * len(weights))
-
-    @property
-    def needs(self) -> type[Statistic] | None:
-        return Gram if self.gram else Squares
 
 
 class Quantiser(Method):

@@ -23,7 +23,7 @@ from calmix.pruning.methods.base import DAMPING, Damping, Method, Solution, by_k
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
 from calmix.pruning.solvers.ggml_scales import BlockGrid, fitting, rounded_alone, solve_blocks
 from calmix.pruning.solvers.ggml_types import BlockType, Encoded
-from calmix.pruning.solvers.libggml import check_library, quantise
+from calmix.pruning.solvers.libggml import load_library, quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 
 
@@ -61,7 +61,7 @@ class Typed(Method):
         kind = type_of(Blocks("Q8_0") if later else pattern, columns, name, self.name)
         searched = str(pattern).startswith(("IQ2", "IQ3")) if later else not kind.group
         if searched or isinstance(pattern, Mixed):
-            check_library()
+            load_library()
 
     @abstractmethod
     def solve_outer(
@@ -98,12 +98,34 @@ class Ggml(Typed):
 
         def choose(some: Sequence[Tensor], _: Tensor, types: Sequence[Pattern]) -> Solution:
             kind = type_of(types[0], some[0].shape[1])
-            importance = self.importance(gram, factor)
-            solved, grids = solve_layers(some, gram, factor, kind, importance, self.sweeps)
+            if kind.group:
+                solved, grids = self._solve_columns(some, gram, factor, kind)
+            else:
+                search = partial(quantise, name=kind.name)
+                grids = [solve_blocks(weight, factor, kind.size, search) for weight in some]
+                solved = [grid.values() for grid in grids]
             zeros, dead = [0] * len(solved), int(factor.dead.sum())
             return Solution(solved, zeros, factor.damping, factor.dtype, dead, grids)
 
         return by_kind(choose, weights, gram, patterns)
+
+    def _solve_columns(
+        self, weights: Sequence[Tensor], gram: Tensor, factor: Factor, kind: BlockType
+    ) -> tuple[list[Tensor], list[Encoded]]:
+        """Return the rounded float32 weights of layers in a type that has levels, and blocks."""
+        grid = BlockGrid(weights, kind, self.importance(gram, factor))
+        solved, grids = solve_columns(weights, factor, None, grid)
+        if not self.sweeps:
+            return solved, grids
+        damped = gram.clone()
+        damped.diagonal().add_(factor.damping * gram.diagonal().mean())
+        target, values = (
+            torch.cat([layer.T.float() for layer in layers], 1) for layers in (weights, solved)
+        )
+        for _ in range(self.sweeps):
+            grid.sweep(target, values, damped)
+        solved = [part.T for part in values.split([len(weight) for weight in weights], 1)]
+        return solved, grid.grids(solved, [0] * len(solved))
 
     def solve_outer(
         self, parts: Sequence[Tensor], gram: Tensor | None, pattern: Blocks
@@ -172,7 +194,7 @@ class Llama(Typed):
 
     def check(self, pattern: Pattern, columns: int, name: str = "a layer") -> None:
         super().check(pattern, columns, name)
-        check_library()
+        load_library()
 
     def solve(
         self, weights: Sequence[Tensor], statistic: Tensor, patterns: Sequence[Pattern]
@@ -210,31 +232,3 @@ def type_of(
             f"--skip '*.{name.rsplit('.', 1)[-1]}'"
         )
     return kind
-
-
-def solve_layers(
-    weights: Sequence[Tensor],
-    gram: Tensor,
-    factor: Factor,
-    kind: BlockType,
-    importance: Tensor,
-    sweeps: int,
-) -> tuple[list[Tensor], list[Encoded]]:
-    """Return the rounded float32 weights of layers that share an input, and their blocks."""
-    if kind.group:
-        grid = BlockGrid(weights, kind, importance)
-        solved, grids = solve_columns(weights, factor, None, grid)
-        if not sweeps:
-            return solved, grids
-        damped = gram.clone()
-        damped.diagonal().add_(factor.damping * gram.diagonal().mean())
-        target, values = (
-            torch.cat([one.T.float() for one in each], 1) for each in (weights, solved)
-        )
-        for _ in range(sweeps):
-            grid.sweep(target, values, damped)
-        solved = [part.T for part in values.split([len(weight) for weight in weights], 1)]
-        return solved, grid.grids(solved, [0] * len(solved))
-    search = partial(quantise, name=kind.name)
-    grids = [solve_blocks(weight, factor, kind.size, search) for weight in weights]
-    return [grid.values() for grid in grids], grids

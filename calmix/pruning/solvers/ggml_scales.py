@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calmix.precision import large_products
 from calmix.pruning.gram import Factor
-from calmix.pruning.solvers.ggml_types import TYPES, BlockType, Encoded, Levels
+from calmix.pruning.solvers.ggml_types import TYPES, BlockType, Encoded, encode
 from calmix.pruning.solvers.grids import Rounding, inverse
 from calmix.pruning.solvers.libggml import quantise
 
@@ -152,14 +152,13 @@ class BlockGrid(Rounding[Encoded]):
 
     def grids(self, weights: Sequence[Tensor], pruned: Sequence[int]) -> list[Encoded]:
         """Return the blocks of each layer."""
-        kind, numbers = self.kind, (self.scales.scales, self.scales.minima)
-        step, least = self.scales.step.T, self.scales.least.T
-        scales, minima = (None if kind.scales is None else part.T for part in numbers)
-        levels = Levels(
-            kind, self._levels.T, step, scales, *((least, minima) if kind.minima else ())
+        scales = self.scales
+        transposed = (
+            part.T
+            for part in (self._levels, scales.step, scales.scales, scales.least, scales.minima)
         )
-        parts = levels.encoded().data.split([len(weight) for weight in weights])
-        return [Encoded(kind.name, part) for part in parts]
+        parts = encode(self.kind, *transposed).data.split([len(weight) for weight in weights])
+        return [Encoded(self.kind.name, part) for part in parts]
 
     def round_alone(self, columns: Tensor) -> None:
         """Choose all levels of weights (columns, outputs), none for the error of another."""

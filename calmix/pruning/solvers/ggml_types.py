@@ -87,62 +87,6 @@ def block_type(name: str) -> BlockType:
 
 
 @dataclass(frozen=True)
-class Levels:
-    """A matrix on the grid of a type.
-
-    Attributes:
-        kind: the type.
-        levels: int8 (rows, columns).
-        scales, minima: int16 (rows, groups); None if the type has none.
-        step, least: float16 (rows, blocks), units of the groups' scales and minima.
-    """
-
-    kind: BlockType
-    levels: Tensor
-    step: Tensor
-    scales: Tensor | None = None
-    least: Tensor | None = None
-    minima: Tensor | None = None
-
-    def values(self) -> Tensor:
-        """Return the weights in float32, as GGML decodes them."""
-        kind, rows = self.kind, len(self.levels)
-        scale, least = self._unit(self.step, self.scales), self._unit(self.least, self.minima)
-        value = self.levels.float()
-        if kind.codebook:
-            book = torch.tensor(kind.codebook, dtype=torch.float32, device=value.device)
-            value = book[self.levels.int()]
-        value = value.view(rows, -1, kind.group) * scale[..., None]
-        if kind.minima:
-            value -= least[..., None]
-        return value.view(self.levels.shape)
-
-    def _unit(self, step: Tensor | None, numbers: Tensor | None) -> Tensor:
-        if step is None:
-            return self.step.new_zeros(())
-        unit = step.float()
-        if numbers is None:
-            return unit
-        return (unit[..., None] * numbers.float().unflatten(1, (unit.shape[1], -1))).flatten(1)
-
-    def encoded(self) -> Encoded:
-        """Return the matrix in the bytes of a file."""
-        kind = self.kind
-        shape = *self.step.shape, -1
-
-        def blocks(numbers: Tensor | None) -> Tensor:
-            numbers = self.step.new_zeros(self.step.shape) if numbers is None else numbers
-            return numbers.to(torch.int16).reshape(shape)
-
-        # In blocks of 32, files hold the minimum to add.
-        least = self.least if self.least is None or kind.scales else -self.least
-        steps = [self.step] if least is None else [self.step, least]
-        head = [part.contiguous()[..., None].view(torch.uint8) for part in steps]
-        parts = LAYOUTS[kind.name](head, *map(blocks, (self.levels, self.scales, self.minima)))
-        return Encoded(kind.name, torch.cat(parts, dim=-1).flatten(1))
-
-
-@dataclass(frozen=True)
 class Encoded:
     """A matrix in the bytes of a GGUF file.
 
@@ -285,3 +229,22 @@ LAYOUTS: dict[str, Layout] = {
     "IQ4_NL": _small(0),
     "Q8_0": lambda head, levels, scales, minima: [*head, levels.to(torch.int8).view(torch.uint8)],
 }
+
+
+def encode(
+    kind: BlockType, levels: Tensor, step: Tensor, scales: Tensor, least: Tensor, minima: Tensor
+) -> Encoded:
+    """Return a matrix on the grid of a type in the bytes of a file.
+
+    Args:
+        levels: integers (rows, columns).
+        scales, minima: integers (rows, groups), not read if the type has none.
+        step, least: float16 (rows, blocks), units of the groups' scales and minima.
+    """
+    steps = [step]
+    if kind.minima:  # in blocks of 32, files hold the minimum to add
+        steps.append(least if kind.scales else -least)
+    head = [part.contiguous()[..., None].view(torch.uint8) for part in steps]
+    numbers = (part.to(torch.int16).reshape(*step.shape, -1) for part in (levels, scales, minima))
+    parts = LAYOUTS[kind.name](head, *numbers)
+    return Encoded(kind.name, torch.cat(parts, dim=-1).flatten(1))

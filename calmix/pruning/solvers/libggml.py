@@ -19,7 +19,8 @@ PACKAGE = "libggml-python"
 
 
 @cache
-def _library() -> Any:
+def load_library() -> Any:
+    """Return the library; InputError if it is not installed."""
     try:
         import libggml
     except ImportError as error:
@@ -33,11 +34,6 @@ def _library() -> Any:
     return library
 
 
-def check_library() -> None:
-    """Raise InputError if the library is not installed."""
-    _library()
-
-
 def quantise(weight: Tensor, importance: Tensor | None = None, *, name: str) -> Encoded:
     """Return a matrix as llama.cpp quantises it.
 
@@ -49,15 +45,15 @@ def quantise(weight: Tensor, importance: Tensor | None = None, *, name: str) -> 
     """
     from gguf import GGMLQuantizationType
 
-    kind, code, run = TYPES[name], GGMLQuantizationType[name].value, _library().ggml_quantize_chunk
+    kind, code, library = TYPES[name], GGMLQuantizationType[name].value, load_library()
     rows = weight.float().cpu().contiguous()
     weights = None if importance is None else importance.float().cpu().contiguous()
     data = torch.empty(len(rows), rows.shape[1] // kind.size * kind.bytes, dtype=torch.uint8)
-    _library().ggml_quantize_init(code)
+    library.ggml_quantize_init(code)
 
     def part(some: Tensor, out: Tensor) -> None:
         place = None if weights is None else weights.data_ptr()
-        run(code, some.data_ptr(), out.data_ptr(), 0, *some.shape, place)
+        library.ggml_quantize_chunk(code, some.data_ptr(), out.data_ptr(), 0, *some.shape, place)
 
     count = min(cores(), len(rows))
     with ThreadPoolExecutor(count) as pool:
