@@ -275,7 +275,7 @@ def joint(
 def joints(results: StudyResults, settings: Settings) -> Iterator[Joint]:
     """Return the joint bootstrap of every condition; each is computed when it is taken."""
     if not results.trials:
-        failed = f", {len(results.failed)} failed" if results.failed else ""
+        failed = f", {results.failed} failed" if results.failed else ""
         raise InputError(
             f"study {results.name} has no finished trials ({results.planned} planned{failed}): "
             "run it first"
