@@ -23,9 +23,9 @@ from calmix.evaluation.measures import Array
 from calmix.options import RECOVERIES, Settings
 from calmix.report import words
 from calmix.study.analyse import Analysis, ConditionAnalysis, analyse
-from calmix.study.bootstrap import ALPHA, ROUNDING, Contrast, Estimate, Joint, corrected
+from calmix.study.bootstrap import ALPHA, ROUNDING, Contrast, Estimate, Joint, Tested, corrected
 from calmix.study.cells import TOTAL
-from calmix.study.differences import BEST, SINGLES, Tested, between, every
+from calmix.study.differences import BEST, SINGLES, between, every
 from calmix.study.store import open_store, read_results
 
 HOLDS, IN_PART, FAILS = "holds", "holds in part", "does not hold"

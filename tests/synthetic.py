@@ -10,7 +10,7 @@ import numpy as np
 from calmix.evaluation.measures import TaskScores, rounded
 from calmix.evaluation.scores import CapabilityScores
 from calmix.files import write_json
-from calmix.study.results import Estimate, FailedTrial, StudyResults, Trial
+from calmix.study.results import Estimate, StudyResults, Trial
 from calmix.study.store import Entry, Index
 
 DIMENSIONS = ("general", "commonsense", "code", "math")
@@ -264,22 +264,11 @@ def save(results, folder):
         keep(one.model, results.scores[one.id], place / "scores.json", one.distance)
         trial = one.model_dump(mode="json")
         write_json(place / "result.json", {"trial": trial, "run": {}, "dense": dense[one.model]})
-    for bad in results.failed:
-        (folder / "trials" / bad.id).mkdir(parents=True)
-        write_json(folder / "trials" / bad.id / "error.json", bad.model_dump(mode="json"))
     entries = [
         Entry(id=one.id, label=one.id, key=[one.model, one.calibration], set=None)
         for one in results.trials
-    ]
-    entries += [
-        Entry(id=bad.id, label=bad.label, key=["m", "c"], set=None) for bad in results.failed
     ]
     index = Index(name=results.name, text=results.text, suite=suite, trials=entries)
     folder.mkdir(exist_ok=True)
     write_json(folder / "store.json", index.model_dump())
     return folder
-
-
-def failed(name):
-    """Return a trial that failed."""
-    return FailedTrial(id=name, label=f"{name} sparsegpt 60%", error="no space left on the disk")

@@ -177,7 +177,7 @@ def status(
     for entry in opened_store.index.trials:
         state, text = opened_store.state(entry.id), ""
         if state == "failed":
-            text = opened_store.read_failure(entry).error
+            text = opened_store.error(entry)
         elif state == "running":
             text = opened_store.runner(entry.id) or ""
         elif state == "finished":

@@ -60,11 +60,9 @@ def group_for(blocks: DecoderBlocks, group: int | None = None) -> int:
         raise InputError(f"groups of {group} have no kernels: choose --group 128, 64 or 32")
     widths = {layer.shape[1]: layer.name for layer in reversed(blocks.layers)}
     fits = [one for one in GROUPS if not any(width % one for width in widths)]
-    if group is None and fits:
-        return fits[0]
-    if group in fits:
-        return int(group or 0)
-    wanted = group or GROUPS[-1]
+    wanted = group or (fits[0] if fits else GROUPS[-1])
+    if wanted in fits:
+        return wanted
     width, name = next(pair for pair in widths.items() if pair[0] % wanted)
     hint = f": choose --group {fits[0]}" if fits else ""
     raise InputError(f"groups of {wanted} do not divide the {width} inputs of {name}{hint}")

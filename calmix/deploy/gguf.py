@@ -96,7 +96,7 @@ def export(
     Matrices that are not in blocks become `weights`, one of `PLAIN_TYPES`. `like` is a GGUF file of
     the same model, by default the one it came from; `say` is called with each step as it begins.
     """
-    template = str(like) if like is not None else _origin(name)
+    template = _template(name, like)
     check_output_file(output, inputs=[name, template], overwrite=overwrite)
     check_models(name)
     with disk_errors(output), hidden(real_place(output)) as beside:
@@ -126,9 +126,11 @@ def export(
     }
 
 
-def _origin(name: str) -> str:
-    """Return the GGUF file or builtin model that a model is or was pruned from; if it is neither,
-    the file that llama.cpp's converter makes of it."""
+def _template(name: str, like: Path | None) -> str:
+    """Return the GGUF file or builtin model whose layout a model's file takes: `like`, or what the
+    model is or was pruned from, or the file that llama.cpp's converter makes of that."""
+    if like is not None:
+        return str(like)
     origin, source = known_model(name), name
     if isinstance(origin, Path) and origin.is_dir():
         models = [*lineage(read_if_there(origin / MANIFEST))]
@@ -178,7 +180,7 @@ def _converted(source: str, name: str) -> Path:
 
 def check_export(opened: OpenModel, like: Path | None = None) -> None:
     """Refuse a model that cannot be written as GGUF; its weights may be empty."""
-    template = str(like) if like is not None else _origin(opened.name)
+    template = _template(opened.name, like)
     if isinstance(file := layout_of(template), Path):
         _places(opened, _reader(file, template), template)
 
@@ -186,7 +188,7 @@ def check_export(opened: OpenModel, like: Path | None = None) -> None:
 @lru_cache(maxsize=1)
 def overhead(name: str, like: Path | None = None) -> int:
     """Return the bytes of a model's GGUF file besides its tensors."""
-    template = str(like) if like is not None else _origin(name)
+    template = _template(name, like)
     with hidden(cache_dir() / "template") as beside:
         file = gguf_file(layout_of(template), beside)
         return file.stat().st_size - tensor_bytes(_reader(file, template))

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -364,7 +363,7 @@ def _write(
             return sizes
 
         add("header", [header_bytes(source)])
-        jobs = (partial(_encoded, source, place, grids.get(name), pool) for name, place in tensors)
+        jobs = (partial(_encoded, place, grids.get(name), pool) for name, place in tensors)
         coded = _in_turn(readers, jobs, TENSORS_AHEAD)
         for (tensor, place), (entry, parts) in zip(tensors, coded, strict=True):
             sizes = {kind: add(f"{tensor}|{kind}", one) for kind, one in parts.items()}
@@ -391,15 +390,13 @@ def _in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
 
 
 def _encoded(
-    source: Path, place: Place, grid: Grid | None, pool: ThreadPoolExecutor
+    place: Place, grid: Grid | None, pool: ThreadPoolExecutor
 ) -> tuple[dict[str, Any], Parts]:
     """Return a tensor's entry in the manifest, and its parts."""
-    count = math.prod(place.shape)
-    raw = np.fromfile(source, f"u{place.dtype.itemsize}", count, offset=place.start)
+    raw = np.fromfile(place.path, f"u{place.dtype.itemsize}", place.count, offset=place.start)
     if grid is not None and (levels := _encoded_levels(raw, place, grid, pool)) is not None:
         return levels
-    chunks = [raw[at : at + PACKED_VALUES] for at in range(0, len(raw), PACKED_VALUES)]
-    coded = pool.map(lambda chunk: _encode(chunk, place.dtype), chunks)
+    coded = pool.map(lambda span: _encode(raw[span], place.dtype), _spans(len(raw)))
     kinds = [str(plane) for plane in range(place.dtype.itemsize)]
     parts = dict(zip(kinds, zip(*coded, strict=True), strict=False))  # an empty tensor has no parts
     return {"count": len(raw)}, parts
@@ -425,15 +422,14 @@ def _encoded_levels(
         return half, int(np.count_nonzero(rest)), _squeezed(low), _squeezed(rest.view(np.uint8))
 
     whole = _tensor(raw, place)
-    halves, off, levels, rest = zip(*pool.map(code, _spans(place)), strict=True)
+    halves, off, levels, rest = zip(*pool.map(code, _spans(*place.shape)), strict=True)
     if sum(off) > ASTRAY * raw.size:
         return None
     return {"count": len(raw), "levels": halves}, {"levels": levels, "rest": rest}
 
 
-def _spans(place: Place) -> list[slice]:
-    """Return the rows of each chunk of a matrix."""
-    rows, columns = place.shape
+def _spans(rows: int, columns: int = 1) -> list[slice]:
+    """Return the rows of each chunk of a matrix, or the values of each chunk of a vector."""
     step = max(1, PACKED_VALUES // columns)
     return [slice(at, min(at + step, rows)) for at in range(0, rows, step)]
 
@@ -514,33 +510,39 @@ def _chunks(
         file.seek(stored[f"{name}|{kind}"].start + sum(sizes[:number]))
         return file.read(sizes[number])
 
-    width = place.dtype.itemsize
-    if grid is not None and "levels" in entry:
-
-        def decoded(own: Grid, count: int, half: bool, low: bytes, rest: bytes) -> bytes:
-            numbers = _expanded(low, -(-count // 2) if half else count)
-            if half:
-                numbers = np.stack([numbers & 15, numbers >> 4], axis=1).reshape(-1)[:count] - 8
-            levels = torch.from_numpy(numbers.astype(np.int8)).view(-1, place.shape[1])
-            words = _words(own.values(levels).to(place.dtype))
-            return (words ^ _expanded(rest, words.nbytes).view(words.dtype)).tobytes()
-
-        for number, rows in enumerate(_spans(place)):
-            parts = [read(kind, number) for kind in ("levels", "rest")]
-            count = (rows.stop - rows.start) * place.shape[1]
-            yield partial(decoded, grid.part(rows), count, entry["levels"][number], *parts)
-        return
-    whole = math.prod(place.shape)
-
-    def joined(parts: list[bytes], count: int) -> bytes:
-        planes = np.empty((count, width), np.uint8)
-        for at, part in enumerate(parts):
-            planes[:, width - 1 - at] = _expanded(part, count)
-        values = planes.view(f"<u{width}")[:, 0]
-        if place.dtype.is_floating_point:
-            values = (values >> 1) | (values << (8 * width - 1))
-        return values.tobytes()
-
-    for number, at in enumerate(range(0, whole, PACKED_VALUES)):
+    of_levels = grid is not None and "levels" in entry
+    rows, columns = place.shape if of_levels else (place.count, 1)
+    for number, span in enumerate(_spans(rows, columns)):
         parts = [read(kind, number) for kind in entry["sizes"]]
-        yield partial(joined, parts, min(PACKED_VALUES, whole - at))
+        count = (span.stop - span.start) * columns
+        if grid is not None and of_levels:
+            half = entry["levels"][number]
+            yield partial(_decoded_levels, parts, count, half, place, grid.part(span))
+        else:
+            yield partial(_decoded_planes, parts, count, place.dtype)
+
+
+def _decoded_levels(
+    parts: Sequence[bytes], count: int, half: bool, place: Place, grid: Grid
+) -> bytes:
+    """Return the bytes of some rows of a matrix from their levels, two to a byte if `half`, and
+    the bits in which they differ from the values of these."""
+    low, rest = parts
+    numbers = _expanded(low, -(-count // 2) if half else count)
+    if half:
+        numbers = np.stack([numbers & 15, numbers >> 4], axis=1).reshape(-1)[:count] - 8
+    levels = torch.from_numpy(numbers.astype(np.int8)).view(-1, place.shape[1])
+    words = _words(grid.values(levels).to(place.dtype))
+    return (words ^ _expanded(rest, words.nbytes).view(words.dtype)).tobytes()
+
+
+def _decoded_planes(parts: Sequence[bytes], count: int, dtype: torch.dtype) -> bytes:
+    """Return the bytes of values from their planes."""
+    width = dtype.itemsize
+    planes = np.empty((count, width), np.uint8)
+    for at, part in enumerate(parts):
+        planes[:, width - 1 - at] = _expanded(part, count)
+    values = planes.view(f"<u{width}")[:, 0]
+    if dtype.is_floating_point:
+        values = (values >> 1) | (values << (8 * width - 1))
+    return values.tobytes()

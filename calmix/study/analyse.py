@@ -176,7 +176,7 @@ def analyse(results: StudyResults, settings: Settings | None = None) -> Analysis
         results.name,
         results.planned,
         len(results.trials),
-        len(results.failed),
+        results.failed,
         settings,
         measure_of(results, settings.measure),
         results.declarations,

@@ -64,6 +64,23 @@ class Estimate(retention.Estimate):
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
+class Tested:
+    """A `gap` with its p, and `p_corrected` over all declared, or all exploratory, tests."""
+
+    gap: Estimate
+    p_corrected: float | None
+
+    @property
+    def p(self) -> float | None:
+        """p against a difference of 0, for other items and seeds."""
+        return self.gap.p
+
+    @property
+    def significant(self) -> bool:
+        """Whether the corrected p is at most 0.05."""
+        return self.p_corrected is not None and self.p_corrected <= ALPHA
+
+
 @dataclass(frozen=True)
 class Contrast:
     """A linear combination of sets' quantities: its value (nan if unknown) and, for each condition
@@ -275,7 +292,7 @@ def joint(
 def joints(results: StudyResults, settings: Settings) -> Iterator[Joint]:
     """Return the joint bootstrap of every condition; each is computed when it is taken."""
     if not results.trials:
-        failed = f", {len(results.failed)} failed" if results.failed else ""
+        failed = f", {results.failed} failed" if results.failed else ""
         raise InputError(
             f"study {results.name} has no finished trials ({results.planned} planned{failed}): "
             "run it first"

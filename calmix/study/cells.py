@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, replace
 from functools import cached_property
 from itertools import groupby, pairwise
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -50,10 +51,8 @@ class Condition:
     series: str = ""  # the label without the pattern
 
 
-def shared(one: Condition | Trial) -> tuple[Any, ...]:
-    """Return what identifies the condition of a trial."""
-    sizes = one.propagation, one.rows, one.length
-    return one.model, one.method, one.pattern, *sizes, one.suite
+SHARED = "model", "method", "pattern", "propagation", "rows", "length", "suite"
+shared = attrgetter(*SHARED)  # what identifies a condition, or that of a trial
 
 
 @dataclass(frozen=True)
@@ -156,16 +155,8 @@ def tables(
     but some."""
     groups: dict[Condition, list[Trial]] = {}
     for trial in results.trials:
-        key = Condition(
-            trial.model,
-            trial.method,
-            target_of(trial.pattern).sparsity,
-            trial.pattern,
-            trial.propagation,
-            trial.rows,
-            trial.length,
-            trial.suite,
-        )
+        settings = dict(zip(SHARED, shared(trial), strict=True))
+        key = Condition(sparsity=target_of(trial.pattern).sparsity, **settings)
         groups.setdefault(key, []).append(trial)
     ordered = sorted(groups, key=lambda key: ["" if one is None else one for one in astuple(key)])
     how = results, measure_of(results, measure), without

@@ -103,12 +103,12 @@ def declaration(study: Study, planned: Sequence[Planned]) -> Declaration:
     for number, one in enumerate(file.comparisons):
         pairs[one.name] = tuple(_pairs(one, planned, aspects))
         compared = [aspects[key] for pair in pairs[one.name] for key in pair.of]
-        limits = [
-            (key, value)
-            for key, plural in ASPECTS.items()
-            for value in getattr(one.where, plural) or ()
+        lacks = [
+            value
+            for key, values in one.where.limits.items()
+            for value in values
+            if value not in {each[key] for each in compared}
         ]
-        lacks = [value for key, value in limits if value not in {each[key] for each in compared}]
         if lacks or not compared:
             line, _ = locate(parse_yaml(study.text, "")[1], ["comparisons", number])
             where = f" at {lacks[0]}" if lacks else ""
@@ -148,17 +148,16 @@ def _pairs(
     one: Comparison, planned: Sequence[Planned], aspects: Mapping[Key, Mapping[str, str]]
 ) -> Iterator[Pair]:
     """Yield the pairs of a comparison, each with all seeds of both sides."""
-    sides = one.of.aspects, one.over.aspects
-    limits = {key: getattr(one.where, plural) for key, plural in ASPECTS.items()}
+    sides, limits = (one.of.aspects, one.over.aspects), one.where.limits
     cells: dict[Key, tuple[list[Key], list[Key]]] = {}
     for trial in planned:
-        own, request = aspects[trial.key], trial.request
-        if any(own[key] not in some for key, some in limits.items() if some is not None):
+        aspect = aspects[trial.key]
+        if any(aspect[key] not in values for key, values in limits.items()):
             continue
-        same: list[Any] = [value for key, value in own.items() if key not in sides[0]]
-        same += [request.embeddings, *trial.condition[3:]]
+        same: list[Any] = [value for key, value in aspect.items() if key not in sides[0]]
+        same += [trial.request.embeddings, *trial.condition[3:]]
         for side, keys in zip(sides, cells.setdefault(tuple(same), ([], [])), strict=True):
-            if all(own[key] in some for key, some in side.items()):
+            if all(aspect[key] in values for key, values in side.items()):
                 keys.append(trial.key)
     for both in cells.values():
         sets = [len({calibration for _, calibration, *_ in keys}) for keys in both]

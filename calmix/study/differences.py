@@ -15,30 +15,13 @@ from typing import TypeVar
 
 import numpy as np
 
-from calmix.study.bootstrap import ALPHA, Contrast, Estimate, Joint
+from calmix.study.bootstrap import Contrast, Estimate, Joint, Tested
 from calmix.study.cells import TOTAL, WORST
 from calmix.study.ranking import lowest_of, shrink
 
 SINGLES = "mean of the single sources"
 BEST = "best single source, "
 Key = TypeVar("Key")
-
-
-class Tested:
-    """A `gap` with its p, and `p_corrected` over all exploratory tests of an analysis."""
-
-    gap: Estimate
-    p_corrected: float | None
-
-    @property
-    def p(self) -> float | None:
-        """p against a difference of 0, for other items and seeds."""
-        return self.gap.p
-
-    @property
-    def significant(self) -> bool:
-        """Whether the corrected p is at most 0.05."""
-        return self.p_corrected is not None and self.p_corrected <= ALPHA
 
 
 @dataclass(frozen=True)

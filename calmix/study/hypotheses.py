@@ -13,14 +13,14 @@ from functools import cache
 from typing import Any, Literal
 
 from calmix.options import Settings
-from calmix.study.bootstrap import ALPHA, Contrast, Estimate, Joint, holm, joined
+from calmix.study.bootstrap import Contrast, Estimate, Joint, Tested, holm, joined
 from calmix.study.cells import Cells, shared, tables
 from calmix.study.declaration import Declaration
 from calmix.study.results import StudyResults, Trial
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Tested):
     """A declared comparison on one model.
 
     Attributes:
@@ -47,7 +47,7 @@ class Comparison:
     def verdict(self) -> str:
         """`more` or `less` if interval and corrected p exclude 0, else `level`, or that it cannot
         be told."""
-        if self.gap.clear and self.p_corrected is not None and self.p_corrected <= ALPHA:
+        if self.gap.clear and self.significant:
             return "more" if (self.gap.value or 0) > 0 else "less"
         return "level" if self.level else "cannot be told"
 
@@ -96,7 +96,7 @@ def judge(
                     means.append(one.mean([at], 0))
                 gaps.append(means[0] - means[1])
             comparisons.append(_judged(name, model, gaps, joints, best, declared))
-    corrected = holm([one.gap.p for one in comparisons])
+    corrected = holm([one.p for one in comparisons])
     return [replace(one, p_corrected=p) for one, p in zip(comparisons, corrected, strict=True)]
 
 

@@ -71,20 +71,12 @@ class Trial(BaseModel, frozen=True):
         return f"{summary}, {self.seconds.get('total', 0):.0f} s"
 
 
-class FailedTrial(BaseModel, frozen=True):
-    """A trial that ended in an error; id and label come from the index of the store."""
-
-    id: str = ""
-    label: str = ""
-    error: str
-
-
 class StudyResults(BaseModel, frozen=True):
     """Everything that analysis and report need.
 
     Attributes:
         text: the study file as written.
-        planned: number of trials in the study.
+        planned: number of trials in the study; `failed` of them ended in an error.
         suite: name, version, hash, and the names of the dimensions in order.
         scores: item-level scores of every trial, by id.
         dense: those of the dense models, by label.
@@ -98,7 +90,7 @@ class StudyResults(BaseModel, frozen=True):
     text: str
     planned: int
     trials: tuple[Trial, ...]
-    failed: tuple[FailedTrial, ...] = ()
+    failed: int = 0
     suite: dict[str, Any] = {}
     scores: Scores = {}
     dense: Scores = {}

@@ -199,6 +199,12 @@ class Where(Options):
     targets: Annotated[list[Target], Listed, Filled] | None = None
     recoveries: Annotated[list[Recovery], Listed, Filled] | None = None
 
+    @property
+    def limits(self) -> dict[str, list[str]]:
+        """The values that each restricted aspect may have."""
+        values = {key: getattr(self, plural) for key, plural in ASPECTS.items()}
+        return {key: value for key, value in values.items() if value is not None}
+
 
 class Refuted(Options):
     """What refutes a prediction: an interval that ends below or begins above so many points."""
@@ -232,9 +238,9 @@ class Comparison(Options):
             raise ValueError(f"'of' and 'over' must name the same keys: one lacks '{odd}'")
         if of == over:
             raise ValueError("'of' and 'over' are the same")
-        for key, plural in ASPECTS.items():
-            if key in of and getattr(self.where, plural) is not None:
-                raise ValueError(f"'where.{plural}' has no effect: 'of' and 'over' name it")
+        for key in self.where.limits:
+            if key in of:
+                raise ValueError(f"'where.{ASPECTS[key]}' has no effect: 'of' and 'over' name it")
         if self.predict is not None and self.predict[0] > self.predict[1]:
             raise ValueError("'predict' must be two numbers, the lower one first")
         return self
@@ -378,17 +384,17 @@ def _check_declaration(file: StudyFile, suite: Suite, wrong: Callable[..., None]
     grids = file.grids or [file]
     methods = [grid.methods or file.methods or {} for grid in grids]
     known: dict[str, set[str]] = {
-        "models": set(file.models),
-        "calibrations": set(file.calibrations),
-        "methods": {name for each in methods for name in each},
-        "targets": {printed(one) for each in methods for some in each.values() for one in some},
-        "recoveries": {name for grid in grids for name in grid.recovery or file.recovery or [NONE]},
+        "model": set(file.models),
+        "calibration": set(file.calibrations),
+        "method": {name for each in methods for name in each},
+        "target": {printed(one) for each in methods for some in each.values() for one in some},
+        "recovery": {name for grid in grids for name in grid.recovery or file.recovery or [NONE]},
     }
 
-    def check(at: list[Any], plural: str, names: Sequence[str]) -> None:
+    def check(at: list[Any], aspect: str, names: Sequence[str]) -> None:
         for name in names:
-            if name not in known[plural]:
-                wrong(at, f"the study has no '{name}': {nearest(name, known[plural])}")
+            if name not in known[aspect]:
+                wrong(at, f"the study has no '{name}': {nearest(name, known[aspect])}")
 
     seen = set[str]()
     for number, one in enumerate(file.comparisons):
@@ -398,10 +404,9 @@ def _check_declaration(file: StudyFile, suite: Suite, wrong: Callable[..., None]
         seen.add(one.name)
         for side in ("of", "over"):
             for key, names in getattr(one, side).aspects.items():
-                aspect = "best_of" if len(names) > 1 else key
-                check([*at, side, aspect], ASPECTS[key], names)
-        for plural in Where.model_fields:
-            check([*at, "where", plural], plural, getattr(one.where, plural) or ())
+                check([*at, side, "best_of" if len(names) > 1 else key], key, names)
+        for key, names in one.where.limits.items():
+            check([*at, "where", ASPECTS[key]], key, names)
 
 
 def _fits(name: str, target: Any) -> None:

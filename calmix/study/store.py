@@ -36,7 +36,7 @@ from calmix.files import (
     write_json,
 )
 from calmix.study.declaration import Declared
-from calmix.study.results import FailedTrial, StudyResults, Trial
+from calmix.study.results import StudyResults, Trial
 from calmix.study.trials import Planned
 from calmix.yaml_files import first_problem
 
@@ -82,10 +82,16 @@ class Result(BaseModel, frozen=True):
     dense: Id
 
 
-Kept = TypeVar("Kept", bound=BaseModel)
+class Failure(BaseModel, frozen=True):
+    """The record of a failed trial."""
+
+    error: str
 
 
-def _read(path: Path, kind: type[Kept], remedy: str) -> Kept:
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def _read(path: Path, kind: type[Record], remedy: str) -> Record:
     try:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
@@ -164,11 +170,11 @@ class Store:
         """Return the item-level scores and the distance of a finished trial."""
         return load_scores(self.trial(entry.id) / SCORES)
 
-    def read_failure(self, entry: Entry) -> FailedTrial:
+    def error(self, entry: Entry) -> str:
         """Return the error of a failed trial."""
-        path = self.trial(entry.id) / ERROR
-        failed = _read(path, FailedTrial, "run the study with --retry-failed")
-        return failed.model_copy(update={"id": entry.id, "label": entry.label})
+        return _read(
+            self.trial(entry.id) / ERROR, Failure, "run the study with --retry-failed"
+        ).error
 
     @contextmanager
     def writing(self, trial: Planned) -> Iterator[Path]:
@@ -237,7 +243,7 @@ def read_results(path: Path | str) -> StudyResults:
         text=store.index.text,
         planned=len(entries),
         trials=tuple(trials),
-        failed=tuple(store.read_failure(e) for e in entries if states[e.id] == "failed"),
+        failed=[*states.values()].count("failed"),
         suite=store.index.suite,
         scores={name: one.tasks for name, one in scored.items()},
         dense={label: dense_scores[key].tasks for label, key in dense.items()},

@@ -15,7 +15,6 @@ from tests.synthetic import (
     OTHERS,
     SOURCES,
     Plan,
-    failed,
     full_plan,
     save,
     study,
@@ -78,12 +77,12 @@ def test_conditions_by_bits_ignore_sparsity():
 
 def test_incomplete_study_and_errors():
     whole = study(full_plan(conditions=[("wanda", "50%")], seeds=(0, 1)))
-    part = whole.model_copy(update={"trials": whole.trials[:-1], "failed": (failed("x"),)})
+    part = whole.model_copy(update={"trials": whole.trials[:-1], "failed": 1})
     assert analyse(part, QUICK).conditions[0].missing == [("igsp", 1)]
     results = study(full_plan(seeds=(0,)))
     twin = results.trials[0].model_copy(update={"id": "again"})
     doubled = results.model_copy(update={"trials": (*results.trials, twin)})
-    empty = results.model_copy(update={"trials": (), "failed": (failed("x"),)})
+    empty = results.model_copy(update={"trials": (), "failed": 1})
     for made, settings, words in [
         (doubled, QUICK, "two trials of encyclopedia at seed 0"),
         (empty, QUICK, r"no finished trials \(66 planned, 1 failed\)"),

@@ -159,13 +159,6 @@ def test_gptq_and_awq_checkpoints_open(tmp_path, settings, order):
     assert torch.equal(opened, wanted.float())
 
 
-def test_three_bits_of_gptq_run_on_across_words():
-    numbers = torch.arange(64).remainder(8).to(torch.uint8).view(1, 64)
-    words = pack(numbers, 3)[0].tolist()
-    assert (words[0] >> 30) & 3 == int(numbers[0, 10]) & 3  # as in GPTQ's own packing
-    assert words[1] & 1 == int(numbers[0, 10]) >> 2
-
-
 def test_what_cannot_be_read_is_one_line(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     for scale, said in (

@@ -8,7 +8,7 @@ from filelock import FileLock
 from calmix.options import Settings
 from calmix.report.study import write_report
 from calmix.study.analyse import analyse
-from tests.synthetic import OTHERS, SOURCES, failed, full_plan, study
+from tests.synthetic import OTHERS, SOURCES, full_plan, study
 
 SMALL = {
     "sources": SOURCES[6:14],
@@ -33,7 +33,7 @@ def whole(tmp_path_factory):
             ]
             changes = {
                 "trials": tuple(chosen),
-                "failed": (failed("x"),),
+                "failed": 1,
                 "planned": len(chosen) + 2,
             }
             results = outcome.model_copy(update=changes)

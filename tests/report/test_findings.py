@@ -8,7 +8,7 @@ from calmix.report.findings import summarise
 from calmix.report.study import pages
 from calmix.study.analyse import analyse
 from calmix.study.ranking import leaders
-from tests.synthetic import Plan, failed, study, trial
+from tests.synthetic import Plan, study, trial
 
 QUICK = Settings(resamples=100)
 
@@ -63,7 +63,7 @@ def test_ties_and_leads(kept, seeds, best):
 def test_small_and_unfinished_studies():
     whole = study(Plan(sources=("a", "b"), seeds=(0, 1)))
     assert "not run" not in " ".join(of(whole)["certainty"])
-    part = whole.model_copy(update={"trials": whole.trials[:3], "failed": (failed("x"),)})
+    part = whole.model_copy(update={"trials": whole.trials[:3], "failed": 1})
     part = part.model_copy(update={"planned": 10})
     sentences = of(part)["certainty"]
     assert sentences[0].startswith("3 of 10 planned trials finished, 1 failed, 6 not run")

@@ -56,7 +56,7 @@ def test_trial_matches_its_steps_by_hand(ran):
     path, store = ran.path, ran.store
     assert len(ran.labels) == 6
     results, study = read_results(store), load_study(path)
-    assert (results.name, results.planned, results.failed) == ("tiny", 6, ())
+    assert (results.name, results.planned, results.failed) == ("tiny", 6, 0)
     # The fifth of six: earlier trials must not affect the model.
     trial = results.trials[4]
     assert (trial.calibration, trial.method, trial.pattern) == ("mix", "sparsegpt", "60%")

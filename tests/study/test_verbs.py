@@ -90,13 +90,14 @@ def test_retry_failed_trials(calmix, tiny_study, tmp_path):
     assert ended.err.strip().splitlines()[-1].startswith(line)
     assert "2 failed" in calmix("study", "status", store).out
     results = read_results(store)
-    assert [trial.calibration for trial in results.trials] == ["code"]
-    labels = [f"{name} sparsegpt 60% seed 0" for name in ("letters", "mix")]
-    assert [failed.label for failed in results.failed] == labels
-    assert "letters.jsonl has text for 0 rows" in results.failed[1].error
+    assert ([trial.calibration for trial in results.trials], results.failed) == (["code"], 2)
+    rows = json.loads(calmix("study", "status", store, "--json").out)["trials"]
+    errors = {row["trial"]: row["note"] for row in rows if row["state"] == "failed"}
+    assert [*errors] == [f"{name} sparsegpt 60% seed 0" for name in ("letters", "mix")]
+    assert "letters.jsonl has text for 0 rows" in errors["mix sparsegpt 60% seed 0"]
     assert "0 of 3 trials to run" in calmix(*run).ok().err
     assert "2 of 3 trials to run" in calmix(*run, "--retry-failed").err
     text.write_text(original)
     # Changed content is a new request, not a retry.
     assert "2 of 3 trials to run" in calmix(*run).ok().err
-    assert read_results(store).failed == ()
+    assert read_results(store).failed == 0
