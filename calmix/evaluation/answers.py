@@ -12,7 +12,7 @@ from itertools import chain, islice, zip_longest
 from typing import Any
 
 from calmix.evaluation.behaviour import Counted, Pair, columns, held, paired, proportion, twice
-from calmix.evaluation.measures import TaskPair, TaskScores
+from calmix.evaluation.measures import TaskPair
 from calmix.evaluation.prompts import FAULTS, faults
 from calmix.evaluation.retention import Estimate, task_pairs
 from calmix.evaluation.scores import CapabilityScores
@@ -52,14 +52,9 @@ class Answers:
 COUNTS = ("right", "sound")
 
 
-def own(task: TaskScores) -> bool:
-    """Whether a task asks a user's prompts."""
-    return bool(task.prompts)
-
-
 def compare_answers(pair: Pair) -> Answers | None:
     """Compare two models' answers to a user's prompts; None if their suite has none."""
-    tasks, again = held([pair], own), held(twice([pair]), own)
+    tasks, again = held([pair], "prompts"), held(twice([pair]), "prompts")
     if not tasks:
         return None
     texts, second = columns(tasks, "answers"), columns(again, "answers")
@@ -98,7 +93,9 @@ def turned(pairs: Sequence[Pair], most: int) -> list[Turned]:
     """Return at most so many answers that were lost or gained, from each task in turn, those that
     were lost first."""
     by_task = []
-    for dense, small in held(pairs, lambda task: bool(task.answers) and not own(task)):
+    for dense, small in held(pairs, "answers"):
+        if dense.prompts:
+            continue
         both = zip(
             dense.items, dense.values, small.values, dense.answers, small.answers, strict=True
         )
@@ -159,7 +156,7 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
     worst first. The pairs have one dense model."""
     records = []
     models = [pairs[0][0], *(small for _, small in pairs)]
-    tasks = [[task for task in one.tasks if own(task)] for one in models]
+    tasks = [[task for task in one.tasks if task.prompts] for one in models]
     for each in tasks[1:]:
         task_pairs(tasks[0], each)
     for several in zip(*tasks, strict=True):

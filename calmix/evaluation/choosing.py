@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from calmix.evaluation.answers import Answers, compare_answers
-from calmix.evaluation.behaviour import Counted, Pair, answered, behind, columns, held, paired
+from calmix.evaluation.behaviour import Counted, Pair, behind, columns, held, paired
 from calmix.evaluation.retention import Estimate
 
 MARGIN = 0.05  # share of right answers by which a model may be worse
@@ -27,7 +27,7 @@ class Candidate:
     def values(self) -> list[tuple[float, float]]:
         """Whether each answer of the dense model and its own counts: is right, or without a check
         has no fault."""
-        return columns(held([self.pair], answered), "values")
+        return columns(held([self.pair], "written"), "values")
 
     @property
     def counted(self) -> Counted:

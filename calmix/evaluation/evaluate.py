@@ -26,13 +26,13 @@ from calmix.evaluation.greedy import Prompt, answers, prompt
 from calmix.evaluation.journal import Journal
 from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import TaskScores, rounded
-from calmix.evaluation.prompts import THOUGHT, body, properties, same_call
+from calmix.evaluation.prompts import THOUGHT, Ask, body, properties, same_call
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.served import Served
 from calmix.evaluation.suites import Suite, TaskSpec, choose, runnable
-from calmix.evaluation.tasks import Ask, Item, load_items, task_texts
+from calmix.evaluation.tasks import Item, load_items, task_texts
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models.chat import end_tokens, in_chat, rendered
@@ -200,7 +200,7 @@ def _scored(
             record |= zip(("values", "answers", "ended", "properties"), columns, strict=True)
             own = spec.kind == "prompts"
             record["properties"] = record["properties"] if own else ()
-            record["prompts"] = tuple(item.own.plain for item in of_task) if own else ()
+            record["prompts"] = tuple(item.plain for item in of_task) if own else ()
         else:
             rows = [[*islice(likely, len(item.requests))] for item in of_task]
             record = _likely(name, spec, of_task, rows, scorer if floors else None)
@@ -333,8 +333,8 @@ def ask(
     scorer.truncated.update(
         name for (name, _), one in zip(questions, prompts, strict=True) if one.needs > context
     )
-    own = [at for at, (_, one) in enumerate(questions) if one.own is not None]
-    others = [at for at, (_, one) in enumerate(questions) if one.own is None]
+    own = [at for at, (_, one) in enumerate(questions) if one.own]
+    others = [at for at, (_, one) in enumerate(questions) if not one.own]
     texts_by_number = dict[int, tuple[str, bool]]()
     chunks = (own[at : at + CHUNK] for at in range(0, len(own), CHUNK))
     for part in filter(None, (others, *chunks)):
@@ -374,8 +374,8 @@ def _judged(
     judgements = {}
     for (name, one), (text, ended), good in zip(questions, texts, right, strict=True):
         seen, key = dict[str, bool](), (name, one.id)
-        if one.own is not None:
-            seen = properties(one.own, text, ended, known.get(key))
+        if one.own:
+            seen = properties(one, text, ended, known.get(key))
             seen |= {"right": good} if one.check else {}
             good = good if one.check else all(seen.values())
         judgements[key] = float(good), text, int(ended), seen
@@ -384,15 +384,15 @@ def _judged(
 
 def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
     """Return an item as token ids; a ModelError if the chat template refuses a user's prompt."""
-    own, tokenizer, how = one.own, opened.tokenizer, dict[str, Any]()
+    tokenizer, how = opened.tokenizer, dict[str, Any]()
     if one.thinking:
         how["enable_thinking"] = True
     if one.tools:
         how["tools"] = [*one.tools]
     built = prompt(tokenizer, one.messages, one.plain, one.tokens, one.until, **how)
-    if own is None:
+    if not one.own:
         return built
-    begins = f"the prompt that begins '{own.plain[:40]}'"
+    begins = f"the prompt that begins '{one.plain[:40]}'"
     if opened.context is not None and len(built.ids) >= opened.context:
         raise ModelError(
             f"{begins} has {len(built.ids):,} tokens, and the context of {opened.name} holds "
@@ -400,9 +400,9 @@ def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
         )
     if not getattr(tokenizer, "chat_template", None):
         return built
-    if rendered(tokenizer, own.messages, **how) is None:
+    if rendered(tokenizer, one.messages or (), **how) is None:
         raise ModelError(f"the chat template of {opened.name} refuses {begins}: change its turns")
-    if own.tools and not takes_tools(tokenizer):
+    if one.tools and not takes_tools(tokenizer):
         raise ModelError(
             f"the chat template of {opened.name} has no tools, which {begins} gives: leave such "
             "prompts out, or use a template with tools"
@@ -422,8 +422,7 @@ def suite_asks(suite: Suite) -> dict[str, list[Any]]:
 def _thinking(one: Any) -> Any:
     if not isinstance(one, Ask) or one.messages is None:
         return one
-    own = one.own and replace(one.own, thinking=True)
-    return replace(one, thinking=True, tokens=one.tokens + THINKING, own=own)
+    return replace(one, thinking=True, tokens=one.tokens + THINKING)
 
 
 def can_think(tokenizer: Any) -> bool:
@@ -444,7 +443,7 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     counts; an empty one is wrong. Programs run in the sandbox."""
     if item.thinking and not ended and THOUGHT not in answer:
         return False
-    answer = body(answer) if item.own is not None or item.thinking else answer
+    answer = body(answer) if item.own or item.thinking else answer
     answer = answer if ended else checks.finished(answer, item.check)
     if not answer.strip() or not item.check:
         return False

@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 
 from calmix.errors import InputError, PassingError, nearest
 from calmix.evaluation.journal import Journal
-from calmix.evaluation.prompts import THOUGHT
-from calmix.evaluation.tasks import Ask
+from calmix.evaluation.prompts import THOUGHT, Ask
 from calmix.files import sha256_json
 from calmix.options import ServerOptions
 

@@ -13,10 +13,10 @@ from calmix.evaluation.distance import pooled
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.prompts import (
-    OwnPrompt,
     halves,
     language,
     loops,
+    parse_prompt,
     properties,
     read_prompts,
     same_call,
@@ -44,7 +44,7 @@ CALL = {"name": "weather", "arguments": {"city": "Rome"}}
 
 
 def asked(text="Say something.", **more):
-    return OwnPrompt(({"role": "user", "content": text},), **more)
+    return parse_prompt({"prompt": text, **more})
 
 
 def written(path, *some):
@@ -77,9 +77,9 @@ def test_rows_are_read_in_every_form(tmp_path):
     one, two, three, four, five, six = read_prompts(path, notes.append)
     assert (one.question, one.check, one.right) == ("One?", "text", ["1"])
     assert [turn["role"] for turn in two.messages] == ["system", "user"]
-    assert (two.plain, two.max_tokens, two.thinking) == ("Be brief.\n\nHello", 9, True)
+    assert (two.plain, two.tokens, two.thinking) == ("Be brief.\n\nHello", 9, True)
     assert (three.check, three.right) == ("number", "2")
-    assert (four.question, four.check, four.max_tokens) == ("Three?", "", 256)
+    assert (four.question, four.check, four.tokens) == ("Three?", "", 256)
     assert (five.tools, five.right) == (tuple(TOOLS), CALL)
     assert six.right == {"lines": "3", "contains": "a|b"}
     assert "prompts repeated, and asked once: 1" in notes[0]
@@ -147,7 +147,7 @@ def test_prompts_are_split_by_what_they_ask_whatever_else_is_there(tmp_path):
     with pytest.raises(InputError, match="1 prompts cannot be split"):
         prompt_suite(few, test_half=True)
     suite = prompt_suite(path, test_half=True)
-    assert [one.own for one in load_items(suite.tasks["mine"])] == test
+    assert load_items(suite.tasks["mine"]) == test
     assert suite.hash != prompt_suite(path).hash
 
 
@@ -177,7 +177,7 @@ def test_faults_that_need_no_right_answer():
 
 def test_calls_of_tools_are_valid_by_their_schema():
     call = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
-    tools = asked(tools=tuple(TOOLS))
+    tools = asked(tools=TOOLS)
     assert faulty(call, tools) == []
     assert faulty("It is sunny.", tools) == []
     assert faulty("It is sunny.", tools, dense=call) == ["tool call"]
