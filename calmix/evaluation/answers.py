@@ -15,7 +15,6 @@ from calmix.evaluation.behaviour import Counted, Pair, columns, held, paired, pr
 from calmix.evaluation.measures import TaskPair
 from calmix.evaluation.prompts import FAULTS, faults
 from calmix.evaluation.retention import Estimate, task_pairs
-from calmix.evaluation.scores import CapabilityScores
 from calmix.evaluation.tasks import shared_start
 
 
@@ -45,11 +44,9 @@ class Answers:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
-        counts = {name: one and one.to_dict() for name, one in vars(self).items() if name in COUNTS}
+        counted = {"right": self.right, "sound": self.sound}
+        counts = {name: one and one.to_dict() for name, one in counted.items()}
         return asdict(self) | counts | {"faults": [one.to_dict() for one in self.faults]}
-
-
-COUNTS = ("right", "sound")
 
 
 def compare_answers(pair: Pair) -> Answers | None:
@@ -159,6 +156,7 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
     tasks = [[task for task in one.tasks if task.prompts] for one in models]
     for each in tasks[1:]:
         task_pairs(tasks[0], each)
+    distances = [(one.distance or {}).get("items") or {} for one in models[1:]]
     for several in zip(*tasks, strict=True):
         for at, item in enumerate(several[0].items):
             records.append(
@@ -167,11 +165,7 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
                     tuple(task.answers[at] for task in several),
                     tuple(tuple(faults(task.properties[at])) for task in several),
                     tuple(bool(task.values[at]) for task in several),
-                    tuple(_kl(one, item) for one in models[1:]),
+                    tuple(one.get(item) for one in distances),
                 )
             )
     return sorted(records, key=lambda row: row.badness, reverse=True)
-
-
-def _kl(one: CapabilityScores, item: str) -> float | None:
-    return ((one.distance or {}).get("items") or {}).get(item)

@@ -62,8 +62,10 @@ class Counted:
 
     @property
     def p(self) -> float:
-        """McNemar's exact two-sided p of losses against gains."""
-        return mcnemar(self.lost, self.gained)
+        """McNemar's exact two-sided p: a binomial test of losses against gains."""
+        changed, fewer = self.lost + self.gained, min(self.lost, self.gained)
+        tail = sum(math.comb(changed, count) for count in range(fewer + 1))
+        return min(1.0, 2 * tail / 2**changed)
 
     @property
     def share(self) -> Estimate:
@@ -232,13 +234,6 @@ def paired(name: str, values: Sequence[tuple[float, float]]) -> Counted:
     both = [(bool(one), bool(other)) for one, other in values]
     dense, small = (sum(column) for column in zip(*both, strict=True))
     return Counted(name, len(both), dense, small, sum(one and other for one, other in both))
-
-
-def mcnemar(lost: int, gained: int) -> float:
-    """Return McNemar's exact two-sided p (a binomial test of losses against gains)."""
-    changed = lost + gained
-    tail = sum(math.comb(changed, count) for count in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / 2**changed)
 
 
 def proportion(right: int, of: int) -> Estimate:

@@ -13,15 +13,16 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from calmix.errors import DiskError, InputError, ModelError
 from calmix.evaluation import checks
-from calmix.evaluation.distance import answer_texts
 from calmix.evaluation.greedy import Prompt, answers, prompt
 from calmix.evaluation.journal import Journal
 from calmix.evaluation.likelihood import Progress
@@ -50,6 +51,7 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "tool": same_call,
 }
 CHUNK = 128  # a user's prompts that are answered together, and that a kill may lose
+COMPARED = 128  # tokens of an answer on which the distance is measured
 THINKING = 1024  # tokens of an answer in which a model may think first
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
@@ -250,14 +252,18 @@ def form_of(model: OpenModel, suite: Suite) -> list[Any]:
 
 def own_answers(
     opened: OpenModel, suite: Suite, scores: CapabilityScores
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return a model's answers to a user's prompts as `distance.answer_texts` does."""
-    questions, items = [], suite_asks(suite)
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return a user's prompts with a model's answers as `texts` and `last` of `distance.reference`,
+    by item. Rows that exceed the model's context are left out, and so are empty answers."""
+    texts, last, items = dict[str, Tensor](), dict[str, int](), suite_asks(suite)
     for task in scores.tasks:
         known = {one.id: one for one in items[task.name]}
-        for item, text in zip(task.items, task.answers, strict=True):
-            questions.append((item, as_prompt(opened, known[item]).ids, text))
-    return answer_texts(opened, questions)
+        for item, answer in zip(task.items, task.answers, strict=True):
+            before = as_prompt(opened, known[item]).ids
+            ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:COMPARED]
+            if ids and before and len(before) + len(ids) <= (opened.context or math.inf):
+                texts[item], last[item] = torch.tensor([[*before, *ids]]), len(ids)
+    return texts, last
 
 
 def accuracies(
@@ -309,15 +315,15 @@ def _likely(
         values = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
         context_free = dict(zip(distinct, values, strict=True))
         scores["floors"] = rounded([[context_free[one] for one in row] for row in answers])
-    counts = Counter(
-        token for row in scorer.encode(task_texts(spec), special=False) for token in row
-    )
+    texts = task_texts(spec)
+    right = [row[item.gold] for row, item in zip(answers, items, strict=True)]
+    encoded = scorer.tokenizer([*texts, *right], add_special_tokens=False, verbose=False)
+    ids = encoded["input_ids"]
+    counts = Counter(chain.from_iterable(ids[: len(texts)]))
     total = math.log(counts.total())
     unigram = {token: math.log(count) - total for token, count in counts.items()}
-    right = scorer.encode(
-        [row[item.gold] for row, item in zip(answers, items, strict=True)], special=False
-    )
-    return scores | {"unigram": rounded([[math.fsum(unigram[t] for t in row) for row in right]])[0]}
+    codes = [math.fsum(unigram[token] for token in row) for row in ids[len(texts) :]]
+    return scores | {"unigram": rounded([codes])[0]}
 
 
 def ask(
@@ -416,13 +422,15 @@ def suite_asks(suite: Suite) -> dict[str, list[Any]]:
     by_task = {name: load_items(spec) for name, spec in suite.tasks.items()}
     if not suite.thinking:
         return by_task
-    return {name: [_thinking(one) for one in items] for name, items in by_task.items()}
-
-
-def _thinking(one: Any) -> Any:
-    if not isinstance(one, Ask) or one.messages is None:
-        return one
-    return replace(one, thinking=True, tokens=one.tokens + THINKING)
+    return {
+        name: [
+            replace(one, thinking=True, tokens=one.tokens + THINKING)
+            if isinstance(one, Ask) and one.messages is not None
+            else one
+            for one in items
+        ]
+        for name, items in by_task.items()
+    }
 
 
 def can_think(tokenizer: Any) -> bool:
@@ -452,7 +460,10 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     if item.check != "program":
         return CHECKS[item.check](answer, item.right)
     doc, entry = item.doc, item.doc.get("entry_point", "")
-    names = [entry] if entry else _definitions(doc["code"])
+    names = [entry]
+    if not entry:  # all that the solution defines
+        kinds, tree = (ast.FunctionDef, ast.ClassDef), ast.parse(doc["code"])
+        names = [node.name for node in tree.body if isinstance(node, kinds)]
     tests = doc.get("test_list") or [f"assert {one}" for one in doc.get("tests", ())]
     entry = entry or next((name for name in names if f"{name}(" in tests[0]), "")
     code = checks.program(answer, doc.get("prompt", ""), entry)
@@ -461,9 +472,3 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     else:
         text, head = "\n".join([doc.get("test_setup_code", ""), *tests, ""]), ""
     return not failure(code, text, names=names, head=head)
-
-
-def _definitions(code: str) -> list[str]:
-    """Return the functions and classes that a module defines."""
-    kinds = ast.FunctionDef, ast.ClassDef
-    return [node.name for node in ast.parse(code).body if isinstance(node, kinds)]

@@ -434,9 +434,5 @@ def same_call(answer: str, right: Mapping[str, Any]) -> bool:
     if len(calls) != 1 or calls[0].get("name") != right["name"]:
         return False
     values, wanted = arguments(calls[0]) or {}, arguments(right) or {}
-    return all(_same_value(values.get(name), value) for name, value in wanted.items())
-
-
-def _same_value(one: Any, other: Any) -> bool:
-    one, other = (json.dumps(value, sort_keys=True).lower() for value in (one, other))
-    return bool(one == other)
+    stated = {name: values.get(name) for name in wanted}
+    return json.dumps(stated, sort_keys=True).lower() == json.dumps(wanted, sort_keys=True).lower()
