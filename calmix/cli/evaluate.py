@@ -670,7 +670,7 @@ def perplexity(
 def list_suites() -> None:
     """List the builtin suites; a YAML file is a suite too."""
     rows, full = [], []
-    for each in suites.builtin_suites().values():
+    for each in map(suites.load_suite, suites.BUILTIN):
         origins = _origins(each)
         closed = [name for name, one in origins.items() if one["use"] == NON_COMMERCIAL]
         rows.append(

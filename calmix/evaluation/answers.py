@@ -11,7 +11,15 @@ from dataclasses import asdict, dataclass
 from itertools import chain, islice, zip_longest
 from typing import Any
 
-from calmix.evaluation.behaviour import Counted, Pair, columns, held, paired, proportion, twice
+from calmix.evaluation.behaviour import (
+    Counted,
+    Pair,
+    columns,
+    common_tasks,
+    paired,
+    proportion,
+    repeat_pairs,
+)
 from calmix.evaluation.measures import TaskPair
 from calmix.evaluation.prompts import FAULTS, faults
 from calmix.evaluation.retention import Estimate, task_pairs
@@ -51,13 +59,13 @@ class Answers:
 
 def compare_answers(pair: Pair) -> Answers | None:
     """Compare two models' answers to a user's prompts; None if their suite has none."""
-    tasks, again = held([pair], "prompts"), held(twice([pair]), "prompts")
+    tasks, again = common_tasks([pair], "prompts"), common_tasks(repeat_pairs([pair]), "prompts")
     if not tasks:
         return None
     texts, second = columns(tasks, "answers"), columns(again, "answers")
     checked, values = columns(tasks, "properties"), columns(tasks, "values")
     sound = [both for both, (one, _) in zip(values, checked, strict=True) if "right" not in one]
-    apart = [words for one, other in texts if (words := parted(one, other)) is not None]
+    apart = [words for one, other in texts if (words := shared_words(one, other)) is not None]
     counts = [_counted(name, tasks) for name in FAULTS]
     known = {one.name: one for one in counts if one is not None}
     right = known.pop("right", None)
@@ -90,7 +98,7 @@ def turned(pairs: Sequence[Pair], most: int) -> list[Turned]:
     """Return at most so many answers that were lost or gained, from each task in turn, those that
     were lost first."""
     by_task = []
-    for dense, small in held(pairs, "answers"):
+    for dense, small in common_tasks(pairs, "answers"):
         if dense.prompts:
             continue
         both = zip(
@@ -116,7 +124,7 @@ def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     return paired(name, values) if values else None
 
 
-def parted(one: str, other: str) -> int | None:
+def shared_words(one: str, other: str) -> int | None:
     """Return the number of words after which two texts part; None if they are the same."""
     if one == other:
         return None

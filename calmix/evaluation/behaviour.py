@@ -150,9 +150,9 @@ class Behaviour:
 def behaviour(*pairs: Pair) -> Behaviour:
     """Count which answers and choices survive pruning, from scores of both models on one or more
     suites. A task that occurs in several is taken from the one with the most items."""
-    written, chosen = held(pairs, "written"), held(pairs, "chosen")
+    written, chosen = common_tasks(pairs, "written"), common_tasks(pairs, "chosen")
     above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
-    abilities, again = dict.fromkeys(dense.dimension for dense, _ in written), twice(pairs)
+    abilities, again = dict.fromkeys(dense.dimension for dense, _ in written), repeat_pairs(pairs)
     counts = (
         counted(name, [both for both in written if both[0].dimension == name]) for name in abilities
     )
@@ -168,7 +168,7 @@ def behaviour(*pairs: Pair) -> Behaviour:
     )
 
 
-def twice(pairs: Sequence[Pair]) -> list[Pair]:
+def repeat_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     """Return the dense models' answers beside those they generated again in other batches."""
     repeated = []
     for dense in (dense for dense, _ in pairs if dense.repeat):
@@ -187,7 +187,7 @@ def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
     )
 
 
-def held(pairs: Sequence[Pair], field: str) -> list[TaskPair]:
+def common_tasks(pairs: Sequence[Pair], field: str) -> list[TaskPair]:
     """Return both models' scores of the tasks where both have a field (`written`, `chosen`,
     `likely`, `prompts`), each from the suite where it has the most items. An `InputError` unless
     both models were given the same items in the same form."""
@@ -246,7 +246,7 @@ def proportion(right: int, of: int) -> Estimate:
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def behind(counts: Counted) -> Estimate:
+def deficit(counts: Counted) -> Estimate:
     """Return how far the second model's share of right answers is behind the first's, with its 95 %
     interval for paired proportions (Newcombe 1998, method 10)."""
     wrong = counts.asked - counts.dense, counts.asked - counts.pruned
@@ -269,7 +269,7 @@ def behind(counts: Counted) -> Estimate:
 def likelihood(dense: CapabilityScores, pruned: CapabilityScores) -> Retention | None:
     """Return the retention of the tasks scored by likelihood; None if there are none, or if the
     dense model's baselines were not stored."""
-    tasks = held([(dense, pruned)], "likely")
+    tasks = common_tasks([(dense, pruned)], "likely")
     try:
         return retention(*zip(*tasks, strict=True)) if tasks else None
     except InputError:

@@ -165,15 +165,23 @@ def _scored(
     sha256 = model.fingerprint  # first: the files may change while the model is scored
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items = suite_asks(chosen)
-    pairs = [(name, item) for name, of_task in items.items() for item in of_task]
-    silent = set[str]()  # tasks that cannot be asked
-    if isinstance(model, OpenModel) and not takes_tools(model.tokenizer):
-        silent = {name for name, one in pairs if specs[name].writes and one.tools and not one.own}
-    questions = [(name, item) for name, item in pairs if specs[name].writes and name not in silent]
+    with_tools = isinstance(model, Served) or takes_tools(model.tokenizer)
+    questions = [
+        (name, item)
+        for name, of_task in items.items()
+        if specs[name].writes
+        and (with_tools or not any(one.tools and not one.own for one in of_task))
+        for item in of_task
+    ]
+    asked = {name for name, _ in questions}
     if any(one.check == "program" for _, one in questions):
         check_sandbox()
     requests = [
-        (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
+        (name, *one)
+        for name, of_task in items.items()
+        if not specs[name].writes
+        for item in of_task
+        for one in item.requests
     ]
     scorer, likely = None, iter(list[float]())
     if isinstance(model, Served):
@@ -191,21 +199,18 @@ def _scored(
         # All likelihood requests at once, so that common prefixes run only once.
         likely = iter(scorer.loglikelihood(requests))
         texts = ask(scorer, questions, rearranged, journal)
-    judged = _judged(questions, texts, dense)
+    judged = iter(_judged(questions, texts, dense))
     for name, spec in specs.items():
         of_task, record = items[name], dict[str, Any](chance=0.0)
-        if name in silent:
-            pass
-        elif spec.writes:
-            results = [judged[name, item.id] for item in of_task]
-            columns = zip(*results, strict=True)
-            record |= zip(("values", "answers", "ended", "properties"), columns, strict=True)
-            own = spec.kind == "prompts"
-            record["properties"] = record["properties"] if own else ()
-            record["prompts"] = tuple(item.plain for item in of_task) if own else ()
-        else:
+        if not spec.writes:
             rows = [[*islice(likely, len(item.requests))] for item in of_task]
             record = _likely(name, spec, of_task, rows, scorer if floors else None)
+        elif name in asked:
+            columns = [*zip(*islice(judged, len(of_task)), strict=True)]
+            record |= zip(("values", "answers", "ended"), columns, strict=False)
+            if spec.kind == "prompts":
+                record["prompts"] = tuple(item.plain for item in of_task)
+                record["properties"] = columns[-1]
         done.append(
             TaskScores(
                 name,
@@ -348,7 +353,7 @@ def ask(
         if part is not others:
             about = [(prompts[at].ids, prompts[at].tokens) for at in part]
             key = scorer.opened.cached("answers", rearranged, about).name
-        if (texts := journal.get(key)) is None:
+        if (texts := journal.known.get(key)) is None:
             texts = answers(
                 scorer.opened,
                 [prompts[at] for at in part],
@@ -367,9 +372,9 @@ def _judged(
     questions: Sequence[tuple[str, Ask]],
     texts: Sequence[tuple[str, bool]],
     dense: CapabilityScores | None,
-) -> dict[tuple[str, str], tuple[float, str, int, dict[str, bool]]]:
-    """Return by task and item whether an answer counts, its text, whether it ended, and its
-    properties. A user's prompt without a check counts if its answer has all of them."""
+) -> list[tuple[float, str, int, dict[str, bool]]]:
+    """Return of each answer whether it counts, its text, whether it ended, and its properties. A
+    user's prompt without a check counts if its answer has all of them."""
     known = {
         (task.name, item): text
         for task in (dense.tasks if dense is not None else ())
@@ -377,14 +382,14 @@ def _judged(
     }
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
         right = [*pool.map(lambda both, one: verdict(both[1], *one), questions, texts)]
-    judgements = {}
+    judgements = []
     for (name, one), (text, ended), good in zip(questions, texts, right, strict=True):
-        seen, key = dict[str, bool](), (name, one.id)
+        seen = dict[str, bool]()
         if one.own:
-            seen = properties(one, text, ended, known.get(key))
+            seen = properties(one, text, ended, known.get((name, one.id)))
             seen |= {"right": good} if one.check else {}
             good = good if one.check else all(seen.values())
-        judgements[key] = float(good), text, int(ended), seen
+        judgements.append((float(good), text, int(ended), seen))
     return judgements
 
 

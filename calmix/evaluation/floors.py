@@ -251,15 +251,15 @@ def lower_mean(
     """
     counts = counts or [np.ones(whole.shape[1]) for _, whole in tasks]
     weights = random_weights((1.0, *np.concatenate(counts)))
-    parted = np.split(weights[:, 1:], np.cumsum([len(many) for many in counts])[:-1], axis=1)
+    by_task = np.split(weights[:, 1:], np.cumsum([len(many) for many in counts])[:-1], axis=1)
     sums = [whole @ many for (_, whole), many in zip(tasks, counts, strict=True)]
     harm = [most / of for of, most in zip(sums, lost, strict=True)]
     ratios = []
     for at, ((retained, whole), many) in enumerate(zip(tasks, counts, strict=True)):
         more = weights[:, :1] * (np.argmax(harm, 0) == at)
         mean = sums[at] / np.maximum(1, ((retained != 0) | (whole != 0)) @ many)
-        of = parted[at] @ whole.T + more * mean
-        left = parted[at] @ retained.T + more * (mean - lost[at])
+        of = by_task[at] @ whole.T + more * mean
+        left = by_task[at] @ retained.T + more * (mean - lost[at])
         ratios.append(np.divide(left, of, out=np.full_like(of, np.nan), where=of > 0))
     return np.nanquantile(np.mean(ratios, 0), 1 - confidence, axis=0)
 
@@ -279,7 +279,9 @@ def judge(
     Raises:
         InputError: a named ability is in no suite, or the dense model has no signal in it.
     """
-    tasks = {measure: behaviour.held(pairs, field) for measure, (field, *_) in MEASURES.items()}
+    tasks = {
+        measure: behaviour.common_tasks(pairs, field) for measure, (field, *_) in MEASURES.items()
+    }
     known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
     if unknown := [name for name in floors if name and name not in known]:
         left = ", ".join(behaviour.not_run(pairs))

@@ -83,7 +83,7 @@ class Served:
         journal, start = journal or Journal(None), time.monotonic()
         bodies = [self._body(one) for one in questions]
         keys = [sha256_json([self.fingerprint, rearranged, body]) for body in bodies]
-        texts = dict(zip(range(len(questions)), (journal.get(key) for key in keys), strict=True))
+        texts = dict(zip(range(len(questions)), map(journal.known.get, keys), strict=True))
         waiting = [at for at, known in texts.items() if known is None]
         done = len(questions) - len(waiting)
         if rearranged:

@@ -94,6 +94,7 @@ def scored(*tasks, suite="s", not_run=()):
 
 def save_pair(path, dense, pruned):
     """Write scores of two models as `calmix evaluate --against -o` does; return the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_scores(path, {"scores": pruned.to_dict(), "dense": dense.to_dict()})
     return path
 

@@ -8,7 +8,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
-from calmix.evaluation.answers import compare_answers, parted, rows
+from calmix.evaluation.answers import compare_answers, rows, shared_words
 from calmix.evaluation.distance import pooled
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
 from calmix.evaluation.journal import Journal, journal_beside
@@ -237,7 +237,7 @@ def test_answers_are_compared_in_pairs():
     dense, small = example()
     found = compare_answers((dense, small))
     assert (found.asked, found.identical.value, found.repeat) == (3, 1 / 3, 2 / 3)
-    assert (parted("a b", "a c"), parted("a", "a"), found.parted) == (1, None, 1)
+    assert (shared_words("a b", "a c"), shared_words("a", "a"), found.parted) == (1, None, 1)
     assert found.right is None
     assert (found.sound.lost, found.sound.gained, found.sound.p) == (1, 0, 1.0)
     faults = {one.name: (one.asked, one.lost, one.gained) for one in found.faults}
