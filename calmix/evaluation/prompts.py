@@ -303,7 +303,7 @@ def properties(prompt: Ask, answer: str, ended: bool, dense: str | None = None) 
     """Return what is expected of an answer (keys of `FAULTS`), and whether it is so. `dense` is the
     dense model's answer, by default the answer itself."""
     model, question = answer if dense is None else dense, prompt.doc["question"]
-    text, known, looping = body(answer), body(model), loops(answer)
+    text, known, looping = body(answer), body(model), loops(answer.rstrip())
     traits = {"text": bool(text.strip()), "end": ended or looping, "progress": not looping}
     if prompt.thinking or THOUGHT in model:
         traits["thought"] = THOUGHT in answer
@@ -333,12 +333,12 @@ def body(answer: str) -> str:
     return answer.rpartition(THOUGHT)[2]
 
 
-def loops(text: str) -> bool:
-    """Whether a text ends in a short part that is repeated four times or more."""
-    tail = text.rstrip()[-4 * PERIOD :]
-    for period in range(1, PERIOD + 1):
-        size = max(REPEATED, 4 * period)
-        if len(tail) >= size and tail[-size + period :] == tail[-size:-period]:
+def loops(row: Sequence[Any], size: int = REPEATED, most: int = PERIOD) -> bool:
+    """Whether a text or row ends in a part of at most `most` characters that is repeated four times
+    or more, over at least `size` characters."""
+    for period in range(1, most + 1):
+        start = len(row) - max(size, 4 * period)
+        if start >= 0 and row[start + period :] == row[start:-period]:
             return True
     return False
 

@@ -11,6 +11,7 @@ from calmix.evaluation import evaluate as capability
 from calmix.evaluation.answers import compare_answers, rows, shared_words
 from calmix.evaluation.distance import pooled
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
+from calmix.evaluation.greedy import LOOP, PERIOD
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.prompts import (
     halves,
@@ -210,6 +211,10 @@ def test_languages_and_loops():
     assert loops("a" * 130)
     assert loops("intro " + "and so it goes on, " * 8)
     assert not loops("\n".join(f"{n}. item" for n in range(60)))
+    tokens = LOOP, PERIOD
+    assert loops([1, 2] + [7, 8, 9] * 22, *tokens)
+    assert not loops([7, 8, 9] * 20, *tokens)  # too short to be sure
+    assert not loops([*range(20)] * 5, *tokens)  # periods this long occur in lists of lines
 
 
 def task(answers, kept, **more):
