@@ -44,6 +44,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,12 @@ import numpy as np
 import pandas as pd
 
 import calmix.evaluation.evaluate as evaluation
-from calmix.evaluation.behaviour import answered
 from calmix.evaluation.checks import VERSION
 from calmix.evaluation.measures import TaskScores
+from calmix.evaluation.prompts import Ask
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.suites import load_suite, provenance
-from calmix.evaluation.tasks import Ask, load_asked
+from calmix.evaluation.tasks import load_asked
 from calmix.manifest import SEAL
 from calmix.study.store import read_results
 
@@ -67,6 +68,7 @@ Answer = tuple[str, str, str, int]  # task, item, answer, whether it ended
 SETTINGS = ["model", "calibration", "method", "pattern", "seed"]
 OF_TRIAL = ["store", "trial", "label", *SETTINGS, "right_only"]
 COLUMNS = [*OF_TRIAL, "against", "dimension", "task", "items", "before", "after"]
+written = attrgetter("written")  # whether a task's answers were generated
 RIGHT, WRONG, NOT_ASKED, DROPPED = "1", "0", "-", "x"
 
 
@@ -188,7 +190,7 @@ def packed_rows(
         if paired not in dense:
             dense.append(paired)
             label = f"{trial.model} {dense.index(paired)}"
-            for task in filter(answered, paired):
+            for task in filter(written, paired):
                 numbers = " ".join(item.rpartition("/")[2] for item in task.items)
                 yield {
                     "store": name,
@@ -205,7 +207,7 @@ def packed_rows(
             **{key: getattr(trial, key) for key in SETTINGS},
         }
         for task, reference in zip(results.scores[trial.id], paired, strict=True):
-            if answered(task):
+            if task.written:
                 partly = trial.id in part
                 asked = [not partly or bool(value) for value in reference.values]
                 yield shared | packed(task, asked) | {"right_only": int(partly)}
@@ -221,7 +223,7 @@ def sample(
     for results in stores.values():
         sides = [(results.scores, lambda trial: trial.calibration), (results.paired, lambda _: "")]
         for trial, (scores, text) in itertools.product(results.trials, sides):
-            for one in itertools.chain(*map(given, filter(answered, scores[trial.id]))):
+            for one in itertools.chain(*map(given, filter(written, scores[trial.id]))):
                 if one[2].strip() and one[1] in items_of(one[0]):
                     pool.setdefault(one, set()).add((trial.model, text(trial) or "dense model"))
     tasks, used = load_suite("abilities").tasks, Counter[str]()
@@ -303,7 +305,7 @@ def main() -> None:
         for results in stores.values()
         for scores in (results.scores, results.paired)
         for tasks in scores.values()
-        for task in filter(answered, tasks)
+        for task in filter(written, tasks)
         for one in given(task)
     )
     print(f"{len(distinct):,} distinct answers, checks of version {VERSION}", flush=True)

@@ -378,7 +378,7 @@ def _print_choice(candidates: Sequence[Candidate], choice: Choice) -> None:
     dense, small = candidates[0].pair
     rows = model_rows(candidates, choice)
     print_table(
-        [{key.removeprefix("#"): cell for key, cell in row.items()} for row in rows],
+        _unmarked(rows),
         title=f"suite {small.suite['name']}, against {dense.model}: "
         f"{candidates[0].counted.asked:,} answers"
         f"{', of all abilities' if len({task.dimension for task in small.tasks}) > 1 else ''}",
@@ -531,6 +531,11 @@ def _print_comparisons(comparisons: Sequence[Comparison], *, alone: bool = False
     line(BRACKETS)
 
 
+def _unmarked(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows of a page's table without the marks of columns of numbers."""
+    return [{key.removeprefix("#"): cell for key, cell in row.items()} for row in rows]
+
+
 def _value(cell: Any) -> Any:
     """Return a cell without its interval."""
     return cell.split(" [")[0] if isinstance(cell, str) else cell
@@ -593,10 +598,7 @@ def _print(
         line(wrapped(text))
     line("")
     if does.abilities:
-        counts = [
-            {name.removeprefix("#"): cell for name, cell in row.items()}
-            for row in ability_rows(does)
-        ]
+        counts = _unmarked(ability_rows(does))
         print_table(counts, title="generated answers", least=["p", "asked"])
     generated = {task.name for task in scores.tasks if task.written and measure is None}
     tasks: list[dict[str, Any]] = [
@@ -639,7 +641,7 @@ def _print_answers(answers: Answers, scores: CapabilityScores) -> None:
     for text in sentences(answers, scores.distance):
         line(wrapped(text))
     line("")
-    rows = [{k.removeprefix("#"): v for k, v in row.items()} for row in fault_rows(answers)]
+    rows = _unmarked(fault_rows(answers))
     print_table(rows, title="faults that a program can see", least=["repeat %", "p", "of"])
 
 
@@ -671,7 +673,7 @@ def perplexity(
 def list_suites() -> None:
     """List the builtin suites; a YAML file is a suite too."""
     rows, full = [], []
-    for each in suites.builtin_suites().values():
+    for each in map(suites.load_suite, suites.BUILTIN):
         origins = _origins(each)
         closed = [name for name, one in origins.items() if one["use"] == NON_COMMERCIAL]
         rows.append(

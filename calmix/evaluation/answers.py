@@ -11,11 +11,18 @@ from dataclasses import asdict, dataclass
 from itertools import chain, islice, zip_longest
 from typing import Any
 
-from calmix.evaluation.behaviour import Counted, Pair, columns, held, paired, proportion, twice
-from calmix.evaluation.measures import TaskPair, TaskScores
+from calmix.evaluation.behaviour import (
+    Counted,
+    Pair,
+    columns,
+    common_tasks,
+    paired,
+    proportion,
+    repeat_pairs,
+)
+from calmix.evaluation.measures import TaskPair
 from calmix.evaluation.prompts import FAULTS, faults
 from calmix.evaluation.retention import Estimate, task_pairs
-from calmix.evaluation.scores import CapabilityScores
 from calmix.evaluation.tasks import shared_start
 
 
@@ -45,27 +52,20 @@ class Answers:
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-serialisable data."""
-        counts = {name: one and one.to_dict() for name, one in vars(self).items() if name in COUNTS}
+        counted = {"right": self.right, "sound": self.sound}
+        counts = {name: one and one.to_dict() for name, one in counted.items()}
         return asdict(self) | counts | {"faults": [one.to_dict() for one in self.faults]}
-
-
-COUNTS = ("right", "sound")
-
-
-def own(task: TaskScores) -> bool:
-    """Whether a task asks a user's prompts."""
-    return bool(task.prompts)
 
 
 def compare_answers(pair: Pair) -> Answers | None:
     """Compare two models' answers to a user's prompts; None if their suite has none."""
-    tasks, again = held([pair], own), held(twice([pair]), own)
+    tasks, again = common_tasks([pair], "prompts"), common_tasks(repeat_pairs([pair]), "prompts")
     if not tasks:
         return None
     texts, second = columns(tasks, "answers"), columns(again, "answers")
     checked, values = columns(tasks, "properties"), columns(tasks, "values")
     sound = [both for both, (one, _) in zip(values, checked, strict=True) if "right" not in one]
-    apart = [words for one, other in texts if (words := parted(one, other)) is not None]
+    apart = [words for one, other in texts if (words := shared_words(one, other)) is not None]
     counts = [_counted(name, tasks) for name in FAULTS]
     known = {one.name: one for one in counts if one is not None}
     right = known.pop("right", None)
@@ -98,7 +98,9 @@ def turned(pairs: Sequence[Pair], most: int) -> list[Turned]:
     """Return at most so many answers that were lost or gained, from each task in turn, those that
     were lost first."""
     by_task = []
-    for dense, small in held(pairs, lambda task: bool(task.answers) and not own(task)):
+    for dense, small in common_tasks(pairs, "answers"):
+        if dense.prompts:
+            continue
         both = zip(
             dense.items, dense.values, small.values, dense.answers, small.answers, strict=True
         )
@@ -122,7 +124,7 @@ def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     return paired(name, values) if values else None
 
 
-def parted(one: str, other: str) -> int | None:
+def shared_words(one: str, other: str) -> int | None:
     """Return the number of words after which two texts part; None if they are the same."""
     if one == other:
         return None
@@ -159,9 +161,10 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
     worst first. The pairs have one dense model."""
     records = []
     models = [pairs[0][0], *(small for _, small in pairs)]
-    tasks = [[task for task in one.tasks if own(task)] for one in models]
+    tasks = [[task for task in one.tasks if task.prompts] for one in models]
     for each in tasks[1:]:
         task_pairs(tasks[0], each)
+    distances = [(one.distance or {}).get("items") or {} for one in models[1:]]
     for several in zip(*tasks, strict=True):
         for at, item in enumerate(several[0].items):
             records.append(
@@ -170,11 +173,7 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
                     tuple(task.answers[at] for task in several),
                     tuple(tuple(faults(task.properties[at])) for task in several),
                     tuple(bool(task.values[at]) for task in several),
-                    tuple(_kl(one, item) for one in models[1:]),
+                    tuple(one.get(item) for one in distances),
                 )
             )
     return sorted(records, key=lambda row: row.badness, reverse=True)
-
-
-def _kl(one: CapabilityScores, item: str) -> float | None:
-    return ((one.distance or {}).get("items") or {}).get(item)

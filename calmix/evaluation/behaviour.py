@@ -8,7 +8,7 @@ counts are Wilson's (1927), which do not collapse when all or none of a few item
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from typing import Any
@@ -17,9 +17,7 @@ from calmix.errors import InputError
 from calmix.evaluation.measures import (
     FEW,
     PRIMARY,
-    RIGHT_OR_WRONG,
     TaskPair,
-    TaskScores,
     Z,
     has_signal,
 )
@@ -64,8 +62,10 @@ class Counted:
 
     @property
     def p(self) -> float:
-        """McNemar's exact two-sided p of losses against gains."""
-        return mcnemar(self.lost, self.gained)
+        """McNemar's exact two-sided p: a binomial test of losses against gains."""
+        changed, fewer = self.lost + self.gained, min(self.lost, self.gained)
+        tail = sum(math.comb(changed, count) for count in range(fewer + 1))
+        return min(1.0, 2 * tail / 2**changed)
 
     @property
     def share(self) -> Estimate:
@@ -150,9 +150,9 @@ class Behaviour:
 def behaviour(*pairs: Pair) -> Behaviour:
     """Count which answers and choices survive pruning, from scores of both models on one or more
     suites. A task that occurs in several is taken from the one with the most items."""
-    written, chosen = held(pairs, answered), held(pairs, chosen_from)
+    written, chosen = common_tasks(pairs, "written"), common_tasks(pairs, "chosen")
     above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
-    abilities, again = dict.fromkeys(dense.dimension for dense, _ in written), twice(pairs)
+    abilities, again = dict.fromkeys(dense.dimension for dense, _ in written), repeat_pairs(pairs)
     counts = (
         counted(name, [both for both in written if both[0].dimension == name]) for name in abilities
     )
@@ -168,7 +168,7 @@ def behaviour(*pairs: Pair) -> Behaviour:
     )
 
 
-def twice(pairs: Sequence[Pair]) -> list[Pair]:
+def repeat_pairs(pairs: Sequence[Pair]) -> list[Pair]:
     """Return the dense models' answers beside those they generated again in other batches."""
     repeated = []
     for dense in (dense for dense, _ in pairs if dense.repeat):
@@ -179,21 +179,6 @@ def twice(pairs: Sequence[Pair]) -> list[Pair]:
     return repeated
 
 
-def answered(task: TaskScores) -> bool:
-    """Whether a task's answers were generated and checked by a program."""
-    return task.written
-
-
-def chosen_from(task: TaskScores) -> bool:
-    """Whether a task's answers were chosen from given options."""
-    return bool(task.values) and not task.written
-
-
-def likely(task: TaskScores) -> bool:
-    """Whether retention of a task is measured by likelihood."""
-    return task.primary not in RIGHT_OR_WRONG
-
-
 def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
     """Return the tasks that every suite left out because they run generated code."""
     run = {task.name for dense, _ in pairs for task in dense.tasks if task.values}
@@ -202,15 +187,16 @@ def not_run(pairs: Sequence[Pair]) -> tuple[str, ...]:
     )
 
 
-def held(pairs: Sequence[Pair], fits: Callable[[TaskScores], bool]) -> list[TaskPair]:
-    """Return both models' scores of the tasks where both fit, each from the suite where it has the
-    most items. An `InputError` unless both models were given the same items in the same form."""
+def common_tasks(pairs: Sequence[Pair], field: str) -> list[TaskPair]:
+    """Return both models' scores of the tasks where both have a field (`written`, `chosen`,
+    `likely`, `prompts`), each from the suite where it has the most items. An `InputError` unless
+    both models were given the same items in the same form."""
     pairs_by_kind: dict[tuple[str, ...], TaskPair] = {}
     for dense, pruned in pairs:
         check_same_suite(pruned.suite, dense.suite)
         check_same_form(dense.form, pruned.form)
         for before, after in task_pairs(dense.tasks, pruned.tasks):
-            if not (fits(before) and fits(after)):
+            if not (getattr(before, field) and getattr(after, field)):
                 continue
             # Tasks of two suites are the same if their items are of one data set.
             key = before.name, before.dimension, before.items[0].partition("/")[0]
@@ -250,13 +236,6 @@ def paired(name: str, values: Sequence[tuple[float, float]]) -> Counted:
     return Counted(name, len(both), dense, small, sum(one and other for one, other in both))
 
 
-def mcnemar(lost: int, gained: int) -> float:
-    """Return McNemar's exact two-sided p (a binomial test of losses against gains)."""
-    changed = lost + gained
-    tail = sum(math.comb(changed, count) for count in range(min(lost, gained) + 1))
-    return min(1.0, 2 * tail / 2**changed)
-
-
 def proportion(right: int, of: int) -> Estimate:
     """Return a proportion with Wilson's 95 % interval."""
     if not of:
@@ -267,7 +246,7 @@ def proportion(right: int, of: int) -> Estimate:
     return Estimate(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
-def behind(counts: Counted) -> Estimate:
+def deficit(counts: Counted) -> Estimate:
     """Return how far the second model's share of right answers is behind the first's, with its 95 %
     interval for paired proportions (Newcombe 1998, method 10)."""
     wrong = counts.asked - counts.dense, counts.asked - counts.pruned
@@ -290,7 +269,7 @@ def behind(counts: Counted) -> Estimate:
 def likelihood(dense: CapabilityScores, pruned: CapabilityScores) -> Retention | None:
     """Return the retention of the tasks scored by likelihood; None if there are none, or if the
     dense model's baselines were not stored."""
-    tasks = held([(dense, pruned)], likely)
+    tasks = common_tasks([(dense, pruned)], "likely")
     try:
         return retention(*zip(*tasks, strict=True)) if tasks else None
     except InputError:

@@ -190,15 +190,10 @@ def named(sentence: str, phrase: str, terms: Sequence[str]) -> bool:
     return False
 
 
-def exact_match(answer: str, right: Sequence[str]) -> bool:
-    """Whether the first line of an answer is a right one after normalisation."""
-    stated = short_text(first_line(answer))
-    return bool(stated) and _same({stated}, right)
-
-
 def own_match(answer: str, right: Sequence[str]) -> bool:
-    """`exact_match` in any script: whatever the punctuation and the form of its characters."""
-    stated, *known = (
+    """Whether the first line of an answer is a right one after normalisation, in any script:
+    whatever the punctuation and the form of its characters."""
+    answer, *known = (
         "".join(
             char
             for char in unicodedata.normalize("NFKC", raised(text)).translate(MARKS)
@@ -206,7 +201,8 @@ def own_match(answer: str, right: Sequence[str]) -> bool:
         )
         for text in (answer, *right)
     )
-    return exact_match(stated, known)
+    stated = short_text(first_line(answer))
+    return bool(stated) and _same({stated}, known)
 
 
 def same_text(answer: str, right: Sequence[str]) -> bool:

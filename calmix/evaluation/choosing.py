@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from calmix.evaluation.answers import Answers, compare_answers
-from calmix.evaluation.behaviour import Counted, Pair, answered, behind, columns, held, paired
+from calmix.evaluation.behaviour import Counted, Pair, columns, common_tasks, deficit, paired
 from calmix.evaluation.retention import Estimate
 
 MARGIN = 0.05  # share of right answers by which a model may be worse
@@ -27,7 +27,7 @@ class Candidate:
     def values(self) -> list[tuple[float, float]]:
         """Whether each answer of the dense model and its own counts: is right, or without a check
         has no fault."""
-        return columns(held([self.pair], answered), "values")
+        return columns(common_tasks([self.pair], "written"), "values")
 
     @property
     def counted(self) -> Counted:
@@ -65,7 +65,7 @@ def choose_smallest(candidates: Sequence[Candidate], dense: str, margin: float) 
     all_of = {dense: [before for before, _ in candidates[0].values], **known}
     best = max(all_of, key=lambda name: sum(all_of[name]))
     apart = {
-        name: behind(paired(name, [*zip(all_of[best], values, strict=True)]))
+        name: deficit(paired(name, [*zip(all_of[best], values, strict=True)]))
         for name, values in known.items()
         if name != best
     }

@@ -18,12 +18,12 @@ from calmix.evaluation.evaluate import can_think, evaluate, how_asked, own_answe
 from calmix.evaluation.journal import Journal
 from calmix.evaluation.retention import Retention, task_pairs
 from calmix.evaluation.scores import (
+    KIND,
     CapabilityScores,
     check_same_form,
     check_same_suite,
     describe,
     load_pair,
-    pair_record,
 )
 from calmix.evaluation.served import Served
 from calmix.evaluation.suites import Suite
@@ -160,13 +160,17 @@ def evaluate_against(
 def scores_record(
     scores: CapabilityScores, dense: CapabilityScores | None, measure: Measure | None = None
 ) -> dict[str, Any]:
-    """Return the content of a file of scores, with what the model keeps of a dense one."""
-    more = {}
+    """Return the content of a file of scores: name and hash of each model, what it scored, and what
+    the model keeps of a dense one."""
+    models = {"model": scores} if dense is None else {"model": scores, "against": dense}
+    names = {role: {"name": one.model, "sha256": one.fingerprint} for role, one in models.items()}
+    record = {"kind": KIND, "request": {"suite": scores.suite}, **names, "scores": scores.to_dict()}
     if dense is not None:
-        more = Comparison.of(scores.model, [(dense, scores)], measure).to_dict()
+        record["dense"] = dense.to_dict()
+        record |= Comparison.of(scores.model, [(dense, scores)], measure).to_dict()
         if (changed := compare_answers((dense, scores))) is not None:
-            more["prompts"] = changed.to_dict()
-    return pair_record(scores, dense, **more)
+            record["prompts"] = changed.to_dict()
+    return record
 
 
 def read_pairs(

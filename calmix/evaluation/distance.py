@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +32,6 @@ from calmix.models.opening import OpenModel
 from calmix.precision import dtype_name
 
 REFERENCE_VERSION = 2  # raised when references change, so that cached ones are not reused
-ANSWER = 128  # tokens of an answer on which the distance is measured
 REPORTED = ("kl_median", "kl_p99", "top1")
 
 Texts = Mapping[str, Tensor]  # dimension: int64 token ids, shape (rows, length)
@@ -180,22 +178,6 @@ def distance(
         "dimensions": distances,
         "total": _record(tokens, np.mean(points, 0), others),
     }
-
-
-def answer_texts(
-    opened: OpenModel, answers: Sequence[tuple[str, list[int], str]]
-) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return prompts with their answers as `texts` and `last` of `reference`, by item.
-
-    `answers` are an item, the ids of its prompt, and the answer, of which at most `ANSWER` tokens
-    count; rows that exceed the model's context are left out, and so are empty answers.
-    """
-    texts, last = dict[str, Tensor](), dict[str, int]()
-    for item, before, answer in answers:
-        ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:ANSWER]
-        if ids and before and len(before) + len(ids) <= (opened.context or math.inf):
-            texts[item], last[item] = torch.tensor([[*before, *ids]]), len(ids)
-    return texts, last
 
 
 def pooled(distances: Mapping[str, Any], name: str) -> dict[str, Any]:

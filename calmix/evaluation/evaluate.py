@@ -13,26 +13,27 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from calmix.errors import DiskError, InputError, ModelError
 from calmix.evaluation import checks
-from calmix.evaluation.distance import answer_texts
 from calmix.evaluation.greedy import Prompt, answers, prompt
 from calmix.evaluation.journal import Journal
 from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import TaskScores, rounded
-from calmix.evaluation.prompts import THOUGHT, body, properties, same_call
+from calmix.evaluation.prompts import THOUGHT, Ask, body, properties, same_call
 from calmix.evaluation.sandbox import check_sandbox, failure
 from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.served import Served
 from calmix.evaluation.suites import Suite, TaskSpec, choose, runnable
-from calmix.evaluation.tasks import Ask, Item, load_items, task_texts
+from calmix.evaluation.tasks import Item, load_items, task_texts
 from calmix.machine import cores
 from calmix.manifest import deciding_versions
 from calmix.models.chat import end_tokens, in_chat, rendered
@@ -50,6 +51,7 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "tool": same_call,
 }
 CHUNK = 128  # a user's prompts that are answered together, and that a kill may lose
+COMPARED = 128  # tokens of an answer on which the distance is measured
 THINKING = 1024  # tokens of an answer in which a model may think first
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
@@ -163,15 +165,23 @@ def _scored(
     sha256 = model.fingerprint  # first: the files may change while the model is scored
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items = suite_asks(chosen)
-    pairs = [(name, item) for name, of_task in items.items() for item in of_task]
-    silent = set[str]()  # tasks that cannot be asked
-    if isinstance(model, OpenModel) and not takes_tools(model.tokenizer):
-        silent = {name for name, one in pairs if specs[name].writes and one.tools and not one.own}
-    questions = [(name, item) for name, item in pairs if specs[name].writes and name not in silent]
+    with_tools = isinstance(model, Served) or takes_tools(model.tokenizer)
+    questions = [
+        (name, item)
+        for name, of_task in items.items()
+        if specs[name].writes
+        and (with_tools or not any(one.tools and not one.own for one in of_task))
+        for item in of_task
+    ]
+    asked = {name for name, _ in questions}
     if any(one.check == "program" for _, one in questions):
         check_sandbox()
     requests = [
-        (name, *one) for name, item in pairs if not specs[name].writes for one in item.requests
+        (name, *one)
+        for name, of_task in items.items()
+        if not specs[name].writes
+        for item in of_task
+        for one in item.requests
     ]
     scorer, likely = None, iter(list[float]())
     if isinstance(model, Served):
@@ -189,21 +199,18 @@ def _scored(
         # All likelihood requests at once, so that common prefixes run only once.
         likely = iter(scorer.loglikelihood(requests))
         texts = ask(scorer, questions, rearranged, journal)
-    judged = _judged(questions, texts, dense)
+    judged = iter(_judged(questions, texts, dense))
     for name, spec in specs.items():
         of_task, record = items[name], dict[str, Any](chance=0.0)
-        if name in silent:
-            pass
-        elif spec.writes:
-            results = [judged[name, item.id] for item in of_task]
-            columns = zip(*results, strict=True)
-            record |= zip(("values", "answers", "ended", "properties"), columns, strict=True)
-            own = spec.kind == "prompts"
-            record["properties"] = record["properties"] if own else ()
-            record["prompts"] = tuple(item.own.plain for item in of_task) if own else ()
-        else:
+        if not spec.writes:
             rows = [[*islice(likely, len(item.requests))] for item in of_task]
             record = _likely(name, spec, of_task, rows, scorer if floors else None)
+        elif name in asked:
+            columns = [*zip(*islice(judged, len(of_task)), strict=True)]
+            record |= zip(("values", "answers", "ended"), columns, strict=False)
+            if spec.kind == "prompts":
+                record["prompts"] = tuple(item.plain for item in of_task)
+                record["properties"] = columns[-1]
         done.append(
             TaskScores(
                 name,
@@ -250,14 +257,18 @@ def form_of(model: OpenModel, suite: Suite) -> list[Any]:
 
 def own_answers(
     opened: OpenModel, suite: Suite, scores: CapabilityScores
-) -> tuple[dict[str, Any], dict[str, int]]:
-    """Return a model's answers to a user's prompts as `distance.answer_texts` does."""
-    questions, items = [], suite_asks(suite)
+) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Return a user's prompts with a model's answers as `texts` and `last` of `distance.reference`,
+    by item. Rows that exceed the model's context are left out, and so are empty answers."""
+    texts, last, items = dict[str, Tensor](), dict[str, int](), suite_asks(suite)
     for task in scores.tasks:
         known = {one.id: one for one in items[task.name]}
-        for item, text in zip(task.items, task.answers, strict=True):
-            questions.append((item, as_prompt(opened, known[item]).ids, text))
-    return answer_texts(opened, questions)
+        for item, answer in zip(task.items, task.answers, strict=True):
+            before = as_prompt(opened, known[item]).ids
+            ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:COMPARED]
+            if ids and before and len(before) + len(ids) <= (opened.context or math.inf):
+                texts[item], last[item] = torch.tensor([[*before, *ids]]), len(ids)
+    return texts, last
 
 
 def accuracies(
@@ -309,15 +320,15 @@ def _likely(
         values = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
         context_free = dict(zip(distinct, values, strict=True))
         scores["floors"] = rounded([[context_free[one] for one in row] for row in answers])
-    counts = Counter(
-        token for row in scorer.encode(task_texts(spec), special=False) for token in row
-    )
+    texts = task_texts(spec)
+    right = [row[item.gold] for row, item in zip(answers, items, strict=True)]
+    encoded = scorer.tokenizer([*texts, *right], add_special_tokens=False, verbose=False)
+    ids = encoded["input_ids"]
+    counts = Counter(chain.from_iterable(ids[: len(texts)]))
     total = math.log(counts.total())
     unigram = {token: math.log(count) - total for token, count in counts.items()}
-    right = scorer.encode(
-        [row[item.gold] for row, item in zip(answers, items, strict=True)], special=False
-    )
-    return scores | {"unigram": rounded([[math.fsum(unigram[t] for t in row) for row in right]])[0]}
+    codes = [math.fsum(unigram[token] for token in row) for row in ids[len(texts) :]]
+    return scores | {"unigram": rounded([codes])[0]}
 
 
 def ask(
@@ -333,8 +344,8 @@ def ask(
     scorer.truncated.update(
         name for (name, _), one in zip(questions, prompts, strict=True) if one.needs > context
     )
-    own = [at for at, (_, one) in enumerate(questions) if one.own is not None]
-    others = [at for at, (_, one) in enumerate(questions) if one.own is None]
+    own = [at for at, (_, one) in enumerate(questions) if one.own]
+    others = [at for at, (_, one) in enumerate(questions) if not one.own]
     texts_by_number = dict[int, tuple[str, bool]]()
     chunks = (own[at : at + CHUNK] for at in range(0, len(own), CHUNK))
     for part in filter(None, (others, *chunks)):
@@ -342,7 +353,7 @@ def ask(
         if part is not others:
             about = [(prompts[at].ids, prompts[at].tokens) for at in part]
             key = scorer.opened.cached("answers", rearranged, about).name
-        if (texts := journal.get(key)) is None:
+        if (texts := journal.known.get(key)) is None:
             texts = answers(
                 scorer.opened,
                 [prompts[at] for at in part],
@@ -361,9 +372,9 @@ def _judged(
     questions: Sequence[tuple[str, Ask]],
     texts: Sequence[tuple[str, bool]],
     dense: CapabilityScores | None,
-) -> dict[tuple[str, str], tuple[float, str, int, dict[str, bool]]]:
-    """Return by task and item whether an answer counts, its text, whether it ended, and its
-    properties. A user's prompt without a check counts if its answer has all of them."""
+) -> list[tuple[float, str, int, dict[str, bool]]]:
+    """Return of each answer whether it counts, its text, whether it ended, and its properties. A
+    user's prompt without a check counts if its answer has all of them."""
     known = {
         (task.name, item): text
         for task in (dense.tasks if dense is not None else ())
@@ -371,28 +382,28 @@ def _judged(
     }
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
         right = [*pool.map(lambda both, one: verdict(both[1], *one), questions, texts)]
-    judgements = {}
+    judgements = []
     for (name, one), (text, ended), good in zip(questions, texts, right, strict=True):
-        seen, key = dict[str, bool](), (name, one.id)
-        if one.own is not None:
-            seen = properties(one.own, text, ended, known.get(key))
+        seen = dict[str, bool]()
+        if one.own:
+            seen = properties(one, text, ended, known.get((name, one.id)))
             seen |= {"right": good} if one.check else {}
             good = good if one.check else all(seen.values())
-        judgements[key] = float(good), text, int(ended), seen
+        judgements.append((float(good), text, int(ended), seen))
     return judgements
 
 
 def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
     """Return an item as token ids; a ModelError if the chat template refuses a user's prompt."""
-    own, tokenizer, how = one.own, opened.tokenizer, dict[str, Any]()
+    tokenizer, how = opened.tokenizer, dict[str, Any]()
     if one.thinking:
         how["enable_thinking"] = True
     if one.tools:
         how["tools"] = [*one.tools]
     built = prompt(tokenizer, one.messages, one.plain, one.tokens, one.until, **how)
-    if own is None:
+    if not one.own:
         return built
-    begins = f"the prompt that begins '{own.plain[:40]}'"
+    begins = f"the prompt that begins '{one.plain[:40]}'"
     if opened.context is not None and len(built.ids) >= opened.context:
         raise ModelError(
             f"{begins} has {len(built.ids):,} tokens, and the context of {opened.name} holds "
@@ -400,9 +411,9 @@ def as_prompt(opened: OpenModel, one: Ask) -> Prompt:
         )
     if not getattr(tokenizer, "chat_template", None):
         return built
-    if rendered(tokenizer, own.messages, **how) is None:
+    if rendered(tokenizer, one.messages or (), **how) is None:
         raise ModelError(f"the chat template of {opened.name} refuses {begins}: change its turns")
-    if own.tools and not takes_tools(tokenizer):
+    if one.tools and not takes_tools(tokenizer):
         raise ModelError(
             f"the chat template of {opened.name} has no tools, which {begins} gives: leave such "
             "prompts out, or use a template with tools"
@@ -416,14 +427,15 @@ def suite_asks(suite: Suite) -> dict[str, list[Any]]:
     by_task = {name: load_items(spec) for name, spec in suite.tasks.items()}
     if not suite.thinking:
         return by_task
-    return {name: [_thinking(one) for one in items] for name, items in by_task.items()}
-
-
-def _thinking(one: Any) -> Any:
-    if not isinstance(one, Ask) or one.messages is None:
-        return one
-    own = one.own and replace(one.own, thinking=True)
-    return replace(one, thinking=True, tokens=one.tokens + THINKING, own=own)
+    return {
+        name: [
+            replace(one, thinking=True, tokens=one.tokens + THINKING)
+            if isinstance(one, Ask) and one.messages is not None
+            else one
+            for one in items
+        ]
+        for name, items in by_task.items()
+    }
 
 
 def can_think(tokenizer: Any) -> bool:
@@ -444,7 +456,7 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     counts; an empty one is wrong. Programs run in the sandbox."""
     if item.thinking and not ended and THOUGHT not in answer:
         return False
-    answer = body(answer) if item.own is not None or item.thinking else answer
+    answer = body(answer) if item.own or item.thinking else answer
     answer = answer if ended else checks.finished(answer, item.check)
     if not answer.strip() or not item.check:
         return False
@@ -453,7 +465,10 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     if item.check != "program":
         return CHECKS[item.check](answer, item.right)
     doc, entry = item.doc, item.doc.get("entry_point", "")
-    names = [entry] if entry else _definitions(doc["code"])
+    names = [entry]
+    if not entry:  # all that the solution defines
+        kinds, tree = (ast.FunctionDef, ast.ClassDef), ast.parse(doc["code"])
+        names = [node.name for node in tree.body if isinstance(node, kinds)]
     tests = doc.get("test_list") or [f"assert {one}" for one in doc.get("tests", ())]
     entry = entry or next((name for name in names if f"{name}(" in tests[0]), "")
     code = checks.program(answer, doc.get("prompt", ""), entry)
@@ -462,9 +477,3 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     else:
         text, head = "\n".join([doc.get("test_setup_code", ""), *tests, ""]), ""
     return not failure(code, text, names=names, head=head)
-
-
-def _definitions(code: str) -> list[str]:
-    """Return the functions and classes that a module defines."""
-    kinds = ast.FunctionDef, ast.ClassDef
-    return [node.name for node in ast.parse(code).body if isinstance(node, kinds)]

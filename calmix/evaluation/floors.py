@@ -16,7 +16,7 @@ then. All abilities must pass, so their number needs no correction (intersection
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -26,7 +26,7 @@ import numpy as np
 from calmix.errors import InputError
 from calmix.evaluation import behaviour
 from calmix.evaluation.behaviour import Pair
-from calmix.evaluation.measures import Array, Measure, TaskPair, TaskScores, has_signal, parts
+from calmix.evaluation.measures import Array, Measure, TaskPair, has_signal, parts
 from calmix.evaluation.retention import RESAMPLES
 from calmix.evaluation.scores import CapabilityScores
 from calmix.manifest import sealed, versions
@@ -38,11 +38,11 @@ FLAG = "--keep-at-least"
 LOST = 3.0  # times what a mean item has: the loss of one more item in bits, which have no limit
 MOST = 2 * 10**5  # resamples
 ANSWERS, ACCURACY, LIKELIHOOD = "generated answers", "accuracy", "likelihood"
-# The tasks a measure applies to, the score it uses, and what its items are called.
-MEASURES: dict[str, tuple[Callable[[TaskScores], bool], Measure, str]] = {
-    ANSWERS: (behaviour.answered, "accuracy", "right answers"),
-    ACCURACY: (behaviour.chosen_from, "accuracy", "right choices"),
-    LIKELIHOOD: (behaviour.likely, "primary", "items by likelihood"),
+# The field of tasks that a measure applies to, the score it uses, and what its items are called.
+MEASURES: dict[str, tuple[str, Measure, str]] = {
+    ANSWERS: ("written", "accuracy", "right answers"),
+    ACCURACY: ("chosen", "accuracy", "right choices"),
+    LIKELIHOOD: ("likely", "primary", "items by likelihood"),
 }
 
 
@@ -251,15 +251,15 @@ def lower_mean(
     """
     counts = counts or [np.ones(whole.shape[1]) for _, whole in tasks]
     weights = random_weights((1.0, *np.concatenate(counts)))
-    parted = np.split(weights[:, 1:], np.cumsum([len(many) for many in counts])[:-1], axis=1)
+    by_task = np.split(weights[:, 1:], np.cumsum([len(many) for many in counts])[:-1], axis=1)
     sums = [whole @ many for (_, whole), many in zip(tasks, counts, strict=True)]
     harm = [most / of for of, most in zip(sums, lost, strict=True)]
     ratios = []
     for at, ((retained, whole), many) in enumerate(zip(tasks, counts, strict=True)):
         more = weights[:, :1] * (np.argmax(harm, 0) == at)
         mean = sums[at] / np.maximum(1, ((retained != 0) | (whole != 0)) @ many)
-        of = parted[at] @ whole.T + more * mean
-        left = parted[at] @ retained.T + more * (mean - lost[at])
+        of = by_task[at] @ whole.T + more * mean
+        left = by_task[at] @ retained.T + more * (mean - lost[at])
         ratios.append(np.divide(left, of, out=np.full_like(of, np.nan), where=of > 0))
     return np.nanquantile(np.mean(ratios, 0), 1 - confidence, axis=0)
 
@@ -279,7 +279,9 @@ def judge(
     Raises:
         InputError: a named ability is in no suite, or the dense model has no signal in it.
     """
-    tasks = {measure: behaviour.held(pairs, fits) for measure, (fits, *_) in MEASURES.items()}
+    tasks = {
+        measure: behaviour.common_tasks(pairs, field) for measure, (field, *_) in MEASURES.items()
+    }
     known = list(dict.fromkeys(one[0].dimension for some in tasks.values() for one in some))
     if unknown := [name for name in floors if name and name not in known]:
         left = ", ".join(behaviour.not_run(pairs))

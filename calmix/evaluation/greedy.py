@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from calmix.evaluation.likelihood import Progress
+from calmix.evaluation.prompts import loops
 from calmix.evaluation.scorer import attention_window, not_finite, prefix_cache
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
@@ -255,7 +256,9 @@ class _Writer:
                 row.written.append(token)
             tail = self.tokenizer.decode(row.written[-TAIL:]) if row.until else ""
             row.ended = end or any(stop in tail for stop in row.until)
-            row.over = row.ended or len(row.written) >= row.tokens or loops(row.written)
+            row.over = (
+                row.ended or len(row.written) >= row.tokens or loops(row.written, LOOP, PERIOD)
+            )
             self.done += row.over
             if row.over and self.progress is not None:
                 self.progress(self.done, self.total)
@@ -281,9 +284,3 @@ class _Writer:
             )
         for step in generated[:, inputs.shape[1] :].T:
             self._append(rows, step)
-
-
-def loops(ids: Sequence[int]) -> bool:
-    """Whether an answer ends in a short repeating sequence."""
-    tail = ids[-LOOP:]
-    return len(tail) == LOOP and any(tail[n:] == tail[:-n] for n in range(1, PERIOD + 1))

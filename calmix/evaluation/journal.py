@@ -14,26 +14,22 @@ Answers = list[tuple[str, bool]]  # texts, and whether they ended by themselves
 
 class Journal:
     """A file of answers by the hash of what was asked, to which they are appended as they come;
-    without a path it keeps nothing."""
+    without a path it keeps nothing. `known` are those that it had when it was opened."""
 
     def __init__(self, path: Path | None) -> None:
-        self.path, self._known = path, dict[str, Answers]()
+        self.path, self.known = path, dict[str, Answers]()
         if path is None:
             return
         with suppress(FileNotFoundError):
             for line in path.read_bytes().splitlines():
                 with suppress(ValueError, TypeError):  # the last line may be cut
                     key, rows = json.loads(line)
-                    self._known[key] = [(str(text), bool(ended)) for text, ended in rows]
+                    self.known[key] = [(str(text), bool(ended)) for text, ended in rows]
 
     @property
     def count(self) -> int:
         """The answers that it had when it was opened."""
-        return sum(map(len, self._known.values()))
-
-    def get(self, key: str) -> Answers | None:
-        """Return the answers of a key; None if they are not known."""
-        return self._known.get(key)
+        return sum(map(len, self.known.values()))
 
     def add(self, key: str, answers: Sequence[tuple[str, bool]]) -> None:
         """Append answers to the file."""

@@ -96,11 +96,21 @@ class TaskScores:
         return bool(self.values) and self.metric in WRITTEN
 
     @property
+    def chosen(self) -> bool:
+        """Whether its answers were chosen from given options."""
+        return bool(self.values) and not self.written
+
+    @property
+    def likely(self) -> bool:
+        """Whether its retention is measured by likelihood."""
+        return self.primary not in RIGHT_OR_WRONG
+
+    @property
     def consistent(self) -> bool:
         """Whether all parts have one length, those needed by likelihood scores are present, and
         every gold index is valid."""
         tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]
-        likely = self.loglikelihoods or self.primary not in RIGHT_OR_WRONG
+        likely = self.loglikelihoods or self.likely
         needed = (self.gold, self.bytes, self.loglikelihoods) if likely else ()
         parts: tuple[Sequence[Any], ...] = (self.values, self.gold, self.unigram, *tables)
         parts += self.answers, self.ended, self.prompts, self.properties

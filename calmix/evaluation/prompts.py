@@ -19,13 +19,13 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from calmix.errors import InputError, SourceError, nearest
 from calmix.evaluation import checks
-from calmix.evaluation.quantities import numbers
+from calmix.evaluation.quantities import readings
 from calmix.files import parse_json, sha256_json
 from calmix.sources.documents import TEXT, fill
 from calmix.sources.local import CHATS, FORMATS, chat_messages
@@ -34,7 +34,7 @@ from calmix.sources.registry import local_file
 ANSWER_TOKENS = 256  # most tokens of an answer by default
 MOST_TOKENS = 32_768
 FIELDS = ("prompt", "question", "instruction", "input", "text")  # the first one present is read
-CHECKS = {  # how an answer is compared: the check of `tasks.Ask`
+CHECKS = {  # how an answer is compared: the check of an `Ask`
     "text": "text",
     "exact": "exact",
     "number": "number",
@@ -83,34 +83,47 @@ TYPES: dict[str, Any] = {
 
 
 @dataclass(frozen=True)
-class OwnPrompt:
-    """A row of a file of prompts. `check` is "" and `right` None if nothing is compared."""
+class Ask:
+    """An item with a generated answer: the question as a `chat` (a turn, or all messages) and as
+    `plain` text, the right answer and its `check` ("" if nothing is compared), the most tokens to
+    generate, and the texts that stop an answer. `number` is as in `tasks.Item`. `tools` may be
+    called; `own` is whether it is a user's prompt; `thinking` is whether the chat template lets the
+    model think first."""
 
-    messages: tuple[dict[str, Any], ...]
-    check: str = ""
-    right: Any = None
+    id: str
+    number: int
+    chat: str | tuple[dict[str, Any], ...] | None
+    plain: str
+    right: Any
+    doc: Mapping[str, Any]
+    check: str
+    tokens: int
+    until: tuple[str, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
-    max_tokens: int = ANSWER_TOKENS
+    own: bool = False
     thinking: bool = False
 
     @property
-    def question(self) -> str:
-        """The last turn."""
-        return str(self.messages[-1]["content"])
+    def messages(self) -> tuple[dict[str, Any], ...] | None:
+        """The messages of the chat; None for an item that is asked as plain text."""
+        if isinstance(self.chat, str):
+            return ({"role": "user", "content": self.chat},)
+        return self.chat
 
     @property
-    def plain(self) -> str:
-        """All turns as text, for a model without a chat template."""
-        return "\n\n".join(one["content"] for one in self.messages if one["content"])
+    def question(self) -> str:
+        """The question itself, without worked examples."""
+        text = self.doc.get("question") or self.doc.get("query") or self.chat or self.plain
+        return str(text).rpartition("Question:")[2]
 
     @property
     def sha256(self) -> str:
-        """Hash of what is asked, which identifies the prompt and its half (`halves`)."""
-        content = [[*self.messages], [*self.tools], self.thinking]
+        """Hash of what is asked in a chat, which identifies a user's prompt and its half."""
+        content = [self.messages, self.tools, self.thinking]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) -> list[OwnPrompt]:
+def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) -> list[Ask]:
     """Read prompts from rows (.jsonl, .json, .csv, .tsv, .parquet; FILE@FIELD names a field) or
     from the lines of a .txt file. Of equal prompts only the first is kept; `note` is told how many
     were not.
@@ -118,10 +131,10 @@ def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) ->
     Raises:
         InputError: a row that cannot be asked, with its line.
     """
-    prompts, count = dict[str, OwnPrompt](), 0
+    prompts, count = dict[str, Ask](), 0
     for where, row in _rows(str(path)):
         try:
-            one = _prompt(row)
+            one = parse_prompt(row)
         except (ValueError, SourceError) as error:
             raise InputError(f"{where}: {error}") from None
         prompts.setdefault(one.sha256, one)
@@ -133,11 +146,11 @@ def read_prompts(path: str | Path, note: Callable[[str], None] | None = None) ->
     return list(prompts.values())
 
 
-def halves(prompts: Sequence[OwnPrompt]) -> tuple[list[OwnPrompt], list[OwnPrompt]]:
+def halves(prompts: Sequence[Ask]) -> tuple[list[Ask], list[Ask]]:
     """Split prompts by their hash into those to calibrate with and those to test with, so that no
     prompt serves both whatever else is in its file. An InputError if either half is empty."""
-    test = [one for one in prompts if number(one) % 2 == 0]
-    calibrate = [one for one in prompts if number(one) % 2]
+    test = [one for one in prompts if one.number % 2 == 0]
+    calibrate = [one for one in prompts if one.number % 2]
     if not calibrate or not test:
         raise InputError(
             f"{len(prompts)} prompts cannot be split into some to calibrate and some to test: add "
@@ -146,14 +159,9 @@ def halves(prompts: Sequence[OwnPrompt]) -> tuple[list[OwnPrompt], list[OwnPromp
     return calibrate, test
 
 
-def calibration_hash(prompts: Sequence[OwnPrompt]) -> str:
+def calibration_hash(prompts: Sequence[Ask]) -> str:
     """Return a hash of the half to calibrate with, which records of calibration sets have."""
-    return sha256_json([one.sha256 for one in prompts if number(one) % 2])
-
-
-def number(prompt: OwnPrompt) -> int:
-    """Return a number from a prompt's hash; even ones are in the half to test with."""
-    return int(prompt.sha256[:8], 16)
+    return sha256_json([one.sha256 for one in prompts if one.number % 2])
 
 
 def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -183,8 +191,9 @@ def _rows(name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         raise InputError(str(error)) from error
 
 
-def _prompt(row: dict[str, Any]) -> OwnPrompt:
-    """Check a row; a ValueError or SourceError says what is wrong."""
+def parse_prompt(row: dict[str, Any]) -> Ask:
+    """Return the prompt of a row; a ValueError or SourceError says what is wrong. Even numbers are
+    in the half to test with."""
     row = {key: value for key, value in row.items() if value not in (None, "")}
     name = next((one for one in CHATS if one in row), None)
     if name is not None:
@@ -209,7 +218,11 @@ def _prompt(row: dict[str, Any]) -> OwnPrompt:
     tools = _parsed(row.get("tools", []))
     tools = tuple(_tool(one) for one in tools) if isinstance(tools, list) else (_tool(tools),)
     thinking = str(row.get("thinking", False)).lower() in ("true", "1", "yes")
-    return OwnPrompt(messages, *_expected(row, tools), tools, tokens, thinking)
+    check, right = _expected(row, tools)
+    plain = "\n\n".join(one["content"] for one in messages if one["content"])
+    doc = {"question": str(messages[-1]["content"])}
+    one = Ask("", 0, messages, plain, right, doc, check, tokens, (), tools, True, thinking)
+    return replace(one, id=one.sha256[:12], number=int(one.sha256[:8], 16))
 
 
 def _parsed(value: Any) -> Any:
@@ -228,7 +241,7 @@ def _tool(value: Any) -> dict[str, Any]:
 
 
 def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
-    """Return the check of a row's answer and what is right, as `tasks.Ask` has them."""
+    """Return the check of a row's answer and what is right, as `Ask` has them."""
     answer, check = row.get("answer"), _parsed(row.get("check"))
     if isinstance(check, dict):
         if unknown := [key for key in check if key not in checks.REQUESTED]:
@@ -247,7 +260,7 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
     some = [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
     match check or "text":
         case "number":
-            if not numbers(some[0]):
+            if all(one.value is None for one in readings(some[0])):
                 raise ValueError(f"'answer' must be a number, not '{some[0]}'")
             return "number", some[0]
         case "result":
@@ -286,22 +299,20 @@ def _rule(key: str, value: Any) -> Any:
 # What can be seen of an answer
 
 
-def properties(
-    prompt: OwnPrompt, answer: str, ended: bool, dense: str | None = None
-) -> dict[str, bool]:
+def properties(prompt: Ask, answer: str, ended: bool, dense: str | None = None) -> dict[str, bool]:
     """Return what is expected of an answer (keys of `FAULTS`), and whether it is so. `dense` is the
     dense model's answer, by default the answer itself."""
-    model = answer if dense is None else dense
-    text, known, looping = body(answer), body(model), loops(answer)
+    model, question = answer if dense is None else dense, prompt.doc["question"]
+    text, known, looping = body(answer), body(model), loops(answer.rstrip())
     traits = {"text": bool(text.strip()), "end": ended or looping, "progress": not looping}
     if prompt.thinking or THOUGHT in model:
         traits["thought"] = THOUGHT in answer
     if not traits["text"]:  # counted once, as empty
         return traits
-    spoken = language(known) or language(prompt.question)
+    spoken = language(known) or language(question)
     if spoken:
         traits["language"] = language(text) in ("", spoken)
-    if re.search(r"\bjson\b", prompt.question, re.IGNORECASE) or is_json(known):
+    if re.search(r"\bjson\b", question, re.IGNORECASE) or is_json(known):
         traits["json"] = is_json(text)
     blocks = PYTHON.findall(text)
     if blocks or PYTHON.search(known):
@@ -322,12 +333,12 @@ def body(answer: str) -> str:
     return answer.rpartition(THOUGHT)[2]
 
 
-def loops(text: str) -> bool:
-    """Whether a text ends in a short part that is repeated four times or more."""
-    tail = text.rstrip()[-4 * PERIOD :]
-    for period in range(1, PERIOD + 1):
-        size = max(REPEATED, 4 * period)
-        if len(tail) >= size and tail[-size + period :] == tail[-size:-period]:
+def loops(row: Sequence[Any], size: int = REPEATED, most: int = PERIOD) -> bool:
+    """Whether a text or row ends in a part of at most `most` characters that is repeated four times
+    or more, over at least `size` characters."""
+    for period in range(1, most + 1):
+        start = len(row) - max(size, 4 * period)
+        if start >= 0 and row[start + period :] == row[start:-period]:
             return True
     return False
 
@@ -423,9 +434,5 @@ def same_call(answer: str, right: Mapping[str, Any]) -> bool:
     if len(calls) != 1 or calls[0].get("name") != right["name"]:
         return False
     values, wanted = arguments(calls[0]) or {}, arguments(right) or {}
-    return all(_same_value(values.get(name), value) for name, value in wanted.items())
-
-
-def _same_value(one: Any, other: Any) -> bool:
-    one, other = (json.dumps(value, sort_keys=True).lower() for value in (one, other))
-    return bool(one == other)
+    stated = {name: values.get(name) for name in wanted}
+    return json.dumps(stated, sort_keys=True).lower() == json.dumps(wanted, sort_keys=True).lower()

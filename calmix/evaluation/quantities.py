@@ -116,11 +116,6 @@ def readings(text: str) -> list[Reading]:
     return numbers
 
 
-def numbers(text: str) -> list[Fraction]:
-    """Return the values of the `readings` of a text."""
-    return [one.value for one in readings(text) if one.value is not None]
-
-
 def single(text: str) -> Reading | None:
     """Return the number that is all of a text; None if it is anything else."""
     match = NUMBER.fullmatch(_written(text).strip())

@@ -107,8 +107,7 @@ class Retention(Shown):
 
     def of(self, dimension: str) -> Estimate:
         """Return the retention of a dimension; all None if the measure has none."""
-        estimates = (one.kept for one in self.dimensions if one.name == dimension)
-        return next(estimates, Estimate(None))
+        return self.estimates.get(dimension, Estimate(None))
 
 
 def retention(

@@ -108,24 +108,18 @@ class Scorer:
         if self.progress is not None:
             self.progress(self.done, self.total)
 
-    def encode(self, texts: list[str], *, special: bool = True) -> list[list[int]]:
-        """Tokenise texts; the tokenizer adds its begin token, if any, if `special`."""
-        if not texts:
-            return []
-        if special:
-            return to_continue(self.tokenizer, texts)
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
     def loglikelihood(self, requests: Sequence[tuple[str, str, str]]) -> list[float]:
         """Return the log-likelihood of each answer in nats, for requests (task, context, answer).
 
         Context and answer are tokenised together, then split, as in lm-evaluation-harness.
         """
+        if not requests:
+            return []
         contexts = [context.rstrip() for _, context, _ in requests]
         distinct = list(dict.fromkeys(contexts))
-        encoded = dict(zip(distinct, self.encode(distinct), strict=True))
-        whole = self.encode([context + answer for _, context, answer in requests])
-        scored = []
+        encoded = dict(zip(distinct, to_continue(self.tokenizer, distinct), strict=True))
+        texts = [context + answer for _, context, answer in requests]
+        whole, scored = to_continue(self.tokenizer, texts), []
         for owner, (request, text, ids) in enumerate(zip(requests, contexts, whole, strict=True)):
             task, context = request[0], encoded[text]
             answer = ids[len(context) :]

@@ -103,21 +103,6 @@ class CapabilityScores(Shown):
             super().save(path)
 
 
-def pair_record(
-    scores: CapabilityScores, dense: CapabilityScores | None = None, **more: Any
-) -> dict[str, Any]:
-    """Return the content of a file of scores: name and hash of each model, and what it scored."""
-    models = {"model": scores} if dense is None else {"model": scores, "against": dense}
-    both = {"scores": scores} if dense is None else {"scores": scores, "dense": dense}
-    return {
-        "kind": KIND,
-        "request": {"suite": scores.suite},
-        **{role: {"name": one.model, "sha256": one.fingerprint} for role, one in models.items()},
-        **{name: one.to_dict() for name, one in both.items()},
-        **more,
-    }
-
-
 def write_scores(path: Path, content: Mapping[str, Any]) -> None:
     """Write the content of a file of scores as JSON on one line, sealed by its hash."""
     write_text(path, json.dumps(sealed(content), ensure_ascii=False) + "\n")

@@ -20,8 +20,7 @@ from urllib.parse import urlsplit
 
 from calmix.errors import InputError, PassingError, nearest
 from calmix.evaluation.journal import Journal
-from calmix.evaluation.prompts import THOUGHT
-from calmix.evaluation.tasks import Ask
+from calmix.evaluation.prompts import THOUGHT, Ask
 from calmix.files import sha256_json
 from calmix.options import ServerOptions
 
@@ -32,6 +31,11 @@ KEY = "CALMIX_API_KEY"
 CONNECT, LIST = 3.0, 10.0  # seconds to connect, and to list models
 TRIES, PAUSE, LONGEST = 5, 1.0, 30.0  # times a request is sent; first and longest pause in seconds
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes after which it is sent again
+HINTS = {
+    404: ": does the address end in /v1, and is the model's name right (--model)?",
+    400: ": it refuses the request: a prompt may be longer than its context",
+    422: ": it refuses the request",
+}
 ENDED = ("stop", "tool_calls", "function_call", "eos")  # reasons of an answer that ended by itself
 
 
@@ -79,7 +83,7 @@ class Served:
         journal, start = journal or Journal(None), time.monotonic()
         bodies = [self._body(one) for one in questions]
         keys = [sha256_json([self.fingerprint, rearranged, body]) for body in bodies]
-        texts = dict(zip(range(len(questions)), (journal.get(key) for key in keys), strict=True))
+        texts = dict(zip(range(len(questions)), map(journal.known.get, keys), strict=True))
         waiting = [at for at, known in texts.items() if known is None]
         done = len(questions) - len(waiting)
         if rearranged:
@@ -137,28 +141,37 @@ class Served:
         for left in range(TRIES - 1, -1, -1):
             wait = 0.0
             try:
-                got = self._client.request(method, where, json=body, **more)
-                if got.status_code == 200:
-                    return _json(got, where)
-                said = f"answers {got.status_code}{_said(got)}"
-                if got.status_code in (401, 403):
+                response = self._client.request(method, where, json=body, **more)
+                status = response.status_code
+                if status == 200:
+                    with suppress(ValueError):
+                        return response.json()
+                    if response.text.lstrip()[:1] == "<":
+                        raise InputError(
+                            f"{where} answers with HTML, not JSON: name the address of the API, "
+                            "such as http://HOST:PORT/v1"
+                        )
+                    said = "sends half an answer"
+                elif status in (401, 403):
                     raise InputError(
-                        f"{where} refuses the key (status {got.status_code}): put the right one "
+                        f"{where} refuses the key (status {status}): put the right one "
                         f"in the environment variable {KEY}"
                     )
-                if got.status_code not in AGAIN:
-                    hint = f": {_HINTS[got.status_code]}" if got.status_code in _HINTS else ""
-                    raise InputError(f"{where} {said}{hint}")
-                after = got.headers.get("retry-after", "")
-                wait = float(after) if re.fullmatch(r"\d{1,4}", after) else 0.0
+                else:
+                    said = f"answers {status}{_said(response)}"
+                    if status not in AGAIN:
+                        raise InputError(f"{where} {said}{HINTS.get(status, '')}")
+                    after = response.headers.get("retry-after", "")
+                    wait = float(after) if re.fullmatch(r"\d{1,4}", after) else 0.0
             except httpx2.TransportError as error:
                 if more:
-                    raise InputError(_not_there(self.url)) from error
+                    raise InputError(
+                        f"no server answers at {self.url}: start it, or correct the address "
+                        "(http://HOST:PORT/v1)"
+                    ) from error
                 said = "breaks the connection"
                 if isinstance(error, httpx2.TimeoutException):
                     said = f"gives no answer in {self.how.timeout:g} s"
-            except _HalfAnswerError:
-                said = "sends half an answer"
             except httpx2.HTTPError as error:
                 raise InputError(f"cannot ask {where}: {type(error).__name__}") from None
             if self._client.is_closed:  # another request has failed for good
@@ -172,37 +185,10 @@ class Served:
         )
 
 
-_HINTS = {
-    404: "does the address end in /v1, and is the model's name right (--model)?",
-    400: "it refuses the request: a prompt may be longer than its context",
-    422: "it refuses the request",
-}
-
-
-class _HalfAnswerError(Exception):
-    pass
-
-
-def _not_there(url: str) -> str:
-    return f"no server answers at {url}: start it, or correct the address (http://HOST:PORT/v1)"
-
-
-def _json(got: Any, where: str) -> Any:
-    try:
-        return got.json()
-    except ValueError as error:
-        if got.text.lstrip()[:1] == "<":
-            raise InputError(
-                f"{where} answers with HTML, not JSON: name the address of the API, such as "
-                "http://HOST:PORT/v1"
-            ) from error
-        raise _HalfAnswerError from error
-
-
-def _said(got: Any) -> str:
+def _said(response: Any) -> str:
     """Return the message of a failed request."""
     try:
-        value = got.json()
+        value = response.json()
         error = value.get("error", value.get("message", ""))
         text = error.get("message", "") if isinstance(error, dict) else error
     except (ValueError, AttributeError):

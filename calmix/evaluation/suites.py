@@ -36,7 +36,7 @@ Score = Literal["bits", "smoothed", "accuracy", "kept", "right"]
 WRITTEN = ("pass@1", "as_asked")  # metrics of generated answers
 Positive = Annotated[int, Field(ge=1)]
 _ROOT = resources.files("calmix.evaluation")
-_BUILTIN = sorted(file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir())
+BUILTIN = sorted(file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir())
 
 CHOICES: tuple[Score, ...] = ("smoothed", "bits", "accuracy")
 TEXTS: tuple[Score, ...] = ("bits", "smoothed")
@@ -262,11 +262,6 @@ def provenance(spec: TaskSpec) -> dict[str, str]:
     return known.get(best, {"licence": "unstated", "origin": "-"})
 
 
-def builtin_suites() -> dict[str, Suite]:
-    """Return the suites that come with the tool, by name."""
-    return {name: load_suite(name) for name in _BUILTIN}
-
-
 def load_suite(name: str | Path) -> Suite:
     """Load a builtin suite by name, or a user's own by the path of its YAML file.
 
@@ -277,7 +272,7 @@ def load_suite(name: str | Path) -> Suite:
         return Suite.model_validate(packaged(f"evaluation/suites/{text}.yaml"))
     if path.suffix.lower() not in (".yaml", ".yml") and "/" not in text and not path.is_file():
         raise InputError(
-            f"unknown suite '{text}': {nearest(text, _BUILTIN)} (or the path of a .yaml file)"
+            f"unknown suite '{text}': {nearest(text, BUILTIN)} (or the path of a .yaml file)"
         )
     suite = parse_model(Suite, read_text(path), str(path))
     for tasks in suite.dimensions.values():
@@ -307,7 +302,7 @@ def prompt_suite(path: str | Path, *, test_half: bool = False) -> Suite:
 
 def suite_file(name: str | Path) -> Path | None:
     """Return the path of a user's own suite; None for a builtin one."""
-    return None if str(name) in _BUILTIN else user_path(str(name))
+    return None if str(name) in BUILTIN else user_path(str(name))
 
 
 def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:

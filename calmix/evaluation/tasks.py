@@ -17,7 +17,7 @@ from typing import Any
 
 from calmix import assets
 from calmix.errors import InputError, nearest
-from calmix.evaluation.prompts import OwnPrompt, number, read_prompts
+from calmix.evaluation.prompts import Ask, read_prompts
 from calmix.evaluation.suites import ARCHIVE, ASKED, Suite, TaskSpec, read_rows
 from calmix.yaml_files import packaged
 
@@ -56,40 +56,6 @@ class Item:
     gold: int
 
 
-@dataclass(frozen=True)
-class Ask:
-    """An item with a generated answer: the question as a `chat` (a turn, or all messages) and as
-    `plain` text, the right answer and its `check`, the most tokens to generate, and the texts that
-    stop an answer. `tools` may be called; `own` is the user's prompt, if it is one; `thinking` is
-    whether the chat template lets the model think first."""
-
-    id: str
-    number: int
-    chat: str | tuple[dict[str, Any], ...] | None
-    plain: str
-    right: Any
-    doc: Mapping[str, Any]
-    check: str
-    tokens: int
-    until: tuple[str, ...]
-    tools: tuple[dict[str, Any], ...] = ()
-    own: OwnPrompt | None = None
-    thinking: bool = False
-
-    @property
-    def messages(self) -> tuple[dict[str, Any], ...] | None:
-        """The messages of the chat; None for an item that is asked as plain text."""
-        if isinstance(self.chat, str):
-            return ({"role": "user", "content": self.chat},)
-        return self.chat
-
-    @property
-    def question(self) -> str:
-        """The question itself, without worked examples."""
-        text = self.doc.get("question") or self.doc.get("query") or self.chat or self.plain
-        return str(text).rpartition("Question:")[2]
-
-
 def load_items(spec: TaskSpec) -> list[Any]:
     """Return the items of a task, in order: `Ask` if the model writes its answers, else `Item`."""
     kind, shots = str(spec.kind), spec.shots or 0
@@ -98,7 +64,7 @@ def load_items(spec: TaskSpec) -> list[Any]:
     if spec.file is None:
         return spec.pick(_archive_items(str(spec.archive), str(spec.form), shots))
     if kind == "prompts":
-        return spec.pick([_own(one) for one in read_prompts(spec.file)])
+        return spec.pick(read_prompts(spec.file))
     name, rows = Path(spec.file).stem, read_rows(spec.file, kind, shots)
     if kind == "choices":
         for row in rows:
@@ -114,25 +80,6 @@ def load_items(spec: TaskSpec) -> list[Any]:
             shown = right if isinstance(right, str) else right[0]
             docs.append({"question": row["question"], "right": right, "shown": shown})
     return spec.pick(_asked(name, known | {"examples": shots}, docs))
-
-
-def _own(one: OwnPrompt) -> Ask:
-    """Return a user's prompt as an item."""
-    doc = {"question": one.question, "right": one.right}
-    return Ask(
-        one.sha256[:12],
-        number(one),
-        one.messages,
-        one.plain,
-        one.right,
-        doc,
-        one.check,
-        one.max_tokens,
-        (),
-        one.tools,
-        one,
-        one.thinking,
-    )
 
 
 def _cloze(name: str, number: int, row: Mapping[str, Any]) -> Item:
@@ -354,32 +301,25 @@ def _program(head: str, question: str, tests: list[str]) -> dict[str, Any]:
 
 
 def suite_items(suite: Suite) -> Iterator[tuple[str, str, str]]:
-    """Yield task, id and text of every scored item of a suite, without worked examples."""
+    """Yield task, id and text of every scored item of a suite, without worked examples: the
+    question, the right answer and, for choices, the wrong ones."""
     for name, spec in suite.tasks.items():
-        yield from ((name, *one) for one in item_texts(spec))
-
-
-def item_texts(spec: TaskSpec) -> list[tuple[str, str]]:
-    """Return id and text of a task's items, without worked examples: the question, the right answer
-    and, for choices, the wrong ones."""
-    items, texts = load_items(spec), []
-    head = 0 if spec.writes else preamble([one for item in items for one, _ in item.requests])
-    for item in items:
-        if spec.writes:
-            doc, keys = item.doc, ("canonical_solution", "code", "solution", "answer", "shown")
-            right = next((doc[key] for key in keys if doc.get(key)), item.right)
-            right = "\n".join(doc.get("tests", ())) if right is None else right
-            text = f"{item.question}\n{right}"
-        else:
-            context, right = item.requests[item.gold]
-            wrong = [
-                answer
-                for at, (other, answer) in enumerate(item.requests)
-                if at != item.gold and other == context
-            ]
-            text = context[head:].lstrip() + "\n".join([right, *wrong])
-        texts.append((item.id, text))
-    return texts
+        items = load_items(spec)
+        head = 0 if spec.writes else preamble([one for item in items for one, _ in item.requests])
+        for item in items:
+            if spec.writes:
+                doc, keys = item.doc, ("canonical_solution", "code", "solution", "answer", "shown")
+                right = next((doc[key] for key in keys if doc.get(key)), item.right)
+                right = "\n".join(doc.get("tests", ())) if right is None else right
+                yield name, item.id, f"{item.question}\n{right}"
+            else:
+                context, right = item.requests[item.gold]
+                wrong = [
+                    answer
+                    for at, (other, answer) in enumerate(item.requests)
+                    if at != item.gold and other == context
+                ]
+                yield name, item.id, context[head:].lstrip() + "\n".join([right, *wrong])
 
 
 def all_items(spec: TaskSpec) -> list[Any]:

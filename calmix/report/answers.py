@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from calmix.evaluation.answers import Answers, compare_answers, rows
-from calmix.evaluation.behaviour import Pair, proportion, twice
+from calmix.evaluation.behaviour import Pair, proportion, repeat_pairs
 from calmix.evaluation.choosing import Candidate, Choice
 from calmix.evaluation.prompts import FAULTS
 from calmix.report import words
@@ -68,7 +68,7 @@ def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str
     timed = any(one.speed for one in candidates)  # servers are
     pair = candidates[0].pair
     dense = [Candidate("dense", (pair[0], pair[0]))]
-    repeated = [Candidate("dense, again", one) for one in twice([pair])]
+    repeated = [Candidate("dense, again", one) for one in repeat_pairs([pair])]
     ordered = sorted(candidates, key=lambda one: one.size or math.inf)
     for one in (*ordered, *dense, *repeated):
         counts, changed, far = one.counted, one.answers, one.pair[1].distance

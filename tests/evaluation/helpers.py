@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from calmix.evaluation.measures import TaskScores
-from calmix.evaluation.scores import CapabilityScores, pair_record, write_scores
+from calmix.evaluation.scores import CapabilityScores, write_scores
 from calmix.evaluation.suites import ASKED, template
 from calmix.models.opening import OpenModel
 from calmix.yaml_files import packaged
@@ -94,7 +94,8 @@ def scored(*tasks, suite="s", not_run=()):
 
 def save_pair(path, dense, pruned):
     """Write scores of two models as `calmix evaluate --against -o` does; return the path."""
-    write_scores(path, pair_record(pruned, dense))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_scores(path, {"scores": pruned.to_dict(), "dense": dense.to_dict()})
     return path
 
 

@@ -10,20 +10,18 @@ from types import SimpleNamespace
 import pytest
 
 from calmix.evaluation import checks
-from calmix.evaluation.quantities import numbers
+from calmix.evaluation.quantities import readings
 
 # By check: an answer, whether it matches, and the right answer (or several, parted by "or").
 ANSWERS = {
-    "exact_match": r"""
+    "own_match": r"""
 The Sunset Boulevard. == Sunset Blvd or sunset boulevard | Answer: Paris == Paris | A. == A
 a dog == dog | the != A | the != .... | + == + | 1.5. == 1.5 | 1.5 != 15 | 1,5 != 15 | $5 == 5
 1,500 == 1500 | -5 != 5 | Answer: -5 == -5 | **-5** == −5 | c++. == C++ | C++ != C | C# != C
 3/4 != 34 | 10:30 != 1030 | 5 - 3 != 53 | 2-1 != 21 | O- != O | Hand-writing == handwriting
 U.S.A. == USA | four == 4 | fourteen != 4 | vitamin A != vitamin C
-""",  # as SQuAD compares, but signs and points count
-    "own_match": r"""
 東京。 == 東京 | Answer： “Paris” == Paris | Rome != Paris | 1914–1918 != 19141918 | 10² != 102
-""",  # in a user's rows any script's punctuation and composition are ignored
+""",  # as SQuAD compares, but signs and points count, and any script's punctuation is ignored
     "same_text": r"""
 ["red","green"] == ['red', 'green'] | ['a', 'b']. == ['a', 'b'] | 'look down'. == look down
 WORLD. == WORLD | you 'WORLD' == WORLD | world != WORLD | '5.' != 5 | ok... != ok | ok... == ok...
@@ -77,9 +75,9 @@ $5 million == 5 million dollars | 5 km != 5 miles | It weighs 5 kg. == 5 | 18 00
 """,
 }
 SPACES = [  # line ends, unusual spaces and parts of characters
-    ("exact_match", " The Sunset Boulevard.\nIt is", ["Sunset Blvd", "sunset boulevard"], True),
-    ("exact_match", "", ["Paris"], False),
-    ("exact_match", "Cafe\u0301", ["Caf\u00e9"], True),
+    ("own_match", " The Sunset Boulevard.\nIt is", ["Sunset Blvd", "sunset boulevard"], True),
+    ("own_match", "", ["Paris"], False),
+    ("own_match", "Cafe\u0301", ["Caf\u00e9"], True),
     ("own_match", "cafe\u0301, s\u2019il", ["caf\xe9 s'il"], True),
     ("same_text", " 'GOOD MORNING'", ["GOOD MORNING"], True),
     ("same_text", "'9   '", ["9   "], True),
@@ -236,9 +234,10 @@ m = -\frac{1}{4}, \frac12, x-\frac{1}{4} -> -0.25 0.5 0.25 | 3½ or -¼ -> 3.5 -
 def test_number_parsing():
     for case in re.split(r" \| |\n", NUMBERS.strip()):
         text, values = case.split(" ->")
-        assert [float(one) for one in numbers(text)] == [*map(float, values.split())], text
-    assert [*numbers("18\u202f000")] == [18000]
-    assert not [*numbers("9" * 5000)]
+        numbers = [float(one.value) for one in readings(text) if one.value is not None]
+        assert numbers == [*map(float, values.split())], text
+    assert [one.value for one in readings("18\u202f000")] == [18000]
+    assert not readings("9" * 5000)
 
 
 FINISHED = [  # a kind of answer, an answer that was cut, and what of it counts

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from calmix.evaluation.behaviour import behind, paired
+from calmix.evaluation.behaviour import deficit, paired
 from calmix.evaluation.choosing import Candidate, choose_smallest
 from calmix.report.answers import choice_text, model_rows, short_names
 from tests.evaluation.helpers import scored
@@ -24,7 +24,7 @@ def test_the_interval_of_a_paired_difference_is_newcombes():
     }.items():
         one = [1] * (both + first) + [0] * (second + none)
         other = [1] * both + [0] * first + [1] * second + [0] * none
-        found = behind(paired("answers", [*zip(one, other, strict=True)]))
+        found = deficit(paired("answers", [*zip(one, other, strict=True)]))
         assert found.value == pytest.approx((first - second) / len(one))
         assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)
 

@@ -9,7 +9,7 @@ from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.comparison import Comparison
 from calmix.evaluation.scores import load_pair, load_scores, write_scores
 from calmix.report import words
-from tests.evaluation.helpers import bits, scored, written
+from tests.evaluation.helpers import bits, save_pair, scored, written
 
 RIGHT = [1] * 12 + [0] * 8
 LOST = [1] * 9 + [0] * 3 + [1, 1] + [0] * 6  # three of them, and two gained
@@ -20,12 +20,8 @@ def tasks(code, math=RIGHT):
 
 
 def saved(path, dense, small):
-    """Write both models' scores as `calmix evaluate --against -o` does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    small = replace(small, model=path.stem, fingerprint=path.stem)
-    value = {"scores": small.to_dict(), "dense": dense.to_dict()}
-    path.write_text(json.dumps(value), encoding="utf-8")
-    return path
+    """Write both models' scores; the small model is named after the file."""
+    return save_pair(path, dense, replace(small, model=path.stem, fingerprint=path.stem))
 
 
 @pytest.fixture

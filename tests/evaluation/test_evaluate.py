@@ -10,10 +10,11 @@ import pytest
 
 from calmix.errors import InputError, PassingError
 from calmix.evaluation.evaluate import ask, evaluate
+from calmix.evaluation.prompts import Ask
 from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.scores import load_scores, write_scores
 from calmix.evaluation.suites import load_suite
-from calmix.evaluation.tasks import Ask, load_items
+from calmix.evaluation.tasks import load_items
 from calmix.models.opening import open_model
 from tests.evaluation.archive import suite_text, use_archive
 from tests.evaluation.helpers import opened, reference

@@ -9,7 +9,7 @@ from tokenizers import decoders
 
 from calmix.errors import ModelError
 from calmix.evaluation import greedy
-from calmix.evaluation.greedy import Prompt, answers, loops
+from calmix.evaluation.greedy import Prompt, answers
 from calmix.models.chat import end_tokens, in_chat
 from calmix.models.opening import OpenModel, open_model
 from tests.evaluation.helpers import opened
@@ -124,9 +124,3 @@ def test_answer_length_limit(monkeypatch):
     answers(model, [Prompt([7] * 20, 90), Prompt([8] * 300, 90), Prompt([9] * 60, 9)])
     sizes = {(row.ids[0], len(row.ids), row.tokens) for row in rows}
     assert sizes == {(7, 20, 80), (8, 50, 50), (9, 60, 9)}
-
-
-def test_looping_answer_is_cut():
-    assert loops([1, 2] + [7, 8, 9] * 22)
-    assert not loops([7, 8, 9] * 20)  # too short to be sure
-    assert not loops([*range(20)] * 5)  # periods this long occur in lists of similar lines

@@ -8,15 +8,16 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
-from calmix.evaluation.answers import compare_answers, parted, rows
+from calmix.evaluation.answers import compare_answers, rows, shared_words
 from calmix.evaluation.distance import pooled
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
+from calmix.evaluation.greedy import LOOP, PERIOD
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.prompts import (
-    OwnPrompt,
     halves,
     language,
     loops,
+    parse_prompt,
     properties,
     read_prompts,
     same_call,
@@ -44,7 +45,7 @@ CALL = {"name": "weather", "arguments": {"city": "Rome"}}
 
 
 def asked(text="Say something.", **more):
-    return OwnPrompt(({"role": "user", "content": text},), **more)
+    return parse_prompt({"prompt": text, **more})
 
 
 def written(path, *some):
@@ -77,9 +78,9 @@ def test_rows_are_read_in_every_form(tmp_path):
     one, two, three, four, five, six = read_prompts(path, notes.append)
     assert (one.question, one.check, one.right) == ("One?", "text", ["1"])
     assert [turn["role"] for turn in two.messages] == ["system", "user"]
-    assert (two.plain, two.max_tokens, two.thinking) == ("Be brief.\n\nHello", 9, True)
+    assert (two.plain, two.tokens, two.thinking) == ("Be brief.\n\nHello", 9, True)
     assert (three.check, three.right) == ("number", "2")
-    assert (four.question, four.check, four.max_tokens) == ("Three?", "", 256)
+    assert (four.question, four.check, four.tokens) == ("Three?", "", 256)
     assert (five.tools, five.right) == (tuple(TOOLS), CALL)
     assert six.right == {"lines": "3", "contains": "a|b"}
     assert "prompts repeated, and asked once: 1" in notes[0]
@@ -147,7 +148,7 @@ def test_prompts_are_split_by_what_they_ask_whatever_else_is_there(tmp_path):
     with pytest.raises(InputError, match="1 prompts cannot be split"):
         prompt_suite(few, test_half=True)
     suite = prompt_suite(path, test_half=True)
-    assert [one.own for one in load_items(suite.tasks["mine"])] == test
+    assert load_items(suite.tasks["mine"]) == test
     assert suite.hash != prompt_suite(path).hash
 
 
@@ -177,7 +178,7 @@ def test_faults_that_need_no_right_answer():
 
 def test_calls_of_tools_are_valid_by_their_schema():
     call = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
-    tools = asked(tools=tuple(TOOLS))
+    tools = asked(tools=TOOLS)
     assert faulty(call, tools) == []
     assert faulty("It is sunny.", tools) == []
     assert faulty("It is sunny.", tools, dense=call) == ["tool call"]
@@ -210,6 +211,10 @@ def test_languages_and_loops():
     assert loops("a" * 130)
     assert loops("intro " + "and so it goes on, " * 8)
     assert not loops("\n".join(f"{n}. item" for n in range(60)))
+    tokens = LOOP, PERIOD
+    assert loops([1, 2] + [7, 8, 9] * 22, *tokens)
+    assert not loops([7, 8, 9] * 20, *tokens)  # too short to be sure
+    assert not loops([*range(20)] * 5, *tokens)  # periods this long occur in lists of lines
 
 
 def task(answers, kept, **more):
@@ -237,7 +242,7 @@ def test_answers_are_compared_in_pairs():
     dense, small = example()
     found = compare_answers((dense, small))
     assert (found.asked, found.identical.value, found.repeat) == (3, 1 / 3, 2 / 3)
-    assert (parted("a b", "a c"), parted("a", "a"), found.parted) == (1, None, 1)
+    assert (shared_words("a b", "a c"), shared_words("a", "a"), found.parted) == (1, None, 1)
     assert found.right is None
     assert (found.sound.lost, found.sound.gained, found.sound.p) == (1, 0, 1.0)
     faults = {one.name: (one.asked, one.lost, one.gained) for one in found.faults}

@@ -127,34 +127,31 @@ def test_a_request_that_fails_is_sent_again(mine):
     assert [one["messages"][0]["content"] for one in fake.bodies] == ["One?"] * 5 + ["Two?"] * 3
 
 
-def test_a_server_that_keeps_failing_is_one_line(mine):
-    fake = Fake(None)
-    with running(fake) as address:
-        for plan, says in (
-            (BUSY, r"answers 429 \(slow down\), 5 times"),
-            (BROKEN, "answers 500, 5 times"),
-            (dropped, "breaks the connection, 5 times"),
-            (CUT_JSON, "sends half an answer, 5 times"),
-        ):
-            fake.plan = [plan]
-            with pytest.raises(PassingError, match=says):
-                asked(address, mine)
+FAILURES = [  # replies that are asked for again, and the error after five of them
+    (BUSY, r"answers 429 \(slow down\), 5 times"),
+    (BROKEN, "answers 500, 5 times"),
+    (dropped, "breaks the connection, 5 times"),
+    (CUT_JSON, "sends half an answer, 5 times"),
+]
+REFUSALS = [  # replies after which nothing is asked again
+    (HTML, "answers with HTML, not JSON"),
+    ((401, {}), f"refuses the key .status 401.: put the right one in .* {KEY}"),
+    ((400, {"error": {"message": "exceeds the context"}}), "400 .exceeds the context.: it"),
+    ((404, {}), "does the address end in /v1"),
+    ((200, {"object": "x"}), "answers without choices or finish_reason"),
+    ((200, {"choices": [{"message": {"content": "x"}}]}), "without choices or finish_reas"),
+]
 
 
-def test_what_cannot_succeed_is_not_sent_again(mine):
+def test_a_failure_is_one_line_and_only_what_can_succeed_is_sent_again(mine):
     fake = Fake(None)
     with running(fake) as address:
-        for plan, says in (
-            (HTML, "answers with HTML, not JSON"),
-            ((401, {}), f"refuses the key .status 401.: put the right one in .* {KEY}"),
-            ((400, {"error": {"message": "exceeds the context"}}), "400 .exceeds the context.: it"),
-            ((404, {}), "does the address end in /v1"),
-            ((200, {"object": "x"}), "answers without choices or finish_reason"),
-            ((200, {"choices": [{"message": {"content": "x"}}]}), "without choices or finish_reas"),
-        ):
-            fake.plan = [plan]
-            with pytest.raises(InputError, match=says):
-                asked(address, mine, concurrency=1)
+        for error, plans in ((PassingError, FAILURES), (InputError, REFUSALS)):
+            fake.bodies.clear()
+            for plan, says in plans:
+                fake.plan = [plan]
+                with pytest.raises(error, match=says):
+                    asked(address, mine, concurrency=1)
     assert len(fake.bodies) <= 12
 
 
@@ -225,7 +222,7 @@ def test_the_key_is_sent_and_written_nowhere(calmix, mine, tmp_path, monkeypatch
         run = ("evaluate", address, "--prompts", mine, "-o", out, "--concurrency", 1)
         failed = calmix(*run)
         assert "refuses the key" in failed.line
-        assert len(Journal(tmp_path / ".out.json.answers")._known) == 1
+        assert len(Journal(tmp_path / ".out.json.answers").known) == 1
         fake.plan = [(200, reply())]
         ended = calmix(*run).ok()
     assert fake.keys[0] == f"Bearer {SECRET}"

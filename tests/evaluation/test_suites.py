@@ -8,7 +8,7 @@ from calmix.errors import InputError
 from calmix.evaluation import checks
 from calmix.evaluation.evaluate import evaluate, verdict
 from calmix.evaluation.scores import write_scores
-from calmix.evaluation.suites import Suite, builtin_suites, choose, load_suite, read_rows, template
+from calmix.evaluation.suites import BUILTIN, Suite, choose, load_suite, read_rows, template
 from calmix.evaluation.tasks import load_items, suite_items
 from calmix.sources.registry import offline_sources
 from calmix.study.cells import TOTAL, WORST
@@ -37,7 +37,7 @@ dimensions:
 
 
 def test_builtin_suites():
-    suites = builtin_suites()
+    suites = {name: load_suite(name) for name in BUILTIN}
     for name in ("offline", "paper", "smoke"):
         assert list(suites[name].dimensions) == ["general", "commonsense", "code", "math"]
     wanted = "mmlu boolq piqa hellaswag winogrande arc_easy arc_challenge openbookqa humaneval mbpp"

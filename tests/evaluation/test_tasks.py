@@ -9,7 +9,7 @@ from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, takes_tools, verdict
 from calmix.evaluation.greedy import prompt
 from calmix.evaluation.suites import ASKED, Suite, TaskSpec, choose, load_suite, runnable, spread
-from calmix.evaluation.tasks import item_texts, load_asked, load_items, preamble, suite_items
+from calmix.evaluation.tasks import load_asked, load_items, preamble, suite_items
 from calmix.models.opening import OpenModel
 from calmix.yaml_files import packaged, parse_model
 from tests.evaluation.archive import suite_text, use_archive
@@ -140,8 +140,6 @@ def test_generated_items_have_right_answers():
     answer = "```python\ndef double(x):\n    return 2 * x\n```\nThis function"
     assert verdict(double, answer, False)
     assert not verdict(double, answer.partition("\n```")[0], False)
-    texts = dict(item_texts(load_suite("abilities").tasks["small_programs"]))
-    assert texts[double.id] == "returns x times two.\ndouble(4) == 8\ndouble(0) == 0"
     assert len(requests) == 150
     solved = 0
     for item in requests:

@@ -8,7 +8,7 @@ import torch
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.resolving import parse_calibration
 from calmix.errors import InputError
-from calmix.evaluation.suites import builtin_suites, provenance
+from calmix.evaluation.suites import BUILTIN, load_suite, provenance
 from calmix.models.hub import builtin_models
 from calmix.sources.licences import use_of
 from calmix.sources.registry import builtin_sources, offline_sources
@@ -42,7 +42,7 @@ def test_builtin_entries_have_licence_and_origin(calmix, monkeypatch):
     assert restricted == {"school-readings", "textbook", "stories", "alpaca"}
     uses = [use_of(model.licence) for model in builtin_models().values()]
     assert (uses.count("permissive"), uses.count("unstated")) == (3, 1)
-    for suite in builtin_suites().values():
+    for suite in map(load_suite, BUILTIN):
         for name, spec in suite.tasks.items():
             assert "/" in provenance(spec)["origin"], (suite.name, name)
     assert json.loads(calmix("doctor", "models", "--json").out)[0]["use"] == "permissive"

@@ -35,7 +35,7 @@ from calmix.calibration.selfgen.writing import WriteRequest, Written, write
 from calmix.calibration.tokenizer import begin_token, token_ids
 from calmix.errors import InputError
 from calmix.evaluation.greedy import prompt
-from calmix.evaluation.prompts import OwnPrompt, calibration_hash, halves, read_prompts
+from calmix.evaluation.prompts import Ask, calibration_hash, halves, read_prompts
 from calmix.files import sha256_json
 from calmix.models.opening import OpenModel
 from calmix.options import Options
@@ -189,7 +189,7 @@ class Prompted(Generator):
     piece: Piece = 256
     file: Path | None = None
 
-    def half(self) -> list[OwnPrompt]:
+    def half(self) -> list[Ask]:
         """Return the prompts to calibrate with."""
         if self.file is None:
             raise InputError("the source 'prompts' needs a file of prompts: --prompts mine.jsonl")
