@@ -170,10 +170,16 @@ def identified(text: str | None) -> str | None:
 
 
 def export_jsonl(drawn: CalibrationSet, tokenizer: Any, path: Path | str) -> None:
-    """Write one JSON object per row, with `text` (without special tokens) and `source`.
+    """Write one JSON object per row, with `text` and `source`. The text has the special tokens of
+    chats and between documents, but not a begin token that the tokenizer adds to any text.
 
     Tokenising the text again can give other ids at the edges of a row.
     """
-    texts = tokenizer.batch_decode(drawn.ids.tolist(), skip_special_tokens=True)
+    with_begin, without = (
+        tokenizer("a", add_special_tokens=one).input_ids for one in (True, False)
+    )
+    begin = with_begin[: len(with_begin) - len(without)]
+    ids = (row[len(begin) * (row[: len(begin)] == begin) :] for row in drawn.ids.tolist())
+    texts = tokenizer.batch_decode([*ids], skip_special_tokens=False)
     rows = [{"text": t, "source": s} for t, s in zip(texts, drawn.sources, strict=True)]
     write_text(Path(path), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -175,7 +175,9 @@ def show_source(
     ]
     entry, version = source.model_dump(mode="json") | {"use": source.use}, source.reader.version
     print_json({"source": entry, "version": version, "documents": first})
-    line(f"{source.name}: {source.description}")
-    line(f"{source.dimension}, {source.kind}, {source.licence} ({source.use}), {version}")
+    line(": ".join(dict.fromkeys((source.name, source.description))))
+    use = "" if source.use == "own" else f" ({source.use})"
+    facts = source.dimension, source.kind, f"{source.licence}{use}", version
+    line(", ".join(one for one in facts if one not in ("-", source.name)))
     for one in first:
         line(f"--- {one['id']} ({one['characters']} characters)\n{one['text']}")

@@ -328,6 +328,11 @@ def compare(
         flag = flags(type(opening), name)[0]
         raise InputError(f"{flag} needs --prompts or --suite, which score models")
     files, models = dict[str, list[Path]](), dict[str, Path | None]()
+    for name in map(str, scores):
+        if name.startswith("builtin:") or name.lower().endswith(".gguf"):
+            raise InputError(
+                f"{name} is a model: compare models with --prompts FILE or --suite NAME"
+            )
     if missing := next((path for path in map(user_path, scores) if not path.exists()), None):
         raise InputError(f"there is no file or folder {missing}")
     from calmix.evaluation.comparison import Comparison, read_pairs
@@ -471,8 +476,8 @@ def _result(path: Path) -> tuple[str, list[Path], Path | None]:
         return place.parent.name if path.name in names else path.stem, [path], None
     if not (files := [path / name for name in names if (path / name).exists()]):
         raise InputError(
-            f"{path} has neither {SCORES} nor {BEHAVIOUR}: name a folder that calmix "
-            "compress has finished"
+            f"{path} has neither {SCORES} nor {BEHAVIOUR}: name a folder that calmix compress has "
+            "finished; or compare models with --prompts FILE or --suite NAME"
         )
     model = None
     if (path / COMPRESSED).is_file():

@@ -15,6 +15,7 @@ call of a tool. A prompt that asks for JSON expects it of the dense model too.
 from __future__ import annotations
 
 import ast
+import difflib
 import hashlib
 import json
 import re
@@ -43,6 +44,7 @@ CHECKS = {  # how an answer is compared: the check of an `Ask`
     "json": "request",
     "tool": "tool",
 }
+MORE = "answer", "check", "tools", "max_tokens", "thinking"  # other fields of a row
 PLAIN = "{prompt}"  # an example in errors
 # Properties of an answer, and what an answer without one is called.
 FAULTS = {
@@ -195,6 +197,10 @@ def parse_prompt(row: dict[str, Any]) -> Ask:
     """Return the prompt of a row; a ValueError or SourceError says what is wrong. Even numbers are
     in the half to test with."""
     row = {key: value for key, value in row.items() if value not in (None, "")}
+    for key in row.keys() - {*MORE}:
+        meant = difflib.get_close_matches(str(key), MORE, 1, 0.85)
+        if meant and meant[0] not in row:
+            raise ValueError(f"unknown field '{key}': did you mean {meant[0]}?")
     name = next((one for one in CHATS if one in row), None)
     if name is not None:
         messages = chat_messages(row[name], name, True) or ()

@@ -23,7 +23,12 @@ def gguf_reader(file: Path | str) -> Any:
 
     mapped = np.memmap
     with patch.object(np, "memmap", lambda *how, **more: mapped(*how, **more).view(np.ndarray)):
-        return GGUFReader(file)
+        try:
+            return GGUFReader(file)
+        except ValueError as error:
+            if "cannot reshape" not in str(error):
+                raise
+            raise ValueError("it is cut off: fetch it again") from error
 
 
 def tensor_bytes(reader: Any) -> int:

@@ -154,7 +154,8 @@ def hub_errors(name: str) -> Iterator[None]:
             f"the hub has no model '{name}': check the id; if it is private, log in (hf auth login)"
         ) from error
     except Exception as error:  # the hub client raises many kinds when offline
+        kind = "file" if name.lower().endswith(".gguf") else "folder"
         raise ModelError(
-            f"there is no folder '{name}' and the hub cannot be reached: name a local folder, a "
+            f"there is no {kind} '{name}' and the hub cannot be reached: name a local folder, a "
             ".gguf file or builtin:smollm2-135m, or go online once to fetch it"
         ) from error

@@ -116,6 +116,13 @@ def choice_text(candidates: Sequence[Candidate], choice: Choice) -> str:
         text = f"Use {best}: the best, and the smallest."
     elif choice.smallest == best:
         text = f"Use {best}: the best; no smaller one is shown to be within {margin} of it."
+        open_ = [
+            f"{name} ({words.with_span(apart)} behind)"
+            for name, apart in choice.behind.items()
+            if sizes.get(name, math.inf) < sizes[best] and (apart.low or 0.0) <= 0
+        ]
+        if open_:
+            text += f" Nor shown to be worse: {words.listed(open_)}; more prompts would tell."
     else:
         name = choice.smallest
         text = f"Use {name}: the smallest that is not worse than the best ({best}) by {margin}"

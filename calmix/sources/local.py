@@ -319,7 +319,8 @@ def chat_messages(value: Any, name: str, expected: bool) -> tuple[dict[str, Any]
         if isinstance(content, list):  # parts: only text is kept
             parts = (part.get("text") if isinstance(part, Mapping) else part for part in content)
             content = "\n".join(part for part in parts if part and isinstance(part, str))
-        if not isinstance(role, str) or not isinstance(content, str | None):
+        said = {"content", "value", "function_call", *CALLS} & one.keys()
+        if not isinstance(role, str) or not isinstance(content, str | None) or not said:
             raise SourceError(
                 f"message {number} of '{name}' has no role and content: write "
                 '{"role": "user", "content": "..."}, or name another field, FILE@FIELD'

@@ -139,7 +139,9 @@ def test_calibrate_save_open_export(calmix, sources, tiny, tiny_folder, tmp_path
     calmix(*export).ok()
     rows = [json.loads(line) for line in text.read_text(encoding="utf-8").splitlines()]
     assert [row["source"] for row in rows] == list(drawn_set.sources)
-    assert rows[0]["text"] == tiny.tokenizer.decode(drawn_set.ids[0], skip_special_tokens=True)
+    again = tiny.tokenizer(rows[0]["text"]).input_ids  # begin and end tokens included
+    assert again[:-1] == drawn_set.ids[0, : len(again) - 1].tolist()
+    assert tiny.tokenizer.decode(drawn_set.ids[0]).endswith(rows[0]["text"])
     for words, line in (
         (export, "exists: choose another file"),
         (("export", folder, "-m", foreign, "-o", other), "another tokenizer"),

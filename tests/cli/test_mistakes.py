@@ -88,6 +88,7 @@ SAID = {
     "check {scores} --keep-at-least 0.9": "without a dense model: evaluate again with --against",
     "check {scores} --keep-at-least 0.9 --confidence 0.5": "--confidence",
     "compare {scores}": "was scored without a dense model",
+    "compare builtin:smollm2-135m {half}": "is a model: compare models with --prompts FILE or",
     "compare {half} {x/half} --against {scores}": "two files are called half:",
     "compare {half} {foreign} --against {scores}": "foreign.json was scored against other, not",
     "compare {quiz} --against {scores}": "cannot be compared",

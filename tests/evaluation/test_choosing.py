@@ -56,6 +56,10 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     choice = choose_smallest(better, "dense", 0.05)
     assert (choice.best, choice.smallest, choice.behind["q8"].high) == ("q8", "q8", 0.0)
     assert choice_text(better, choice).startswith("Use q8: the best; no smaller one is shown")
+    close = [candidate("q8", 190, 800), candidate("q2", 189, 200)]
+    said = choice_text(close, choose_smallest(close, "dense", 0.001))
+    assert "Nor shown to be worse: q2 (0.5" in said
+    assert "behind); more prompts would tell." in said
     smallest = choose_smallest(better[::-1][:1], "dense", 0.3)
     assert choice_text(better[1:], smallest).startswith("Use q2: the smallest that is not worse")
     small = [candidate("q8", 170, 800), candidate("q2", 190, 200)]

@@ -101,6 +101,7 @@ ROWS = [  # that cannot be asked, and the error
     ({"messages": [{"role": "assistant", "content": "x"}]}, "line 2: the prompt is empty"),
     ({"messages": [{"content": "x"}]}, "message 0 of 'messages' has no role"),
     ({"prompt": ["x"]}, "'prompt' must be a text"),
+    ({"prompt": "x", "answr": 2}, "unknown field 'answr': did you mean answer?"),
     ({"prompt": "x", "max_tokens": 0}, "'max_tokens' must be a whole number"),
     ({"prompt": "x", "check": "contain", "answer": "y"}, "did you mean contains?"),
     ({"prompt": "x", "check": "text"}, "the check 'text' needs an 'answer'"),

@@ -97,7 +97,8 @@ def test_invalid_model_names(tmp_path, tiny_folder):
         ("builtin:smollm2-135n", "did you mean smollm2-135m"),
         ("smollm2-135m", "did you mean builtin:smollm2-135m"),
         (tmp_path / "nothing", "no model folder or .gguf file"),
-        ("some-org/some-model", "the hub cannot be reached"),
+        ("some-org/some-model", "there is no folder 'some-org/some-model' and the hub cannot be"),
+        ("none.gguf", "there is no file 'none.gguf' and the hub cannot be reached"),
         ("not a hub id!", "neither a folder"),
         ("x" * 300, "is too long for the name of a model"),
         (tmp_path / "model.txt", "not a .gguf"),
@@ -293,7 +294,10 @@ def test_gguf_file_is_read_alone(tmp_path, monkeypatch):
         tiny.tiny_gguf(path)
     tiny.tiny_tokenizer().save_pretrained(own)
     monkeypatch.chdir(here)
-    (blob := tmp_path / f"sha256-{'0' * 64}").write_bytes((own / "a.gguf").read_bytes())
+    data = (own / "a.gguf").read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(data[: 9 * len(data) // 10])
+    rejected(tmp_path / "cut.gguf", "cannot open .*: it is cut off: fetch it again")
+    (blob := tmp_path / f"sha256-{'0' * 64}").write_bytes(data)
     opened = open_model(str(blob))  # as Ollama stores it
     assert "ab" in opened.tokenizer.get_vocab()
     assert opened.model.model.layers[0].mlp.up_proj.weight.any()

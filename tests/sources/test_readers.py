@@ -58,6 +58,7 @@ def write(folder, files):
         ("a.jsonl", b'{"text": 3}\n', "line 1: field 'text' is not text but int"),
         ("a.jsonl", b'{"id": "1", "q": "x"}\n', r"\(has: id, q\): name one, as FILE@FIELD"),
         ("a.jsonl", b'{"messages": "no"}\n', "message 0 of 'messages' has no role and content"),
+        ("a.jsonl", b'{"messages": [{"role": "user", "text": "x"}]}\n', "has no role and content"),
         ("a.jsonl", b'{"text": {"a": "x"}}\n', r"has fields of its own \(a\): name one, as A.B"),
         ("a.jsonl", b'{"text": ' + b"[" * 900 + b"]" * 900 + b"}\n", "nested too deeply"),
         ("a.jsonl", b'{"text": "x"}\n' + b"[" * 20_000, "line 2 is not JSON"),
