@@ -79,7 +79,7 @@ def export(
 
     Returns the `bits` of its levels on average, the number of matrices by their whole `levels`,
     their `group` and whether they are `symmetric`, the number of `matrices`, the `bytes` of its
-    files and those of the model's weights `before`, and `rate`, bits per weight of all tensors.
+    weight files and those of the model `before`, and `rate`, bits per weight of all tensors.
     `say` is called with each step as it begins. The decoded copy stays in the cache.
 
     Raises InputError for a model without levels that engines run.
@@ -134,7 +134,7 @@ def export(
             "symmetric": symmetric,
             "matrices": len(grids),
             "before": weight_bytes(folder),
-            "bytes": sum((beside / one).stat().st_size for one in hashes),
+            "bytes": sum(file.stat().st_size for file in beside.glob("*.safetensors")),
             "rate": 8 * tensors / sum(place.count for place in places.values()),
         }
         manifest_of_file = record(
