@@ -78,8 +78,8 @@ def judge(
         one, at = places(0)[*shared(trial), trial.calibration]
         return -math.inf if math.isnan(one.values[at, 0]) else float(one.values[at, 0])
 
-    for name, said in declared.comparisons.items():
-        split = "best_of" in said["of"] or "best_of" in said["over"]
+    for name, comparison in declared.comparisons.items():
+        split = "best_of" in comparison["of"] or "best_of" in comparison["over"]
         for model in dict.fromkeys(pair.model for pair in declared.pairs[name]):
             gaps, best = list[Contrast](), list[str]()
             for pair in declared.pairs[name]:
@@ -120,8 +120,8 @@ def _judged(
     if gap.value is None or gap.low is None or gap.high is None:
         return Comparison(*head)
     value, low, high = (100 * number for number in (gap.value, gap.low, gap.high))
-    margin, said = declared.margin, declared.comparisons[name]
-    predict, refuted = said.get("predict"), said.get("refuted")
+    margin, comparison = declared.margin, declared.comparisons[name]
+    predict, refuted = comparison.get("predict"), comparison.get("refuted")
     return Comparison(
         *head,
         level=seeds != "unknown" and margin is not None and -margin <= low and high <= margin,
