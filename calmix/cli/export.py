@@ -15,7 +15,9 @@ from calmix.progress import Progress
 
 Form = Literal["pack", "model", "gguf", "vllm", "jsonl", "imatrix"]
 SETS = ("jsonl", "imatrix")
-FAR = 0.1  # nats per token between file and model, from which a warning says what was measured
+WARNED_KL = (
+    0.1  # nats per token between file and model, from which a warning says what was measured
+)
 
 
 class ExportOptions(Options):
@@ -33,13 +35,9 @@ class ExportOptions(Options):
     trust_remote_code: bool = TRUST
 
 
-PLACE_OPTIONS = {"output", "overwrite"}
-SET_OPTIONS = PLACE_OPTIONS | {"model", "trust_remote_code"}
-OPTIONS_OF = {  # the options of each format
-    "pack": PLACE_OPTIONS,
-    "model": PLACE_OPTIONS,
-    "gguf": PLACE_OPTIONS | {"weights", "like"},
-    "vllm": PLACE_OPTIONS,
+SET_OPTIONS = {"model", "trust_remote_code"}
+OPTIONS_OF = {  # the options of each format, beside those of all
+    "gguf": {"weights", "like"},
     "imatrix": SET_OPTIONS,
     "jsonl": SET_OPTIONS,
 }
@@ -55,7 +53,8 @@ def export(options: ExportOptions) -> None:
     if of_set != (form in SETS):
         kind = "a" if of_set else "not a saved"
         raise InputError(f"{options.what} is {kind} calibration set: it has no export to {form}")
-    if idle := options.model_fields_set - OPTIONS_OF[form] - {"what", "to", "as_json"}:
+    of_all = {"what", "to", "output", "overwrite", "as_json"}
+    if idle := options.model_fields_set - of_all - OPTIONS_OF.get(form, set()):
         flag = min(idle).replace("_", "-")
         raise InputError(f"--{flag} has no effect with --to {form}: leave it out")
     if of_set and options.model is None:
@@ -67,10 +66,10 @@ def export(options: ExportOptions) -> None:
     line(f"{text}: {options.output}")
 
 
-Made = tuple[dict[str, Any], str]  # the result as JSON and as text
+Outcome = tuple[dict[str, Any], str]  # the result as JSON and as text
 
 
-def _pack(options: ExportOptions, form: str, bar: Progress) -> Made:
+def _pack(options: ExportOptions, form: str, bar: Progress) -> Outcome:
     from calmix.deploy.pack import pack, unpack
 
     folders, overwrite = (Path(options.what), options.output), options.overwrite
@@ -85,7 +84,7 @@ def _pack(options: ExportOptions, form: str, bar: Progress) -> Made:
     return asdict(packed), text + f"({packed.packed / packed.dense:.3f}{levels})"
 
 
-def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
+def _gguf(options: ExportOptions, form: str, bar: Progress) -> Outcome:
     from calmix.deploy import gguf
 
     facts = gguf.export(
@@ -96,7 +95,7 @@ def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
         overwrite=options.overwrite,
         say=bar.each("export", 2),
     )
-    if facts["kl"] > FAR:
+    if facts["kl"] > WARNED_KL:
         finer = "f16" if options.weights == "q8_0" else "q8_0"
         note(
             f"warning: at KL {facts['kl']:.2g} to the model a file can lose many answers: "
@@ -110,7 +109,7 @@ def _gguf(options: ExportOptions, form: str, bar: Progress) -> Made:
     )
 
 
-def _vllm(options: ExportOptions, form: str, bar: Progress) -> Made:
+def _vllm(options: ExportOptions, form: str, bar: Progress) -> Outcome:
     from calmix.deploy import compressed_tensors
     from calmix.models.opening import forget
 
@@ -124,7 +123,7 @@ def _vllm(options: ExportOptions, form: str, bar: Progress) -> Made:
     )
 
 
-def _set(options: ExportOptions, form: str, bar: Progress) -> Made:
+def _set(options: ExportOptions, form: str, bar: Progress) -> Outcome:
     from calmix.calibration.dataset import CalibrationSet, export_jsonl
     from calmix.calibration.tokenizer import open_tokenizer
     from calmix.deploy.gguf import export_imatrix

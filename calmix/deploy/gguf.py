@@ -312,8 +312,8 @@ def _write(
         lay_out = np.asarray if order is None else partial(np.take, indices=order)
         if not parameter:  # a tensor of the architecture, not a weight
             data, kind = np.asarray(tensor.data), tensor.tensor_type
-        elif (own := _rows(state[parameter], blocks.get(parameter), order)) is not None:
-            data, kind = own, kinds[blocks[parameter].name]
+        elif (encoded := _rows(state[parameter], blocks.get(parameter), order)) is not None:
+            data, kind = encoded, kinds[blocks[parameter].name]
             solved += 1
         else:
             value = lay_out(state[parameter].float().numpy() - np.float32(offset))

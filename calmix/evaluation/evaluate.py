@@ -109,7 +109,7 @@ def evaluate(
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     how: dict[str, Any] = {"size": batch_tokens or BATCH_TOKENS, "cache": cache}
-    how |= {"skipped": skipped, "journal": journal}
+    how |= {"skipped": skipped, "journal": journal or Journal(None)}
     repeat = repeat and chosen.asks
     first, second = progress, progress
     if repeat and progress is not None:
@@ -136,11 +136,11 @@ def _scored(
     size: int,
     cache: bool,
     skipped: Sequence[str],
+    journal: Journal,
     progress: Progress | None,
     floors: bool = True,
     rearranged: bool = False,
     dense: CapabilityScores | None = None,
-    journal: Journal | None = None,
 ) -> CapabilityScores:
     """Score an open model on a suite that may run, or read its scores from the cache."""
     if isinstance(model, Served):
@@ -334,13 +334,13 @@ def _likely(
 def ask(
     scorer: Scorer,
     questions: Sequence[tuple[str, Ask]],
-    rearranged: bool = False,
-    journal: Journal | None = None,
+    rearranged: bool,
+    journal: Journal,
 ) -> list[tuple[str, bool]]:
     """Generate an answer to each item (given with its task's name). Returns its text and whether it
     ended. A user's prompts are answered in chunks, and not again if the `journal` has them."""
     prompts = [as_prompt(scorer.opened, one) for _, one in questions]
-    context, journal = scorer.opened.context or math.inf, journal or Journal(None)
+    context = scorer.opened.context or math.inf
     scorer.truncated.update(
         name for (name, _), one in zip(questions, prompts, strict=True) if one.needs > context
     )

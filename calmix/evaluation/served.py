@@ -68,9 +68,9 @@ class Served:
         self,
         questions: Sequence[Ask],
         *,
-        rearranged: bool = False,
-        journal: Journal | None = None,
-        progress: Progress | None = None,
+        rearranged: bool,
+        journal: Journal,
+        progress: Progress | None,
     ) -> list[tuple[str, bool]]:
         """Return the answer to each item, in order, and whether it ended by itself.
 
@@ -80,7 +80,7 @@ class Served:
             PassingError: the server does not answer, after several tries.
             InputError: it refuses a request.
         """
-        journal, start = journal or Journal(None), time.monotonic()
+        start = time.monotonic()
         bodies = [self._body(one) for one in questions]
         keys = [sha256_json([self.fingerprint, rearranged, body]) for body in bodies]
         texts = dict(zip(range(len(questions)), map(journal.known.get, keys), strict=True))

@@ -157,17 +157,13 @@ class Analysis:
 def analyse(results: StudyResults, settings: Settings | None = None) -> Analysis:
     """Analyse the finished trials of a study (definitions: docs/studies.md)."""
     settings = settings or Settings()
-    analysed_conditions = list(joints(results, settings))
-    differences, between = corrected(
-        compare(analysed_conditions, settings.default), gains(analysed_conditions)
+    every = list(joints(results, settings))
+    *differences, between = corrected(
+        *(compare(joint, settings.default) for joint in every), gains(every)
     )
     conditions = [
-        ConditionAnalysis(
-            joint,
-            tuple(rank(joint)),
-            tuple(one for one in differences if one.condition == joint.cells.condition.label),
-        )
-        for joint in analysed_conditions
+        ConditionAnalysis(joint, tuple(rank(joint)), tuple(pairs))
+        for joint, pairs in zip(every, differences, strict=True)
     ]
     known = {trial.key: trial.id for trial in results.trials}
     since = results.declarations[-1].since if results.declarations else ""

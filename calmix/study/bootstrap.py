@@ -314,8 +314,8 @@ def joined(
     wanted = None if trials is None else {shared(trial) for trial in trials}
     layout, pools = sorted({pair for cells in every for pair in cells.trials}), dict[Any, Seeds]()
     for cells in every:
-        key, own = (cells.condition.model, cells.condition.suite), Seeds.of(cells)
-        pools[key] = pools[key] + own if key in pools else own
+        key, seeds = (cells.condition.model, cells.condition.suite), Seeds.of(cells)
+        pools[key] = pools[key] + seeds if key in pools else seeds
     for cells in every:
         if wanted is None or shared(cells.condition) in wanted:
             yield joint(

@@ -214,7 +214,9 @@ def _cells(
     names = [trial.calibration for trial in trials]
     measured = [trial.distance for trial in trials]
     alike = len({one["texts"] for one in measured if one}) == 1  # else distances are not comparable
-    far = [{**one["dimensions"], TOTAL: one["total"]} if alike and one else {} for one in measured]
+    divergences = [
+        {**one["dimensions"], TOTAL: one["total"]} if alike and one else {} for one in measured
+    ]
 
     def averaged(rows: Any) -> Array:
         """Average rows of trials over the seeds of each set."""
@@ -229,7 +231,7 @@ def _cells(
     for key, field in (("kl", "kl_mean"), ("top1", "top1")):
         rows = [
             [each.get(name, {}).get(field, math.nan) for name in (TOTAL, *dimensions)]
-            for each in far
+            for each in divergences
         ]
         distance[key] = averaged(rows)
     return Cells(

@@ -78,35 +78,33 @@ def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict
     return {key: gap for key, gap in gaps.items() if not math.isnan(gap.value)}
 
 
-def compare(joints: Sequence[Joint], default: str | None = None) -> list[Difference]:
-    """Compare every two calibrations under each condition: each mix and self-written set, the
-    single source with the highest total, the mean of all single sources, and the default."""
-    differences = []
-    for joint in joints:
-        cells, singles = joint.cells, joint.cells.of("single")
-        sides = [
-            (one.calibration, one.strategy, [at])
-            for at, one in enumerate(cells.per_set)
-            if one.strategy != "single" or one.calibration == default
+def compare(joint: Joint, default: str | None = None) -> list[Difference]:
+    """Compare every two calibrations under a condition: each mix and self-written set, the single
+    source with the highest total, the mean of all single sources, and the default."""
+    cells, singles, differences = joint.cells, joint.cells.of("single"), list[Difference]()
+    sides = [
+        (one.calibration, one.strategy, [at])
+        for at, one in enumerate(cells.per_set)
+        if one.strategy != "single" or one.calibration == default
+    ]
+    sides.sort(key=lambda side: side[0] == default)  # so that others are compared with it
+    totals = joint.values[singles, 0]
+    if not np.isnan(totals).all():
+        best = singles[int(np.nanargmax(totals))]
+        sides.append((BEST + cells.sets[best], "single", [best]))
+    if len(singles) > 1:
+        sides.append((SINGLES, "single", singles))
+    contrasts = [
+        (name, strategy, every(joint, sets, picked=name.startswith(BEST)))
+        for name, strategy, sets in sides
+    ]
+    for (left, one, ours), (right, other, theirs) in itertools.combinations(contrasts, 2):
+        if one == other == "single":
+            continue  # single sources are not compared among themselves
+        differences += [
+            Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
+            for name, gap in between(ours, theirs).items()
         ]
-        sides.sort(key=lambda side: side[0] == default)  # so that others are compared with it
-        totals = joint.values[singles, 0]
-        if not np.isnan(totals).all():
-            best = singles[int(np.nanargmax(totals))]
-            sides.append((BEST + cells.sets[best], "single", [best]))
-        if len(singles) > 1:
-            sides.append((SINGLES, "single", singles))
-        contrasts = [
-            (name, strategy, every(joint, sets, picked=name.startswith(BEST)))
-            for name, strategy, sets in sides
-        ]
-        for (left, one, ours), (right, other, theirs) in itertools.combinations(contrasts, 2):
-            if one == other == "single":
-                continue  # single sources are not compared among themselves
-            differences += [
-                Difference(cells.condition.label, left, right, name, gap.estimate(test=True))
-                for name, gap in between(ours, theirs).items()
-            ]
     return differences
 
 

@@ -54,8 +54,8 @@ class EmptyModel:
         trust = {"trust_remote_code": trust_remote_code}
         with loading(f"cannot read the configuration of {name}"):
             config = AutoConfig.from_pretrained(path, **trust)
-            own = getattr(config, "dtype", None) or torch.float32
-            chosen = DTYPES.get(dtype, own)
+            stored = getattr(config, "dtype", None) or torch.float32
+            chosen = DTYPES.get(dtype, stored)
             self.dtype = suited(chosen, self.device) if dtype == "auto" else chosen
             with init_empty_weights(include_buffers=False):
                 model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **trust)
@@ -66,7 +66,7 @@ class EmptyModel:
         self.block_weights = sum(p.numel() for p in self.blocks.blocks.parameters())
         self.vocabulary, self.hidden = self.model.get_output_embeddings().weight.shape
         self.bytes = self.weights * self.dtype.itemsize
-        self.disk = self.weights * narrower(own, self.dtype).itemsize  # of a checkpoint
+        self.disk = self.weights * narrower(stored, self.dtype).itemsize  # of a checkpoint
 
     @property
     def outer_weights(self) -> int:

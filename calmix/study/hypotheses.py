@@ -78,24 +78,23 @@ def judge(
         one, at = places(0)[*shared(trial), trial.calibration]
         return -math.inf if math.isnan(one.values[at, 0]) else float(one.values[at, 0])
 
-    for name, said in declared.comparisons.items():
-        split = "best_of" in said["of"] or "best_of" in said["over"]
+    for name, comparison in declared.comparisons.items():
+        split = "best_of" in comparison["of"] or "best_of" in comparison["over"]
         for model in dict.fromkeys(pair.model for pair in declared.pairs[name]):
-            gaps, joints, best = list[Contrast](), list[Joint](), list[str]()
+            gaps, best = list[Contrast](), list[str]()
             for pair in declared.pairs[name]:
                 sides = [[known[key] for key in side if key in known] for side in pair.sides]
                 if pair.model != model or not all(sides):
                     continue
-                means = list[Contrast]()
+                means, place_of = list[Contrast](), places(1) if split else places()
                 for side in sides:
                     trial = max(side, key=total) if split else side[0]
                     if len({one.calibration for one in side}) > 1:
                         best.append(trial.calibration)
-                    one, at = (places(1) if split else places())[*shared(trial), trial.calibration]
-                    joints.append(one)
-                    means.append(one.mean([at], 0))
+                    joint, at = place_of[*shared(trial), trial.calibration]
+                    means.append(joint.mean([at], 0))
                 gaps.append(means[0] - means[1])
-            comparisons.append(_judged(name, model, gaps, joints, best, declared))
+            comparisons.append(_judged(name, model, gaps, best, declared))
     corrected = holm([one.p for one in comparisons])
     return [replace(one, p_corrected=p) for one, p in zip(comparisons, corrected, strict=True)]
 
@@ -104,14 +103,14 @@ def _judged(
     name: str,
     model: str,
     gaps: Sequence[Contrast],
-    joints: Sequence[Joint],
     best: Sequence[str],
     declared: Declaration,
 ) -> Comparison:
     """Judge the mean of the gaps of one comparison on one model."""
     if not gaps:
         return Comparison(name, model, Estimate(None), "unknown")
-    gap = (sum(gaps[1:], gaps[0]) * (1 / len(gaps))).estimate(test=True)
+    mean = sum(gaps[1:], gaps[0]) * (1 / len(gaps))
+    gap, joints = mean.estimate(test=True), mean.parts
     seeds: Literal["own", "pooled", "unknown"] = "own"
     if any(one.pooled for one in joints):
         seeds = "pooled"
@@ -121,8 +120,8 @@ def _judged(
     if gap.value is None or gap.low is None or gap.high is None:
         return Comparison(*head)
     value, low, high = (100 * number for number in (gap.value, gap.low, gap.high))
-    margin, said = declared.margin, declared.comparisons[name]
-    predict, refuted = said.get("predict"), said.get("refuted")
+    margin, comparison = declared.margin, declared.comparisons[name]
+    predict, refuted = comparison.get("predict"), comparison.get("refuted")
     return Comparison(
         *head,
         level=seeds != "unknown" and margin is not None and -margin <= low and high <= margin,

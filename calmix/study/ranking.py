@@ -141,7 +141,7 @@ def rank(joint: Joint) -> list[Ranked]:
                     for q, task in enumerate(cells.tasks, len(names))
                 },
                 _named(names, cells.accuracy[at]),
-                {key: _named(names, far[at]) for key, far in cells.distance.items()},
+                {key: _named(names, by_set[at]) for key, by_set in cells.distance.items()},
             )
         )
     return ranked

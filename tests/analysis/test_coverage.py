@@ -130,7 +130,7 @@ def test_false_positive_rate():
     for one, seed in ((truth, 1), (replace(truth, own_items=0.0), 2)):
         found_at_all.append([])
         for actual, _ in studies(one, times, seed=seed):
-            (gaps,) = corrected(compare([actual]))
+            (gaps,) = corrected(compare(actual))
             claimed += [gap.p <= 0.05 for gap in gaps if gap.quantity == "total"]
             found_at_all[-1].append(any(gap.significant for gap in gaps if gap.quantity != "worst"))
     for message in (claimed, *found_at_all):

@@ -10,6 +10,7 @@ import pytest
 
 from calmix.errors import InputError, PassingError
 from calmix.evaluation.evaluate import ask, evaluate
+from calmix.evaluation.journal import Journal
 from calmix.evaluation.prompts import Ask
 from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.scores import load_scores, write_scores
@@ -187,5 +188,5 @@ def test_prompt_truncation_is_reported(monkeypatch, kind, cut):
     monkeypatch.setattr("calmix.evaluation.evaluate.answers", lambda *_, **__: [("x", True)])
     scorer = Scorer(opened(kind))
     item = Ask("q/0", 0, None, "a" * 3000, ["x"], {}, "text", 8, ())
-    assert ask(scorer, [("q", item)]) == [("x", True)]
+    assert ask(scorer, [("q", item)], False, Journal(None)) == [("x", True)]
     assert scorer.truncated == cut
