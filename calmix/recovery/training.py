@@ -244,6 +244,19 @@ class Steps:
         return (self._steps * factors).half()
 
 
+def ends(grid: Grid, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the lowest and the highest level that weights may have: those of the matrix, or of
+    each group (rows, groups, 1) if no group spans these, as with zero points."""
+    levels = grid.levels(weight)
+    low, high = levels.aminmax()
+    groups = levels.view(len(weight), grid.scale.shape[1], -1)
+    least, most = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
+    span = (most.clamp_(min=0) - least.clamp_(max=0)).max()
+    if len(grid.scale) == 1 or high - low <= span:
+        return low, high
+    return least, (least + span).clamp_(max=high)
+
+
 class Masters:
     """Float32 copies of parameters, with Adam's moments (arXiv 1412.6980, betas 0.9 and 0.95).
 
@@ -263,7 +276,7 @@ class Masters:
     ) -> None:
         self.parameters = dict(parameters)
         self.values: dict[str, nn.Parameter] = {}
-        self._levels: dict[str, tuple[Grid, float, float]] = {}  # grid, lowest and highest level
+        self._levels: dict[str, tuple[Grid, Tensor, Tensor]] = {}  # grid, lowest and highest level
         self._steps: dict[str, Steps] = {}
         self._dtypes: dict[str, torch.dtype] = {}  # in the files
         groups: list[dict[str, Any]] = []
@@ -275,8 +288,8 @@ class Masters:
                 full, size = self._steps[name].ones(), FACTOR
             elif name in grids:
                 grid, full = grids[name].to(parameter.device), full.to(parameter.device)
-                low, high = map(float, grid.levels(full).aminmax())
-                if not -LEVELS <= low <= high <= LEVELS:
+                low, high = ends(grid, full)
+                if not -LEVELS <= float(low.min()) <= float(high.max()) <= LEVELS:
                     raise InputError(
                         f"the scales of {name} are not those of its weights: fetch the model "
                         "again, or delete its calmix-scales to use the weights as they are"
@@ -339,7 +352,8 @@ class Masters:
         if name not in self._levels:
             return value
         grid, low, high = self._levels[name]
-        return grid.values(grid.levels(value).clamp_(low, high))
+        levels = grid.levels(value).view(len(value), grid.scale.shape[1], -1)
+        return grid.values(levels.clamp_(low, high).view(value.shape))
 
     def stored(self, *, copy: bool = False) -> dict[str, Tensor]:
         """Return the rounded masters in the types of the files."""

@@ -108,6 +108,20 @@ def test_masters_start_within_their_level():
         Masters(parameters, lambda name: stored, (), other, lambda name: dense, {})
 
 
+def test_levels_stay_within_the_range_of_their_group():
+    """With zero points, a group's levels may reach from 0 to 3, -3 to 0 or -1 to 2."""
+    levels = torch.tensor([0.0, 3, 1, 2, 0, -3, -1, -2, -1, 2, 0, 1]).expand(2, 12)
+    grid = Grid(torch.full((2, 3), 0.5), 2.0)
+    weight = grid.values(levels)
+    own = {"w": torch.nn.Parameter(weight.clone())}
+    masters = Masters(own, lambda name: weight, (), {"w": grid}, lambda name: weight, {})
+    for far, reached in ((9.0, [3, 0, 2]), (-9.0, [0, -3, -1])):
+        masters.values["w"].data.fill_(far)
+        assert (
+            grid.levels(masters.rounded("w")).view(2, 3, 4) == torch.tensor(reached)[:, None]
+        ).all()
+
+
 @pytest.mark.parametrize("case", [("gpt2", "distill"), ("mixtral", "blocks")])
 def test_weights_without_stored_grid_are_fixed(calmix, place, tmp_path, case):
     """Matrices that lie transposed, and experts; the rest is trained."""
