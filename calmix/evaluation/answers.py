@@ -21,7 +21,7 @@ from calmix.evaluation.behaviour import (
     repeat_pairs,
 )
 from calmix.evaluation.measures import TaskPair
-from calmix.evaluation.prompts import FAULTS, faults
+from calmix.evaluation.prompts import FAULTS
 from calmix.evaluation.retention import Estimate, task_pairs
 from calmix.evaluation.tasks import shared_start
 
@@ -65,7 +65,7 @@ def compare_answers(pair: Pair) -> Answers | None:
     texts, second = columns(tasks, "answers"), columns(again, "answers")
     checked, values = columns(tasks, "properties"), columns(tasks, "values")
     sound = [both for both, (one, _) in zip(values, checked, strict=True) if "right" not in one]
-    apart = [words for one, other in texts if (words := shared_words(one, other)) is not None]
+    apart = [shared_start([one.split(), other.split()]) for one, other in texts if one != other]
     counts = [_counted(name, tasks) for name in FAULTS]
     known = {one.name: one for one in counts if one is not None}
     right = known.pop("right", None)
@@ -124,13 +124,6 @@ def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     return paired(name, values) if values else None
 
 
-def shared_words(one: str, other: str) -> int | None:
-    """Return the number of words after which two texts part; None if they are the same."""
-    if one == other:
-        return None
-    return shared_start([one.split(), other.split()])
-
-
 @dataclass(frozen=True)
 class Row:
     """A prompt with the answers of the dense model and of smaller ones, and what is wrong with
@@ -171,7 +164,10 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
                 Row(
                     several[0].prompts[at],
                     tuple(task.answers[at] for task in several),
-                    tuple(tuple(faults(task.properties[at])) for task in several),
+                    tuple(
+                        tuple(FAULTS[name] for name, met in task.properties[at].items() if not met)
+                        for task in several
+                    ),
                     tuple(bool(task.values[at]) for task in several),
                     tuple(one.get(item) for one in distances),
                 )

@@ -26,11 +26,6 @@ class Journal:
                     key, rows = json.loads(line)
                     self.known[key] = [(str(text), bool(ended)) for text, ended in rows]
 
-    @property
-    def count(self) -> int:
-        """The answers that it had when it was opened."""
-        return sum(map(len, self.known.values()))
-
     def add(self, key: str, answers: Sequence[tuple[str, bool]]) -> None:
         """Append answers to the file."""
         if self.path is not None:
@@ -46,8 +41,9 @@ def journal_beside(
     whether it goes on with an interrupted run."""
     path = None if output is None else output.with_name(f".{output.name}.answers")
     journal = Journal(path)
-    if journal.count and note is not None:
-        note(f"resumed: {journal.count:,} answers of an interrupted run are not asked again")
+    count = sum(map(len, journal.known.values()))
+    if count and note is not None:
+        note(f"resumed: {count:,} answers of an interrupted run are not asked again")
     yield journal
     if path is not None:
         path.unlink(missing_ok=True)

@@ -329,11 +329,6 @@ def properties(prompt: Ask, answer: str, ended: bool, dense: str | None = None) 
     return traits
 
 
-def faults(traits: Mapping[str, bool]) -> list[str]:
-    """Return what is wrong with an answer of these properties."""
-    return [FAULTS[name] for name, met in traits.items() if not met]
-
-
 def body(answer: str) -> str:
     """Return an answer without the thinking before it."""
     return answer.rpartition(THOUGHT)[2]

@@ -8,7 +8,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
-from calmix.evaluation.answers import compare_answers, rows, shared_words
+from calmix.evaluation.answers import compare_answers, rows
 from calmix.evaluation.distance import pooled
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
 from calmix.evaluation.greedy import LOOP, PERIOD
@@ -243,7 +243,7 @@ def test_answers_are_compared_in_pairs():
     dense, small = example()
     found = compare_answers((dense, small))
     assert (found.asked, found.identical.value, found.repeat) == (3, 1 / 3, 2 / 3)
-    assert (shared_words("a b", "a c"), shared_words("a", "a"), found.parted) == (1, None, 1)
+    assert found.parted == 1
     assert found.right is None
     assert (found.sound.lost, found.sound.gained, found.sound.p) == (1, 0, 1.0)
     faults = {one.name: (one.asked, one.lost, one.gained) for one in found.faults}
@@ -301,7 +301,7 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
     with pytest.raises(KeyboardInterrupt), journal_beside(output) as journal:
         evaluate(model, suite, journal=journal)
     kept = tmp_path / ".out.json.answers"
-    assert Journal(kept).count == 4
+    assert sum(map(len, Journal(kept).known.values())) == 4
     kept.write_bytes(kept.read_bytes() + b'["half')
     calls.clear()
     with journal_beside(output) as journal:
