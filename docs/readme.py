@@ -1,12 +1,14 @@
-"""Fill the README's table and its picture from folders of one `calmix compress` each.
+"""Fill the README's table from folders of one `calmix compress` each, and draw its pictures.
 
-    python docs/readme.py OUT [OUT ...]
+    python docs/readme.py [OUT ...]
 
-The picture is the card of the first folder. Right answers are those of `OUT/abilities.json`.
+Right answers are those of `OUT/abilities.json`. The pictures are the card of the first folder and,
+also without a folder, a chart of studies/results/third-model/ranking.csv.
 """
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -17,7 +19,18 @@ from calmix.files import size_text
 from calmix.report.words import p_value, with_span
 
 ROOT = Path(__file__).parents[1]
-README, PICTURE = ROOT / "README.md", ROOT / "docs" / "images" / "card.png"
+IMAGES = ROOT / "docs" / "images"
+README, PICTURE, CHART = ROOT / "README.md", IMAGES / "card.png", IMAGES / "answers.svg"
+RANKING = ROOT / "studies" / "results" / "third-model" / "ranking.csv"
+BARS = (  # of the chart: label, condition, text, colour
+    ("Q4_K_M, 105 MB: calmix on its mix", "GGML Q4_K_M", "mix", "#0b6bb3"),
+    ("calmix on C4", "GGML Q4_K_M", "c4", "#0b6bb3"),
+    ("llama.cpp, importance matrix of the mix", "llama.cpp Q4_K_M", "mix", "#777"),
+    ("llama.cpp, importance matrix of C4", "llama.cpp Q4_K_M", "c4", "#777"),
+    ("half of the weights zero, 269 MB: on the mix", "SparseGPT 50%", "mix", "#b3500b"),
+    ("on C4", "SparseGPT 50%", "c4", "#b3500b"),
+)
+LEFT, SCALE, TALL = 300, 3.4, 24  # pixels: of labels, of a per cent, of a bar
 BETWEEN = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 HEAD = ["compressed to", "size", "tokens/s", "right, % of dense", "lost, gained (p)", "kept %"]
 
@@ -50,8 +63,38 @@ def picture(page: Path) -> None:
         shown.screenshot(PICTURE, whole=False)
 
 
+def chart() -> str:
+    """Return the chart of right answers, with intervals over items and seeds, as SVG."""
+    with RANKING.open(encoding="utf-8", newline="") as file:
+        known = {(one["condition"], one["calibration"]): one for one in csv.DictReader(file)}
+    parts, bottom = [], 34 + TALL * len(BARS)
+    for at, (label, condition, text, colour) in enumerate(BARS):
+        one, y = known[condition, text], 42 + TALL * at
+        low, value, high = (100 * float(one[f"total_{end}"]) for end in ("low", "value", "high"))
+        left, middle, right = (round(LEFT + SCALE * one) for one in (low, value, high))
+        parts += [
+            f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{label}</text>',
+            f'<path d="M{left} {y}H{right}" stroke="{colour}" stroke-width="2"/>',
+            f'<circle cx="{middle}" cy="{y}" r="5" fill="{colour}"/>',
+            f'<text x="{right + 8}" y="{y + 4}">{value:.0f}</text>',
+        ]
+    dense = round(LEFT + SCALE * 100)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {bottom + 12}" '
+        'font-family="sans-serif" font-size="13">\n'
+        f'<rect width="780" height="{bottom + 12}" fill="#fff"/>\n'
+        f'<path d="M{dense} 24V{bottom}" stroke="#999" stroke-dasharray="4"/>\n'
+        f'<text x="{dense}" y="18" text-anchor="middle">dense model: 100 %</text>\n'
+        + "\n".join(parts)
+        + "\n</svg>\n"
+    )
+
+
 def main(folders: list[Path]) -> None:
-    """Write table and picture."""
+    """Write table and pictures."""
+    CHART.write_text(chart(), encoding="utf-8")
+    if not folders:
+        return
     lines = [HEAD, ["---"] * len(HEAD), *map(row, folders)]
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     text = README.read_text(encoding="utf-8")

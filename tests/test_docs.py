@@ -145,12 +145,15 @@ def test_walkthrough_runs(name, tmp_path):
 
 
 def test_results_pages_match_their_script():
-    """No number of the page is typed by hand."""
-    sys.path.insert(0, str(ROOT / "studies"))
+    """No number of the pages, or of README's chart, is typed by hand."""
+    places = [str(ROOT / "studies"), str(ROOT / "docs")]
+    sys.path[:0] = places
     try:
         import page
+        import readme
     finally:
-        sys.path.remove(str(ROOT / "studies"))
+        del sys.path[: len(places)]
+    assert readme.CHART.read_text(encoding="utf-8") == readme.chart()
     pages = page.pages()
     assert {path: path.read_text(encoding="utf-8") for path in pages} == pages
     assert pages[ROOT / "docs" / "results.md"].count("\n") <= 90

@@ -149,7 +149,7 @@ def compress(
         if {*card.file["levels"]} - {"4", "8"}:
             line(KERNELS)
     if card.restricted:
-        line(words.wrapped(f"licence: {card.restricted}", rest="  "))
+        line(words.wrapped(card.restricted, rest="  "))
     for command in card.runs:
         line(f"run: {command}")
     line(f"card: {page}, after {duration(time.monotonic() - began)}")

@@ -126,7 +126,7 @@ def evaluate_against(
             cache=cache and first and original is not None,
             dense=dense,
             journal=journal,
-            progress=bar.of(f"scoring {opened.name}"),
+            progress=bar.of(f"scoring {Path(opened.name).name}"),
         )
 
     def opened(one: str | Served) -> OpenModel | Served:
