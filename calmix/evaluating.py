@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -71,7 +72,7 @@ def evaluate(
     if unknown := options.keys() - {*OPTIONS, *OPENING}:
         raise InputError(f"with `against`, evaluate has no option {min(unknown)}")
     allowed = bool(options.get("allow_code_execution"))
-    chosen, _ = runnable(choose(suite, **part), allowed)
+    chosen, left_out = runnable(choose(suite, **part), allowed)
     if isinstance(against, str | Path) and str(against).endswith(".json"):
         against = load_dense(Path(against))
     dense = against if isinstance(against, CapabilityScores) else str(against)
@@ -82,4 +83,4 @@ def evaluate(
     with Progress(shown=False) as bar:
         small, large = evaluate_against(str(model), chosen, dense, texts=texts, bar=bar, **options)
     assert large is not None
-    return Comparison.of(small.model, [(large, small)])
+    return Comparison.of(small.model, [(large, replace(small, not_run=tuple(left_out)))])

@@ -69,10 +69,15 @@ def test_evaluate_against_a_dense_model_or_its_scores(tmp_path):
         '{"question": "a b", "choices": [" c", " d"], "answer": 0}\n' * 30, encoding="utf-8"
     )
     suite = tmp_path / "suite.yaml"
-    task = "{general: {rows: {file: rows.jsonl, kind: choices}}}"
+    (tmp_path / "programs.jsonl").write_text(
+        '{"head": "double(x)", "question": "returns x.", "tests": ["double(4) == 8"]}\n', "utf-8"
+    )
+    programs = "programs: {file: programs.jsonl, kind: programs}"
+    task = f"{{general: {{rows: {{file: rows.jsonl, kind: choices}}, {programs}}}}}"
     suite.write_text(f"{{name: s, version: 1, description: d, dimensions: {task}}}", "utf-8")
     compared = calmix.evaluate(small, suite, against=dense)
     scored = calmix.evaluate(small, suite, against=calmix.evaluate(dense, suite))
     assert compared.retention.total == scored.retention.total
+    assert compared.behaviour.not_run == scored.behaviour.not_run == ("programs",)
     with pytest.raises(calmix.CalmixError, match="save the model first"):
         calmix.evaluate(calmix.open_model(small), suite, against=dense)

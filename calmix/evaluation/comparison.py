@@ -112,6 +112,7 @@ def evaluate_against(
         if not on_answers:
             why = "a server gives no probabilities" if served else "their tokenizers differ"
             bar.note(f"KL is left out: {why}")
+    from_answers = suite.own and on_answers
     for one in served:  # asked in the form of the model beside it
         one.chat = "worked examples" not in forms
 
@@ -138,10 +139,10 @@ def evaluate_against(
         if served or not isinstance(first, OpenModel):
             dense = score(first, True)
         else:
-            if texts is not None:
+            if texts is not None and not from_answers:
                 states = reference(first, texts(first), cache=cache)
             dense = score(first, True)
-            if suite.own and on_answers:
+            if from_answers:
                 rows, last = own_answers(first, suite, dense)
                 states = reference(first, rows, last=last) if rows else None
         del first
@@ -153,7 +154,7 @@ def evaluate_against(
             dense=lambda: open_model(str(original), **opening),
             progress=bar.of("distance to the dense model"),
         )
-        apart = pooled(apart, next(iter(suite.dimensions))) if suite.own else apart
+        apart = pooled(apart, next(iter(suite.dimensions))) if from_answers else apart
     return replace(score(small, against is None), distance=apart), dense
 
 
