@@ -23,14 +23,15 @@ IMAGES = ROOT / "docs" / "images"
 README, PICTURE, CHART = ROOT / "README.md", IMAGES / "card.png", IMAGES / "answers.svg"
 RANKING = ROOT / "studies" / "results" / "third-model" / "ranking.csv"
 BARS = (  # of the chart: label, condition, text, colour
-    ("Q4_K_M, 105 MB: calmix on its mix", "GGML Q4_K_M", "mix", "#0b6bb3"),
-    ("calmix on C4", "GGML Q4_K_M", "c4", "#0b6bb3"),
-    ("llama.cpp, importance matrix of the mix", "llama.cpp Q4_K_M", "mix", "#777"),
-    ("llama.cpp, importance matrix of C4", "llama.cpp Q4_K_M", "c4", "#777"),
-    ("half of the weights zero, 269 MB: on the mix", "SparseGPT 50%", "mix", "#b3500b"),
-    ("on C4", "SparseGPT 50%", "c4", "#b3500b"),
+    ("Q4_K_M, 105 MB: calmix, on its mix", "GGML Q4_K_M", "mix", "#0b6bb3"),
+    ("Q4_K_M, 105 MB: calmix, on C4", "GGML Q4_K_M", "c4", "#0b6bb3"),
+    ("Q4_K_M, 105 MB: llama.cpp, importance matrix of the mix", "llama.cpp Q4_K_M", "mix", "#777"),
+    ("Q4_K_M, 105 MB: llama.cpp, importance matrix of C4", "llama.cpp Q4_K_M", "c4", "#777"),
+    ("half of the weights zero, 269 MB: SparseGPT, on the mix", "SparseGPT 50%", "mix", "#b3500b"),
+    ("half of the weights zero, 269 MB: SparseGPT, on C4", "SparseGPT 50%", "c4", "#b3500b"),
 )
-LEFT, SCALE, TALL = 300, 3.4, 24  # pixels: of labels, of a per cent, of a bar
+WIDE, LEFT, TOP = 560, 12, 28  # pixels: of the chart, and of its margins
+SCALE, TALL = 4.2, 40  # pixels of a per cent and of a bar with its label
 BETWEEN = re.compile(r"(<!-- table: .*? -->\n).*?(<!-- end of table -->)", re.DOTALL)
 HEAD = ["compressed to", "size", "tokens/s", "right, % of dense", "lost, gained (p)", "kept %"]
 
@@ -67,24 +68,24 @@ def chart() -> str:
     """Return the chart of right answers, with intervals over items and seeds, as SVG."""
     with RANKING.open(encoding="utf-8", newline="") as file:
         known = {(one["condition"], one["calibration"]): one for one in csv.DictReader(file)}
-    parts, bottom = [], 34 + TALL * len(BARS)
+    parts, bottom = [], TOP + TALL * len(BARS)
     for at, (label, condition, text, colour) in enumerate(BARS):
-        one, y = known[condition, text], 42 + TALL * at
+        one, y = known[condition, text], TOP + TALL * at + 30
         low, value, high = (100 * float(one[f"total_{end}"]) for end in ("low", "value", "high"))
         left, middle, right = (round(LEFT + SCALE * one) for one in (low, value, high))
         parts += [
-            f'<text x="{LEFT - 8}" y="{y + 4}" text-anchor="end">{label}</text>',
+            f'<text x="{LEFT}" y="{y - 12}" fill="#444">{label}</text>',
             f'<path d="M{left} {y}H{right}" stroke="{colour}" stroke-width="2"/>',
             f'<circle cx="{middle}" cy="{y}" r="5" fill="{colour}"/>',
-            f'<text x="{right + 8}" y="{y + 4}">{value:.0f}</text>',
+            f'<text x="{right + 8}" y="{y + 5}">{value:.0f}</text>',
         ]
     dense = round(LEFT + SCALE * 100)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 780 {bottom + 12}" '
-        'font-family="sans-serif" font-size="13">\n'
-        f'<rect width="780" height="{bottom + 12}" fill="#fff"/>\n'
-        f'<path d="M{dense} 24V{bottom}" stroke="#999" stroke-dasharray="4"/>\n'
-        f'<text x="{dense}" y="18" text-anchor="middle">dense model: 100 %</text>\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDE} {bottom + 8}" '
+        'font-family="sans-serif" font-size="14">\n'
+        f'<rect width="{WIDE}" height="{bottom + 8}" fill="#fff"/>\n'
+        f'<path d="M{dense} {TOP}V{bottom}" stroke="#999" stroke-dasharray="4"/>\n'
+        f'<text x="{dense}" y="{TOP - 8}" text-anchor="middle">dense model: 100 %</text>\n'
         + "\n".join(parts)
         + "\n</svg>\n"
     )
