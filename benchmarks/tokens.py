@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=8, help="rows of each text")
+    parser.add_argument("--held-out-length", type=int, default=512)
     parser.add_argument("--shrunk", action="store_true", help="shrink Gram matrices")
     parser.add_argument("--targets", nargs="+", default=["own"], choices=("own", "dense"))
     parser.add_argument("--answers", action="store_true", help="count right answers")
@@ -120,7 +121,7 @@ def main() -> None:
     ids = resolve(
         options.calibration, opened, rows=options.rows, length=options.length, leakage="off"
     ).ids
-    texts = held_out(opened, options.data, options.held_out, options.length)
+    texts = held_out(opened, options.data, options.held_out, options.held_out_length)
     dense = reference(opened, texts)
     answers = asked(opened, options.quick) if options.answers else None
     layers = find_blocks(opened.model).layers

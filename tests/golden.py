@@ -85,7 +85,7 @@ def studies():
     from calmix.study.store import read_results
 
     collected = {}
-    for study in ("smollm2-offline", "two-models"):
+    for study in ("smollm2-offline", "right-answers"):
         with tempfile.TemporaryDirectory() as folder:
             with tarfile.open(RESULTS / study / "store.tar.xz") as packed:
                 packed.extractall(folder, filter="data")
