@@ -46,14 +46,14 @@ def compress(
     resume. calmix check OUT tests the result against floors of your own.
 
     Types, the size they give Qwen2.5-Coder-1.5B, and right answers of SmolLM2-135M and
-    Qwen2.5-Coder-0.5B where measured, in % of the dense model's (docs/lab/methods.md). There are
-    more, e.g. IQ3_S.
+    Qwen2.5-Coder-0.5B where measured, in % of the dense model's (docs/results.md and
+    docs/lab/methods.md). There are more, e.g. IQ3_S.
 
     \b
       Q8_0     1.89 GB
       Q6_K     1.46 GB
       Q5_K_M   1.28 GB
-      Q4_K_M   1.11 GB  the default
+      Q4_K_M   1.11 GB  100 and -; the default
       IQ4_NL   1.06 GB  96 and 95
       Q3_K_M   0.92 GB
       Q2_K     0.75 GB
