@@ -488,7 +488,10 @@ def third() -> dict[str, object]:
     run, planned = re.search(
         r"(\d+) of (\d+) planned", (THIRD / "summary.txt").read_text()
     ).groups()
+    curve, pairs = re.findall(r"\d+ of \d+", (THIRD / "predictor.txt").read_text())
     return gaps | {
+        "third_curve": curve,
+        "third_pairs": pairs,
         "third_run": f"{run} of its {planned}",
         "third_models": " and ".join(labels),
         "third": table(["", "points between", "predicted", *labels], rows),

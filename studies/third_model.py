@@ -1,6 +1,6 @@
 """Judge the hypotheses of third-model.yaml that are no difference of two conditions.
 
-    python studies/third_model.py STUDY [--model coder-1.5b]
+    python studies/third_model.py STUDY [--model coder-1.5b]   # results/third-model/predictor.txt
 
 H9: the curve of Qwen2.5-Coder-0.5B, logit(kept) = -0.60 - 0.88 ln(KL), against the share of right
 answers that each trial keeps. H10: whether KL orders pairs of trials as right answers do: two texts
