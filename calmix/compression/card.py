@@ -420,19 +420,31 @@ class Card:
             parts.append(f"{texts} (--licence permissive leaves such text out)")
         return f"Not for commercial use, by licence: {', '.join(parts)}." if parts else ""
 
-    @cached_property
+    @property
     def checked(self) -> str:
         """The verdict of `calmix check` on this model; empty if it was not run."""
+        return self._check[1]
+
+    @property
+    def gate(self) -> str:
+        """Whether this model `passed` or `missed` its floors; empty if that is not known."""
+        return self._check[0]
+
+    @cached_property
+    def _check(self) -> tuple[str, str]:
         path, fingerprints = self.out / floors.FILE, [one.fingerprint for one in self.pairs[0]]
         if not path.exists():
-            return ""
+            return "", ""
         try:
             value, what = read_sealed(path, ""), "of another model"
             if [value["dense"], value["model"]] == fingerprints:
-                return str(value["lines"][0])
+                return "passed" if value["passed"] else "missed", str(value["lines"][0])
         except InputError:
             what = "damaged"
-        return f"{path.name} is {what}: run calmix check {self.out} {floors.FLAG} FLOORS again."
+        return (
+            "",
+            f"{path.name} is {what}: run calmix check {self.out} {floors.FLAG} FLOORS again.",
+        )
 
 
 def read_card(out: Path) -> Card:

@@ -410,6 +410,9 @@ def test_check_appears_on_its_own_card(calmix, out):
     for page in (out / "card.html", out / "model" / "README.md"):
         text = page.read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
         assert made["lines"][0] in text
+    shown = "passed" if made["passed"] else "missed"
+    page = (out / "card.html").read_text(encoding="utf-8").replace("\N{NO-BREAK SPACE}", " ")
+    assert f'<span class="gate {shown}">floors {shown}</span>' in page
     for changed, said in (
         (sealed(made | {"model": "0"}), "check.json is of another model: run calmix check"),
         (made | {"passed": None}, "check.json is damaged"),
