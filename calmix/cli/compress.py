@@ -20,7 +20,7 @@ from calmix.evaluation.scores import load_pairs
 from calmix.files import cached_sha256, check_apart, check_output_file, check_unlocked, write_json
 from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
-from calmix.pruning.file_types import recipe_name
+from calmix.pruning.type_recipes import recipe_name
 
 KERNELS = "kernels: for other levels than 4 and 8 bits vLLM needs a GPU"
 SPEED = (

@@ -1,4 +1,4 @@
-"""The folder that a compression writes: names of its files, and whether it may write there."""
+"""The folder that a compression writes: names of its files, and whether it has other contents."""
 
 from __future__ import annotations
 

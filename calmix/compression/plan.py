@@ -39,13 +39,13 @@ from calmix.options import (
 )
 from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
 from calmix.pruning.engine import check_pattern
-from calmix.pruning.file_types import RECIPES, check_whole
 from calmix.pruning.held_out import PER_INPUT, rows_needed
 from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.methods.gptq import Gptq
 from calmix.pruning.patterns import Mixed, Recipe
 from calmix.pruning.solvers.ggml_types import block_type
+from calmix.pruning.type_recipes import RECIPES, check_whole
 from calmix.sources.licences import NON_COMMERCIAL, use_of
 from calmix.sources.mixes import MIXES, mix_text, parse_mix
 from calmix.sources.registry import builtin_sources, get_source, local_file

@@ -51,11 +51,11 @@ from calmix.models.opening import OpenModel, check_models, open_model, resolve_m
 from calmix.models.shards import weight_bytes
 from calmix.precision import dtype_name
 from calmix.pruning.engine import Run, run_through
-from calmix.pruning.file_types import RECIPES
 from calmix.pruning.methods import Look
 from calmix.pruning.solvers.ggml_types import TYPES as BLOCK_TYPES
 from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import read_blocks
+from calmix.pruning.type_recipes import RECIPES
 
 Array = np.ndarray[Any, Any]
 # The origin of a tensor in a GGUF file: the parameter's name, and an order (None: the parameter's

@@ -18,7 +18,6 @@ from calmix.files import size_text
 from calmix.models.blocks import DecoderBlocks, Prunable, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
 from calmix.pruning.engine import Run, check_ids, check_pattern, costs_in_memory, run_through
-from calmix.pruning.file_types import check_whole
 from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.methods.ggml import Typed
 from calmix.pruning.methods.gptq import Gptq
@@ -26,6 +25,7 @@ from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pat
 from calmix.pruning.solvers.ggml_scales import fitting
 from calmix.pruning.solvers.ggml_types import TYPES, BlockType
 from calmix.pruning.solvers.libggml import quantise
+from calmix.pruning.type_recipes import check_whole
 
 LOGIT = 2.0  # loss of a squared error of a logit, in shares of a layer's output energy
 SAMPLED = 2**16  # weights of a matrix that are rounded to every type

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from calmix.errors import InputError
 from calmix.models.blocks import outer_layers
-from calmix.pruning.file_types import recipe_name, recipe_types
 from calmix.pruning.solvers.ggml_types import block_type
+from calmix.pruning.type_recipes import recipe_name, recipe_types
 
 
 class Pattern:

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 from calmix.cli.root import VERBS
 from calmix.models.blocks import find_blocks, outer_layers
 from calmix.options import METHODS
-from calmix.pruning.file_types import recipe_types
 from calmix.pruning.methods import methods
 from calmix.pruning.solvers.ggml_types import TYPES
+from calmix.pruning.type_recipes import recipe_types
 from tests.cli.test_mistakes import COMMANDS
 
 

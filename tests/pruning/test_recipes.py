@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calmix.errors import InputError
 from calmix.models.blocks import find_blocks, outer_layers
 from calmix.pruning.engine import prune
-from calmix.pruning.file_types import RECIPES
 from calmix.pruning.patterns import Blocks, Recipe, as_pattern
 from calmix.pruning.solvers.ggml_scales import fitting
+from calmix.pruning.type_recipes import RECIPES
 from tests.pruning.test_imatrix import ROLES
 from tests.tiny import tiny_ids, tiny_model
 

@@ -17,7 +17,6 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from calmix.errors import InputError
-from calmix.pruning.file_types import recipe_name
 from calmix.pruning.gram import Factor, Gram, Squares, Statistic, inverse_factor
 from calmix.pruning.methods.base import DAMPING, Damping, Method, Solution, by_kind
 from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe
@@ -25,6 +24,7 @@ from calmix.pruning.solvers.ggml_scales import BlockGrid, fitting, rounded_alone
 from calmix.pruning.solvers.ggml_types import BlockType, Encoded
 from calmix.pruning.solvers.libggml import load_library, quantise
 from calmix.pruning.solvers.surgeon import solve_columns
+from calmix.pruning.type_recipes import recipe_name
 
 
 class Typed(Method):
