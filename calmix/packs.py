@@ -28,8 +28,8 @@ class PackedModel:
     @classmethod
     def from_pretrained(cls, folder: str | Path, **options: Any) -> Any:
         """Return the model in a pack; `options` are those of transformers, such as `dtype`."""
-        own = {name: value for name, value in options.items() if not name.startswith("_")}
-        return load(folder, **{k: v for k, v in own.items() if k not in ("config", "revision")})
+        auto = {name for name in options if name.startswith("_")} | {"config", "revision"}
+        return load(folder, **{name: options[name] for name in options.keys() - auto})
 
 
 AutoConfig.register(PACK_TYPE, PackConfig)

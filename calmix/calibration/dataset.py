@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from calmix.calibration.tokenizer import HasTokenizer
+from calmix.calibration.tokenizer import HasTokenizer, begin_token
 from calmix.errors import InputError
 from calmix.files import (
     atomic_folder,
@@ -175,10 +175,7 @@ def export_jsonl(drawn: CalibrationSet, tokenizer: Any, path: Path | str) -> Non
 
     Tokenising the text again can give other ids at the edges of a row.
     """
-    with_begin, without = (
-        tokenizer("a", add_special_tokens=one).input_ids for one in (True, False)
-    )
-    begin = with_begin[: len(with_begin) - len(without)]
+    begin = begin_token(tokenizer)
     ids = (row[len(begin) * (row[: len(begin)] == begin) :] for row in drawn.ids.tolist())
     texts = tokenizer.batch_decode([*ids], skip_special_tokens=False)
     rows = [{"text": t, "source": s} for t, s in zip(texts, drawn.sources, strict=True)]

@@ -15,9 +15,7 @@ from calmix.progress import Progress
 
 Form = Literal["pack", "model", "gguf", "vllm", "jsonl", "imatrix"]
 SETS = ("jsonl", "imatrix")
-WARNED_KL = (
-    0.1  # nats per token between file and model, from which a warning says what was measured
-)
+WARNED_KL = 0.1  # nats per token between file and model; from here a warning says what is lost
 
 
 class ExportOptions(Options):

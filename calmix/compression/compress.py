@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration.dataset import saved_set
-from calmix.calibration.resolving import parse_calibration
 from calmix.compression.card import CARD_PAGE, Card, read_card
 from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.folder import begun, check_foreign
@@ -139,11 +138,12 @@ def begin(options: Compression, out: Path) -> Search:
 def dry(search: Search) -> list[StageCost]:
     """Return the cost of all stages; of a search, the most that there can be. Text from the user's
     own files is drawn, without a leakage check, to see whether it is enough."""
-    request, listed = search.request, stages(search.request, search.out)
     if search.floors:
         request, listed = search.at(search.rates[-1]), search.longest()
+    else:
+        request, listed = search.request, stages(search.request, search.out)
     for one in (stage.request for stage in listed):
-        if isinstance(one, Draw) and not one.written and parse_calibration(one.text).files:
+        if isinstance(one, Draw) and not one.written and one.request.files:
             with Progress() as bar:
                 replace(one, draw={**one.draw, "leakage": "off"}).drawn(bar)
     return estimate(request, listed)

@@ -11,7 +11,7 @@ from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.distance_texts import texts_for
-from calmix.calibration.resolving import parse_calibration, resolve
+from calmix.calibration.resolving import CalibrationRequest, parse_calibration, resolve
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.compression.folder import PACK_FOLDER
 from calmix.compression.results import Result, ready
@@ -86,13 +86,18 @@ class Draw(StageRequest):
     draw: Mapping[str, Any]
 
     @property
+    def request(self) -> CalibrationRequest:
+        """The checked request."""
+        return parse_calibration(self.text, **self.draw)
+
+    @property
     def written(self) -> bool:
         """Whether the model writes some of the text."""
-        return bool(parse_calibration(self.text, prompts=self.draw.get("prompts")).written)
+        return bool(self.request.written)
 
     @property
     def decides(self) -> dict[str, Any]:
-        return parse_calibration(self.text, **self.draw).record(self.text)
+        return self.request.record(self.text)
 
     @property
     def words(self) -> tuple[str, ...]:

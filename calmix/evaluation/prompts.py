@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import hashlib
 import json
 import re
@@ -197,10 +198,9 @@ def parse_prompt(row: dict[str, Any]) -> Ask:
     """Return the prompt of a row; a ValueError or SourceError says what is wrong. Even numbers are
     in the half to test with."""
     row = {key: value for key, value in row.items() if value not in (None, "")}
-    for key in row.keys() - {*MORE}:
-        meant = difflib.get_close_matches(str(key), MORE, 1, 0.85)
-        if meant and meant[0] not in row:
-            raise ValueError(f"unknown field '{key}': did you mean {meant[0]}?")
+    for key in row:
+        if key not in MORE and (meant := _misspelt(str(key))) and meant not in row:
+            raise ValueError(f"unknown field '{key}': did you mean {meant}?")
     name = next((one for one in CHATS if one in row), None)
     if name is not None:
         messages = chat_messages(row[name], name, True) or ()
@@ -229,6 +229,12 @@ def parse_prompt(row: dict[str, Any]) -> Ask:
     doc = {"question": str(messages[-1]["content"])}
     one = Ask("", 0, messages, plain, right, doc, check, tokens, (), tools, True, thinking)
     return replace(one, id=one.sha256[:12], number=int(one.sha256[:8], 16))
+
+
+@functools.lru_cache  # rows of a file have the same fields
+def _misspelt(key: str) -> str:
+    """Return the field of `MORE` that a similar one probably means; empty if none is close."""
+    return next(iter(difflib.get_close_matches(key, MORE, 1, 0.85)), "")
 
 
 def _parsed(value: Any) -> Any:
