@@ -55,10 +55,10 @@ from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import PruneReport
+from calmix.pruning.requests import prune_request, recover_request
 from calmix.pruning.work import States
 from calmix.recovery.blocks import relative_error
 from calmix.recovery.checkpoint import recover
-from calmix.specs import prune_request, recover_request
 
 SAME = 0.995  # of the masks: of two weights that tie either may go, and what follows differs
 SECONDS = 120  # of processor time for one architecture

@@ -37,8 +37,8 @@ from common import HERE, Readout, commit, data_file, machine, means
 
 from calmix.models.opening import resolve_model
 from calmix.pruning.checkpoint import prune_checkpoint
+from calmix.pruning.requests import prune_request, recover_request
 from calmix.recovery.checkpoint import recover
-from calmix.specs import prune_request, recover_request
 
 MIX = (
     "uniform:encyclopedia,books,stories,procedures,"

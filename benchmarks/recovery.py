@@ -29,12 +29,14 @@ from common import commit, machine
 from speed import MIX, floor
 
 from calmix.calibration.build import build
+from calmix.memory import PROGRAM
 from calmix.models.blocks import find_blocks
+from calmix.models.empty import EmptyModel
 from calmix.models.opening import open_model
 from calmix.options import RECOVERIES
+from calmix.pruning.requests import recover_request
+from calmix.recovery.training import recovery_memory
 from calmix.sources.mixes import parse_mix
-from calmix.specs import recover_request
-from calmix.study.estimate import PROGRAM, EmptyModel
 
 WAYS = {
     "sparsegpt": ("sparsegpt", None),
@@ -100,7 +102,7 @@ def measured(options: argparse.Namespace, way: str) -> dict[str, Any]:
         )
         request = recover_request(method=recovery, calibration=MIX)
         empty = EmptyModel(options.model)
-        memory = max(memory, empty.recovery_memory(request, 512) + PROGRAM)
+        memory = max(memory, recovery_memory(empty, request, 512) + PROGRAM)
     began, peak = time.perf_counter(), 0.0
     for command in commands:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL)

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from calmix.pruning.engine import prune as prune
     from calmix.pruning.patterns import SemiStructured as SemiStructured
     from calmix.pruning.patterns import Unstructured as Unstructured
+    from calmix.pruning.requests import recover_request as recover_request
     from calmix.recovery.checkpoint import recover as recover
-    from calmix.specs import recover_request as recover_request
 
 _NAMES = {
     "calibration.dataset": ("CalibrationSet",),

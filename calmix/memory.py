@@ -67,6 +67,7 @@ BEHIND = 3 * GIB // 8  # extra memory of a process that has pruned: kernels and 
 LAYER_ENTRIES = 2**25  # of a layer processed at a time on an accelerator, to launch few kernels
 AT_ONCE = 64  # bytes per entry of the rows an accelerator's solver processes at a time
 EXPERT_BYTES = 2**30  # for statistics of experts at a time
+PROGRAM = 0.6e9  # bytes of Python, torch and transformers without any weights
 ROUNDED_AT_ONCE = 2**23  # weights of an embedding rounded at a time
 ROUNDING_BYTES = 40  # bytes for each of them
 LOGIT_POSITIONS = 128  # whose logits are in memory at a time; of fewer, reading the head dominates

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 from text_metrics import FEWEST_SETS, Correlation, correlate, information_of, rho
 
-from calmix.evaluation.measures import Array
+from calmix.evaluation.measures import ALPHA, Array
 from calmix.options import RECOVERIES, Settings
 from calmix.report import words
 from calmix.study.analyse import Analysis, ConditionAnalysis, analyse
-from calmix.study.bootstrap import ALPHA, ROUNDING, Contrast, Estimate, Joint, Tested, corrected
+from calmix.study.bootstrap import ROUNDING, Contrast, Estimate, Joint, Tested, corrected
 from calmix.study.cells import TOTAL
 from calmix.study.differences import BEST, SINGLES, between, every
 from calmix.study.store import open_store, read_results

@@ -37,7 +37,7 @@ from calmix.errors import InputError
 from calmix.evaluation.measures import Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Measure, Settings
-from calmix.specs import printed, target_of
+from calmix.pruning.requests import printed, target_of
 from calmix.study.bootstrap import Joint, joint, joints
 from calmix.study.cells import TOTAL, shared, tables
 from calmix.study.results import StudyResults, Trial

@@ -26,7 +26,7 @@ from calmix.options import (
     path_option,
 )
 from calmix.progress import Progress
-from calmix.specs import prune_request, recover_request
+from calmix.pruning.requests import prune_request, recover_request
 
 if TYPE_CHECKING:
     from calmix.calibration.dataset import CalibrationSet

@@ -197,8 +197,8 @@ def report(options: ReportOptions) -> None:
 
     An earlier report is replaced.
     """
-    from calmix.report.study import summary_text, write_report
     from calmix.study.analyse import analyse
+    from calmix.study.page import summary_text, write_report
     from calmix.study.store import read_results
 
     study, folder = options.study, options.output or options.study / "report"

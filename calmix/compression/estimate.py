@@ -16,15 +16,18 @@ from calmix.compression import plan
 from calmix.compression.plan import Request, empty_model
 from calmix.compression.run_stages import stages
 from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
+from calmix.evaluation.scores import SCORED_BYTES
+from calmix.evaluation.tasks import suite_size
 from calmix.files import check_free
-from calmix.memory import BEHIND, check_memory
+from calmix.memory import BEHIND, PROGRAM, check_memory
+from calmix.models.empty import EmptyModel
 from calmix.models.opening import check_models, resolve_model
 from calmix.models.shards import MOST_FILE_BYTES, weight_bytes
 from calmix.options import BITS_METHOD, NONE, Recovering
 from calmix.pruning.allocation import file_weights, planned_bytes
 from calmix.pruning.checkpoint import planned
-from calmix.specs import PruneRequest
-from calmix.study.estimate import PROGRAM, SCORED_BYTES, EmptyModel, suite_size
+from calmix.pruning.requests import PruneRequest
+from calmix.recovery.training import recovery_memory
 
 SMALLER = 0.45  # packed size of a pruned model over its size
 
@@ -141,6 +144,7 @@ def _recovery_memory(
     """Return the bytes a recovery takes, with what pruning before it leaves; refuse more than
     `most`."""
     resident = int(PROGRAM + BEHIND)
-    memory = model.recovery_memory(request, length, math.inf if most is None else most - resident)
+    room = math.inf if most is None else most - resident
+    memory = recovery_memory(model, request, length, room)
     check_memory(memory, resident, most, 0)
     return memory + resident

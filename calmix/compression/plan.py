@@ -25,6 +25,7 @@ from calmix.evaluation.suites import Suite, choose, prompt_suite, runnable, suit
 from calmix.evaluation.tasks import suite_items
 from calmix.files import cached_sha256, sha256_file, size_text, user_path
 from calmix.memory import parse_memory
+from calmix.models.empty import EmptyModel
 from calmix.models.folder import fingerprint
 from calmix.models.opening import OpenModel, check_models, resolve_model
 from calmix.models.shards import stored_tensors, weight_bytes, weight_dtype
@@ -44,13 +45,12 @@ from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import get_method
 from calmix.pruning.methods.gptq import Gptq
 from calmix.pruning.patterns import Mixed, Recipe
+from calmix.pruning.requests import LENGTH, SEED, prune_request
 from calmix.pruning.solvers.ggml_types import block_type
 from calmix.pruning.type_recipes import RECIPES, check_whole
 from calmix.sources.licences import NON_COMMERCIAL, use_of
 from calmix.sources.mixes import MIXES, mix_text, parse_mix
 from calmix.sources.registry import builtin_sources, get_source, local_file
-from calmix.specs import LENGTH, SEED, prune_request
-from calmix.study.estimate import EmptyModel
 
 DEFAULT_BITS = 4.5
 DEFAULT_TYPE = "Q4_K_M"  # default of GGUF files

@@ -28,8 +28,8 @@ from calmix.models.opening import open_model, resolve_model
 from calmix.options import DrawOptions, Recovering, option_words
 from calmix.progress import Progress
 from calmix.pruning.checkpoint import prune_checkpoint
+from calmix.pruning.requests import PruneRequest, prune_request, recover_request
 from calmix.recovery.checkpoint import recover
-from calmix.specs import PruneRequest, prune_request, recover_request
 
 FILE_KIND = "GGUF file"
 
@@ -67,7 +67,7 @@ class StageRequest(ABC):
         return self.reads[role].name
 
     def work(self, bar: Progress) -> dict[str, Any]:
-        """Return the arguments of a long run (`calmix.specs.How`)."""
+        """Return the arguments of a long run (`calmix.pruning.requests.How`)."""
         most = None if self.max_memory is None else parse_memory(self.max_memory)
         how = {**self.how, "max_memory": most, "resume": True}
         return how | {"writing": bar.writing, "note": bar.note}

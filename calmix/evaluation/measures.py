@@ -42,6 +42,7 @@ Ratio = Measure | Literal["flips"]  # all that is a ratio of two sums over items
 Z = 1.959963984540054  # normal quantile of a two-sided 95 % interval
 LN2 = math.log(2)
 PRIMARY: Measure = "right"  # decides wherever answers were generated; all else is secondary
+ALPHA = 0.05  # of tests and of 95 % intervals
 FEW = 10  # an ability is judged only if the dense model gets at least this many answers right
 RIGHT_OR_WRONG: tuple[Score, ...] = ("accuracy", "kept", "right")  # scores that are 0 or 1
 BITS: tuple[Score, ...] = ("bits", "smoothed")  # lower is better; printed per byte

@@ -20,6 +20,7 @@ from calmix.options import Measure
 from calmix.shown import Shown, percent
 from calmix.yaml_files import first_problem
 
+SCORED_BYTES = 160.0  # bytes of a scored item on disk, of the dense and the smaller model
 KIND = "capability scores"
 FORMAT = 2  # of the JSON file
 

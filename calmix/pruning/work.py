@@ -52,7 +52,7 @@ from calmix.manifest import differences, read_sealed, sealed
 from calmix.models.opening import OpenModel
 from calmix.models.shards import read_file, tensor_bytes, write_file
 from calmix.options import Recovering
-from calmix.specs import How, PruneRequest
+from calmix.pruning.requests import How, PruneRequest
 
 SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "calibration"
 

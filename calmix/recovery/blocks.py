@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,10 +19,8 @@ from calmix.options import Recovering
 from calmix.precision import widest
 from calmix.pruning.trace import TRACED_TOKENS, Batch, Calls
 from calmix.pruning.work import CHECKPOINT, States
+from calmix.recovery.running import RecoveryRun
 from calmix.recovery.training import Masters, TrainingState, grouped, rows_at_once, steps_of, train
-
-if TYPE_CHECKING:
-    from calmix.recovery.checkpoint import RecoveryRun
 
 
 class Stream:

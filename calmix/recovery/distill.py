@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,10 +23,8 @@ from calmix.models.blocks import find_blocks
 from calmix.models.opening import open_model
 from calmix.models.shards import read_file, write_file
 from calmix.pruning.solvers.grids import stored
+from calmix.recovery.running import RecoveryRun
 from calmix.recovery.training import TrainingState, grouped, steps_of, train, trained_parameters
-
-if TYPE_CHECKING:
-    from calmix.recovery.checkpoint import RecoveryRun
 
 READINGS = 2  # evaluations of the held-out rows per epoch
 WIDE_LOSS = 0.2  # nats per token: a smaller initial loss reduces the learning rate (ours)

@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from calmix.errors import InputError, SolverError
 from calmix.evaluation.likelihood import behind
 from calmix.machine import MICRO_TOKENS
+from calmix.memory import plan_recovery
 from calmix.models.blocks import find_blocks
+from calmix.models.empty import EmptyModel
+from calmix.options import Recovering
 from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid
 
@@ -129,6 +132,16 @@ def rows_at_once(batch: int, length: int) -> list[int]:
     """Return the numbers of rows that may run at a time, largest first: divisors of the batch."""
     most = max(1, MICRO_TOKENS // length)
     return [rows for rows in range(min(batch, most), 0, -1) if batch % rows == 0]
+
+
+def recovery_memory(
+    model: EmptyModel, request: Recovering, length: int, room: float = math.inf
+) -> int:
+    """Return the bytes that recovery needs besides the program; less if `room` is limited."""
+    source: Any = model
+    rows = rows_at_once(request.batch, length)
+    trained = trained_weights(model.model, request.method)
+    return plan_recovery(source, length, rows, room, trained)[-1]
 
 
 @dataclass

@@ -9,10 +9,8 @@ from typing import Any
 
 from calmix.evaluation.behaviour import Behaviour
 from calmix.evaluation.comparison import Comparison
-from calmix.evaluation.measures import FEW, PRIMARY
+from calmix.evaluation.measures import ALPHA, FEW, PRIMARY
 from calmix.evaluation.retention import flips
-from calmix.study.bootstrap import ALPHA
-from calmix.study.ranking import Ranked, leaders
 
 STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour of the pages
     "single": "single source",
@@ -246,26 +244,6 @@ def measuring(model: object, dense: object, *more: object) -> str:
     """Return the command that measures generated answers, with more options."""
     line = ["calmix", "evaluate", model, "--against", dense, "--suite", "abilities", *more]
     return shlex.join(map(str, line))
-
-
-def which_is_best(placed: Sequence[Ranked]) -> str:
-    """Say which set keeps the most and by how much, or which are tied; at least one has a value."""
-    first, *ties = sets = leaders(placed)
-    if not ties:
-        text = f"{first.calibration} keeps the most: {with_span(first.total)} %"
-        for second in placed[1:2]:
-            if second.behind and second.behind.value is not None:
-                text += f", ahead of {second.calibration} by {with_span(second.behind)} points"
-        return text
-    names, gap, apart = [one.calibration for one in sets], ties[0].behind, "no difference expected"
-    shown = names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"]
-    if gap and gap.value is not None:
-        apart = f"expected difference {with_span(gap)} points"
-    if len(ties) > 1:
-        apart = f"{names[0]} and {names[1]}: {apart}"
-    return (
-        f"{listed(shown)} are tied ({apart}): {listed(with_span(one.total) for one in sets[:3])} %"
-    )
 
 
 def wrapped(text: str, first: str = "", rest: str = "") -> str:

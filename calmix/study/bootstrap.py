@@ -31,14 +31,13 @@ from numpy.typing import NDArray
 
 from calmix.errors import InputError, nearest
 from calmix.evaluation import retention
-from calmix.evaluation.measures import Array, Z
+from calmix.evaluation.measures import ALPHA, Array, Z
 from calmix.evaluation.retention import LEVEL
 from calmix.options import Settings
 from calmix.study.cells import Cells, all_quantities, left_out, shared, tables
 from calmix.study.results import StudyResults, Trial
 
 TAILS = (1 - LEVEL) / 2, (1 + LEVEL) / 2  # of the resamples
-ALPHA = 0.05
 OWN_FREEDOM = 4  # degrees of freedom from which a condition's own spread over seeds is used
 ROUNDING = 1e-12  # rank correlations or totals closer than this are equal
 

@@ -29,7 +29,7 @@ from calmix.evaluation.measures import (
 )
 from calmix.evaluation.retention import rolled_up, task_pairs
 from calmix.options import Measure, Settings
-from calmix.specs import target_of
+from calmix.pruning.requests import target_of
 from calmix.study.results import StudyResults, Trial
 
 TOTAL, WORST = "total", "worst"

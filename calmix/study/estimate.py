@@ -1,127 +1,48 @@
 """Memory and disk that a run needs, known before it starts from headers and counts.
 
-A model is built from its configuration only, without weights. Memory comes from `calmix.memory`.
+Memory comes from `calmix.memory`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
-
-from calmix import assets
 from calmix.calibration.distance_texts import builtin_readers
 from calmix.errors import InputError
-from calmix.evaluation.suites import ARCHIVE, Suite
-from calmix.evaluation.tasks import load_items
+from calmix.evaluation.scores import SCORED_BYTES
+from calmix.evaluation.suites import Suite
+from calmix.evaluation.tasks import suite_size
 from calmix.files import size_text
 from calmix.machine import host_memory
-from calmix.memory import device_memory, plan_pruning, plan_recovery
-from calmix.models.blocks import find_blocks, outer_layers
-from calmix.models.hub import known_model
-from calmix.models.loading import loading
-from calmix.models.opening import DTYPES, device_of, resolve_model
-from calmix.options import Recovering
-from calmix.precision import narrower, suited
-from calmix.recovery.training import rows_at_once, trained_weights
+from calmix.memory import PROGRAM, device_memory, plan_pruning
+from calmix.models.empty import EmptyModel
+from calmix.models.opening import device_of
+from calmix.recovery.training import recovery_memory
 from calmix.study.spec import Study
 from calmix.study.trials import Condition, Planned, plan
-
-PROGRAM = 0.6e9  # bytes of Python, torch and transformers without any weights
-ITEMS = 1000  # assumed items of a task whose data is not here
-SCORED_BYTES = 160.0  # bytes of a scored item on disk, of the dense and the smaller model
-
-
-class EmptyModel:
-    """A model built from its configuration only, without weights, and the memory of work on it.
-
-    Arguments are those of `open_model`; for a hub model only config.json is fetched.
-    """
-
-    merges = False  # `calmix.memory` reads this and the public attributes
-
-    def __init__(
-        self, name: str, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
-    ) -> None:
-        from accelerate import init_empty_weights
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        self.device = device_of(device)
-        path = name if known_model(name) is None else resolve_model(name)
-        trust = {"trust_remote_code": trust_remote_code}
-        with loading(f"cannot read the configuration of {name}"):
-            config = AutoConfig.from_pretrained(path, **trust)
-            stored = getattr(config, "dtype", None) or torch.float32
-            chosen = DTYPES.get(dtype, stored)
-            self.dtype = suited(chosen, self.device) if dtype == "auto" else chosen
-            with init_empty_weights(include_buffers=False):
-                model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, **trust)
-            model.tie_weights()
-        self.model: Any = model.requires_grad_(False).eval()
-        self.blocks = find_blocks(self.model)
-        self.weights = sum(p.numel() for p in self.model.parameters())
-        self.block_weights = sum(p.numel() for p in self.blocks.blocks.parameters())
-        self.vocabulary, self.hidden = self.model.get_output_embeddings().weight.shape
-        self.bytes = self.weights * self.dtype.itemsize
-        self.disk = self.weights * narrower(stored, self.dtype).itemsize  # of a checkpoint
-
-    @property
-    def outer_weights(self) -> int:
-        """Number of weights in embeddings and output head."""
-        return sum(weight.numel() for weight in outer_layers(self.model).values())
-
-    def outside_bytes(self, *, head: bool = False) -> int:
-        """Return the bytes outside the blocks; an untied output head counts only if `head`."""
-        tied = len(outer_layers(self.model)) == 1
-        untied = 0 if head or tied else self.vocabulary * self.hidden
-        return (self.weights - self.block_weights - untied) * self.dtype.itemsize
-
-    def recovery_memory(self, request: Recovering, length: int, room: float = math.inf) -> int:
-        """Return the bytes that recovery needs besides the program; less if `room` is limited."""
-        source: Any = self
-        rows = rows_at_once(request.batch, length)
-        trained = trained_weights(self.model, request.method)
-        return plan_recovery(source, length, rows, room, trained)[-1]
-
-    def trial_memory(self, trial: Planned, *, compared: bool) -> float:
-        """Return a trial's peak memory in bytes on the device that prunes."""
-        source: Any = self
-        shape = trial.rows, trial.length
-        needed = plan_pruning(source, shape, trial.request.chosen, budget=2**62).needed
-        blocks = 2 * max(self.blocks.sizes)  # already counted in `self.bytes`
-        scored = 3 * 512 * self.vocabulary * 4  # logits
-        if compared and trial.request.embeddings:  # distance needs the dense head
-            scored += self.bytes
-        peak = max(needed - blocks, PROGRAM + scored)
-        if trial.recovery is not None:
-            recovered = self.recovery_memory(trial.recovery, trial.length)
-            peak = max(peak, PROGRAM + max(recovered, self.bytes + scored))  # two models are open
-        return self.bytes + peak
-
-
-class SuiteSize(NamedTuple):
-    """The items of a suite; `exact` if its data is available."""
-
-    items: int
-    exact: bool
-
-
-def suite_size(suite: Suite) -> SuiteSize:
-    """Return the number of items of a suite, from its data if available, else assumed."""
-    items, exact, present = 0, True, assets.get_asset(ARCHIVE).state == "ok"
-    for spec in suite.tasks.values():
-        known = present or spec.file is not None
-        items += len(load_items(spec)) if known else min(ITEMS, spec.limit or ITEMS)
-        exact = exact and known
-    return SuiteSize(items, exact)
 
 
 def has_texts(suite: Suite) -> bool:
     """Whether the distance between models is measured on texts for this suite."""
     return any(name in builtin_readers() for name in suite.dimensions)
+
+
+def trial_memory(model: EmptyModel, trial: Planned, *, compared: bool) -> float:
+    """Return a trial's peak memory in bytes on the device that prunes."""
+    source: Any = model
+    shape = trial.rows, trial.length
+    needed = plan_pruning(source, shape, trial.request.chosen, budget=2**62).needed
+    blocks = 2 * max(model.blocks.sizes)  # already counted in `model.bytes`
+    scored = 3 * 512 * model.vocabulary * 4  # logits
+    if compared and trial.request.embeddings:  # distance needs the dense head
+        scored += model.bytes
+    peak = max(needed - blocks, PROGRAM + scored)
+    if trial.recovery is not None:
+        recovered = recovery_memory(model, trial.recovery, trial.length)
+        peak = max(peak, PROGRAM + max(recovered, model.bytes + scored))  # two models are open
+    return model.bytes + peak
 
 
 def estimate(
@@ -155,7 +76,7 @@ def estimate(
         )
     for members in groups.values():
         first, model = members[0], models[members[0].model]
-        memory = model.trial_memory(first, compared=compared)
+        memory = trial_memory(model, first, compared=compared)
         checkpoints = study.file.keep_checkpoints * model.disk
         costs.append(
             {
@@ -201,7 +122,7 @@ def largest(study: Study, trials: Sequence[Planned], **how: Any) -> tuple[str, f
     kinds = {trial.condition: trial for trial in trials}.values()
     compared = has_texts(study.suite)
     needed = {
-        trial.label: empty(trial.model).trial_memory(trial, compared=compared) for trial in kinds
+        trial.label: trial_memory(empty(trial.model), trial, compared=compared) for trial in kinds
     }
     return max(needed.items(), key=lambda one: one[1])
 

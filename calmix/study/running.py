@@ -27,12 +27,13 @@ from calmix.errors import CalmixError, DiskError, InputError, first_line, missin
 from calmix.evaluation.scores import describe
 from calmix.evaluation.suites import runnable
 from calmix.files import check_free, size_text, write_json
+from calmix.memory import PROGRAM
 from calmix.models.opening import check_models, device_of, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import TrialOptions
 from calmix.study.bench import Bench
 from calmix.study.declaration import declaration, declare
-from calmix.study.estimate import PROGRAM, check_memory, largest
+from calmix.study.estimate import check_memory, largest
 from calmix.study.spec import Study
 from calmix.study.store import (
     BEAT,

@@ -36,8 +36,8 @@ from calmix.options import (
     Statistics,
 )
 from calmix.pruning.methods import get_method
+from calmix.pruning.requests import printed, recovery_of, target_of
 from calmix.sources.registry import Source, own_sources
-from calmix.specs import printed, recovery_of, target_of
 from calmix.yaml_files import locate, parse_yaml, read_text, yaml_problems
 
 NONE = "none"  # no calibration set, or no recovery

@@ -27,9 +27,9 @@ from calmix.models.shards import weight_bytes
 from calmix.options import RECOVERY_OPTIONS, Recovering, Strategy
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern
+from calmix.pruning.requests import SEED, PruneRequest, printed, prune_request, recovery_of
 from calmix.sources.local import LocalFile
 from calmix.sources.registry import get_source
-from calmix.specs import SEED, PruneRequest, printed, prune_request, recovery_of
 from calmix.study.spec import NONE, Grid, Study
 
 REQUEST_FORMAT = 1  # of the request; raised when the same request would give another outcome

@@ -7,8 +7,8 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.options import Settings
-from calmix.report.study import write_report
 from calmix.study.analyse import analyse
+from calmix.study.page import write_report
 from calmix.study.store import read_results
 from tests.synthetic import (
     CONDITIONS,

@@ -6,9 +6,9 @@ import pytest
 from calmix.errors import InputError
 from calmix.evaluation.measures import TaskScores
 from calmix.options import Settings
-from calmix.report.findings import summarise
 from calmix.study.analyse import analyse
 from calmix.study.declaration import Declaration, Declared, Pair
+from calmix.study.findings import summarise
 from calmix.study.spec import Amends
 from tests.synthetic import Plan, study, trials_of
 

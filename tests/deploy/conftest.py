@@ -4,7 +4,7 @@ import pytest
 
 import calmix
 from calmix.pruning.checkpoint import prune_checkpoint
-from calmix.specs import prune_request
+from calmix.pruning.requests import prune_request
 from tests.tiny import save_tiny_model, tiny_gguf, tiny_ids
 
 QUANTISED = {

@@ -9,9 +9,9 @@ from safetensors.torch import load_file, save_file
 from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack
 from calmix.errors import CalmixError
+from calmix.pruning.requests import recover_request
 from calmix.pruning.solvers.grids import SCALES, read_blocks, read_grids
 from calmix.recovery.checkpoint import recover
-from calmix.specs import recover_request
 from tests.tiny import load_weights
 
 CUT = ("four", lambda raw: raw[:-10])

@@ -12,11 +12,11 @@ from torch.nn import functional
 from calmix.calibration.selfgen.writing import Sampler, WriteRequest
 from calmix.models.blocks import find_blocks
 from calmix.precision import reproducible
+from calmix.pruning.requests import recover_request
 from calmix.pruning.solvers.grids import Grid
 from calmix.recovery.blocks import Stream, tune
 from calmix.recovery.distill import divergence
 from calmix.recovery.training import Masters
-from calmix.specs import recover_request
 from tests.device.traced import empty_model, tracing
 from tests.tiny import VOCABULARY, quick, tiny_config
 

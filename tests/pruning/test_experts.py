@@ -18,7 +18,7 @@ from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped
-from calmix.specs import prune_request
+from calmix.pruning.requests import prune_request
 from tests.pruning.test_engine import given_to, input_gram, weights_of
 from tests.pruning.toy import SMALL, pruning_of, wiring
 from tests.tiny import MIXTURES, load_weights, quick, save_tiny_model, tiny_ids, tiny_model

@@ -12,8 +12,8 @@ from calmix.models.blocks import find_blocks
 from calmix.pruning.engine import prune
 from calmix.pruning.imatrix import read_imatrix
 from calmix.pruning.methods import get_method
+from calmix.pruning.requests import prune_request
 from calmix.pruning.solvers.libggml import quantise
-from calmix.specs import prune_request
 from tests.tiny import tiny_model
 
 ROLES = {"q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output"}

@@ -11,7 +11,7 @@ from calmix.pruning.engine import prune
 from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Rate, Unstructured, as_pattern
-from calmix.specs import prune_request
+from calmix.pruning.requests import prune_request
 from tests.pruning.test_methods import as_tensors, problem, solved, textbook_obs
 from tests.tiny import tiny_ids, tiny_model
 

@@ -25,9 +25,9 @@ from calmix.pruning.gram import Gram
 from calmix.pruning.held_out import HeldOut
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
+from calmix.pruning.requests import prune_request
 from calmix.pruning.solvers.grids import read_blocks, read_grids
 from calmix.pruning.work import WorkFolder, read_record
-from calmix.specs import prune_request
 from tests.forks import stopped
 from tests.pruning.stopper import arm
 from tests.pruning.toy import SMALL, pruning_of

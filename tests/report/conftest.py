@@ -6,8 +6,8 @@ import pytest
 from filelock import FileLock
 
 from calmix.options import Settings
-from calmix.report.study import write_report
 from calmix.study.analyse import analyse
+from calmix.study.page import write_report
 from tests.synthetic import OTHERS, SOURCES, full_plan, study
 
 SMALL = {

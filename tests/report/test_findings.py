@@ -4,9 +4,9 @@ import pytest
 
 from calmix.options import Settings
 from calmix.report import words
-from calmix.report.findings import summarise
-from calmix.report.study import pages
 from calmix.study.analyse import analyse
+from calmix.study.findings import summarise
+from calmix.study.page import pages
 from calmix.study.ranking import leaders
 from tests.synthetic import Plan, study, trial
 

@@ -5,8 +5,8 @@ import re
 import pytest
 
 from calmix.options import Settings
-from calmix.report.study import pages
 from calmix.study.analyse import analyse
+from calmix.study.page import pages
 from tests.synthetic import Plan, study, trial
 
 QUICK = Settings(resamples=50)

@@ -8,9 +8,11 @@ import pytest
 
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.suites import choose
+from calmix.evaluation.tasks import suite_size
 from calmix.models.blocks import find_blocks
+from calmix.models.empty import EmptyModel
 from calmix.study import estimate
-from calmix.study.estimate import EmptyModel, suite_size
+from calmix.study.estimate import trial_memory
 from calmix.study.spec import load_study
 from calmix.study.trials import plan
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model
@@ -57,7 +59,7 @@ def test_trials_too_large_for_the_device_are_refused(tiny_study, monkeypatch):
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
     trials = plan(study)
     model = EmptyModel(study.file.models["tiny"].name)
-    needed = [model.trial_memory(trial, compared=True) for trial in trials]
+    needed = [trial_memory(model, trial, compared=True) for trial in trials]
     label, most = estimate.largest(study, trials, device="cpu")
     assert most == pytest.approx(max(needed), rel=0.05)  # it includes the memory of this process
     assert label in [trial.label for trial in trials]
@@ -73,7 +75,7 @@ def test_rounded_head_needs_the_dense_model(tiny_study, monkeypatch):
     monkeypatch.setattr(estimate, "plan_pruning", lambda *_, **how: SimpleNamespace(needed=0))
     plain, rounded = (load_study(tiny_study(more=one)) for one in ("", "embeddings: 4\n"))
     model = EmptyModel(plain.file.models["tiny"].name)
-    needed = [model.trial_memory(plan(study)[0], compared=True) for study in (plain, rounded)]
+    needed = [trial_memory(model, plan(study)[0], compared=True) for study in (plain, rounded)]
     assert needed[1] - needed[0] == model.bytes > 0
 
 

@@ -23,9 +23,9 @@ from calmix.evaluation.scores import write_scores
 from calmix.models.opening import open_model
 from calmix.pruning.engine import prune
 from calmix.pruning.patterns import Unstructured
+from calmix.pruning.requests import recover_request
 from calmix.pruning.solvers.grids import read_grids
 from calmix.recovery.checkpoint import recover
-from calmix.specs import recover_request
 from calmix.study import bench as bench_module
 from calmix.study import running as running_module
 from calmix.study.running import chosen_trials

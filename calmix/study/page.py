@@ -11,10 +11,10 @@ import yaml
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Settings
 from calmix.report import words
-from calmix.report.findings import main_condition, summarise
 from calmix.report.pages import Bar, Figure, render
 from calmix.study.analyse import Analysis, ConditionAnalysis
 from calmix.study.cells import TOTAL, WORST
+from calmix.study.findings import main_condition, summarise
 from calmix.study.results import StudyResults
 
 RANKED_ROWS = 8  # of a ranking in the summary

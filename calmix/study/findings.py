@@ -10,14 +10,14 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from calmix.evaluation.measures import ALPHA
 from calmix.report import words
 from calmix.study.analyse import Analysis, ConditionAnalysis
-from calmix.study.bootstrap import ALPHA
 from calmix.study.cells import TOTAL
 from calmix.study.declaration import Declaration, Declared, Key
 from calmix.study.differences import Gain
 from calmix.study.hypotheses import Comparison
-from calmix.study.ranking import leaders
+from calmix.study.ranking import Ranked, leaders
 
 SEEDS = {
     "own": "items and seeds",
@@ -174,7 +174,7 @@ def _headline(analysis: Analysis) -> str:
         sets, last = leaders(main.ranking), ranked[-1]
         phrase = "relative to the dense model" if analysis.measure == "right" else "kept"
         text = f"{what.capitalize()} {phrase} {where} (dense model: 100 %): "
-        text += f"{words.which_is_best(main.ranking)}."
+        text += f"{which_is_best(main.ranking)}."
         if worst := [
             f"{one.calibration} {words.percent(one.lowest.value)} % in {one.worst}"
             for one in sets[:3]
@@ -189,7 +189,7 @@ def _headline(analysis: Analysis) -> str:
 def _condition(each: ConditionAnalysis) -> Iterator[str]:
     ranked = [one for one in each.ranking if one.total.value is not None]
     if len(ranked) > 1:
-        yield f"{words.which_is_best(ranked)}."
+        yield f"{which_is_best(ranked)}."
     elif ranked:
         yield f"{ranked[0].calibration}: {words.with_span(ranked[0].total)} %."
 
@@ -245,3 +245,24 @@ def _certainty(analysis: Analysis) -> Iterator[str]:
         )
     models = words.listed(sorted({each.condition.model for each in conditions}))
     yield f"This holds for {models} and this suite; other models were not measured."
+
+
+def which_is_best(placed: Sequence[Ranked]) -> str:
+    """Say which set keeps the most and by how much, or which are tied; at least one has a value."""
+    first, *ties = sets = leaders(placed)
+    if not ties:
+        text = f"{first.calibration} keeps the most: {words.with_span(first.total)} %"
+        for second in placed[1:2]:
+            if second.behind and second.behind.value is not None:
+                text += (
+                    f", ahead of {second.calibration} by {words.with_span(second.behind)} points"
+                )
+        return text
+    names, gap, apart = [one.calibration for one in sets], ties[0].behind, "no difference expected"
+    shown = names if len(names) < 4 else [*names[:3], f"{len(names) - 3} more"]
+    if gap and gap.value is not None:
+        apart = f"expected difference {words.with_span(gap)} points"
+    if len(ties) > 1:
+        apart = f"{names[0]} and {names[1]}: {apart}"
+    totals = words.listed(words.with_span(one.total) for one in sets[:3])
+    return f"{words.listed(shown)} are tied ({apart}): {totals} %"
