@@ -21,14 +21,18 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
 from calmix.calibration.dataset import CalibrationSet, identified, saved_set
 from calmix.calibration.resolving import parse_calibration
 from calmix.calibration.tokenizer import open_tokenizer
-from calmix.errors import InputError, ModelError, disk_errors
+from calmix.errors import DiskError, InputError, ModelError, disk_errors
+from calmix.evaluation.distance import texts_hash
 from calmix.files import (
     atomic_folder,
+    cache_dir,
     cached_sha256,
     check_free,
     check_output_folder,
@@ -77,6 +81,7 @@ from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 
 R = TypeVar("R")
 COSTS = "token-weights.safetensors"
+COSTS_VERSION = 1  # raised when costs change, so that cached ones are not reused
 
 
 def prune_checkpoint(name: str, output: Path, request: PruneRequest, **how: Any) -> PruneReport:
@@ -322,19 +327,43 @@ class _Pruning:
         self.work.keep(allocation={name: str(one) for name, one in patterns})
 
     def _token_weights(self, ids: Tensor) -> dict[str, Tensor]:
-        """Return what errors cost at every token, from resumed work or a pass over the dense model;
-        empty if it is not asked for, or the model has no gradient."""
+        """Return what errors cost at every token, from resumed work, the cache or a pass over the
+        dense model; empty if it is not asked for, or the model has no gradient."""
         work = self.work
         if not self.weighs:
             return {}
         if COSTS in work.state.get("files", {}):
             return work.load(COSTS)
-        self.run.note("weighing tokens: the dense model runs forward and backward")
-        self.weighed = len(self.source.blocks)
-        costs = self._backward(ids, self.plan(ids.shape, Look()))
+        plan = self.plan(ids.shape, Look())
+        cached = self._cached_costs(ids, plan)
+        try:
+            costs = load(cached.read_bytes())
+        except (OSError, SafetensorError):  # missing or damaged
+            self.run.note("weighing tokens: the dense model runs forward and backward")
+            self.weighed = len(self.source.blocks)
+            costs = self._backward(ids, plan)
+            if costs and self.request.drop_experts is None:
+                with suppress(DiskError):  # full or read-only
+                    write_file(cached, costs)
         if not work.state.get("done"):
             work.save(COSTS, costs)
         return costs
+
+    def _cached_costs(self, ids: Tensor, plan: Plan) -> Path:
+        """Return the cache path of the costs for a set: other methods and sizes have the same."""
+        # Rounding depends on all but the first two and the selected layers.
+        about = [
+            self.identity["model"],
+            texts_hash({"calibration": ids}),
+            *(layer.name for layer in self.source.blocks.layers),
+            self.identity["dtype"],
+            self.identity["device"],
+            self.identity["versions"],
+            torch.get_num_threads(),
+            plan.micro_tokens,
+            COSTS_VERSION,
+        ]
+        return cache_dir() / "token-weights" / f"{sha256_json(about)}.safetensors"
 
     def _backward(self, ids: Tensor, plan: Plan) -> dict[str, Tensor]:
         source, folder = self.source, self.work.scratch("backward")

@@ -8,7 +8,9 @@ import torch
 from calmix.models.blocks import find_blocks, outer_layers
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import token_weights as module
+from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.engine import costs_in_memory, prune
+from calmix.pruning.requests import prune_request
 from calmix.pruning.token_weights import token_weights, weighting
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model
 
@@ -133,3 +135,29 @@ def test_models_without_gradient_weigh_tokens_alike():
     report = prune(model, ids, pattern=0.5)
     assert not report.weighted
     assert report.layers[0].shrinkage > 0
+
+
+def test_costs_of_a_set_are_computed_once(tiny_folder, tmp_path, monkeypatch):
+    """Another method has the same; without the cache, or with a damaged one, nothing changes."""
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
+    weighed = []
+
+    def pruned(name, cache, **options):
+        monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / cache))
+        drawn = {"calibration": str(text), "rows": 8, "length": 32, "leakage": "off"}
+        notes, out = [], tmp_path / name
+        request = prune_request(**drawn, **options)
+        prune_checkpoint(str(tiny_folder), out, request, note=notes.append)
+        weighed.append(any("weighing tokens" in one for one in notes))
+        return [file.read_bytes() for file in sorted(out.glob("*.safetensors"))]
+
+    first = pruned("first", "a", sparsity=0.5)
+    pruned("other", "a", bits=4, method="gptq,group=32")
+    assert weighed == [True, False]
+    again = pruned("again", "a", sparsity=0.5)
+    [file] = (tmp_path / "a" / "token-weights").iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    damaged, fresh = pruned("damaged", "a", sparsity=0.5), pruned("fresh", "b", sparsity=0.5)
+    assert weighed[2:] == [False, True, True]
+    assert first == again == damaged == fresh
