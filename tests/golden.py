@@ -1,10 +1,11 @@
-"""Results that refactoring must not change: masks, retention, scores, calibration sets.
+"""Results that refactoring must not change: masks, retention, scores, calibration sets, files.
 
     python -m tests.golden --write     store the results of this checkout
     python -m tests.golden             compare with the stored ones; exit code 1 if they differ
 
-Name parts (`masks`, `studies`, `drawn`, `scores`) to run only those. Masks and scores depend on how
-the machine multiplies: they are skipped, with a line, on machines with other capabilities.
+Name parts (`masks`, `studies`, `drawn`, `scores`, `exported`) to run only those. All but studies
+and drawn depend on how the machine multiplies: they are skipped, with a line, on machines with
+other capabilities.
 """
 
 import argparse
@@ -22,10 +23,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from safetensors.torch import load_file
 
 import calmix
 from calmix.precision import capabilities
-from tests.tiny import tiny_ids, tiny_model
+from tests.tiny import tiny_gguf, tiny_ids, tiny_model
 
 FILE = Path(__file__).with_name("golden.json.gz")
 RESULTS = Path(__file__).parents[1] / "studies/results"
@@ -133,8 +135,62 @@ def scores():
     }
 
 
-PARTS = {part.__name__: part for part in (masks, studies, drawn, scores)}
-OF_THE_MACHINE = ("masks", "scores")
+def exported():
+    """Hashes of the tensors of one exported file of each kind, made from a tiny GGUF file."""
+    from gguf import GGUFReader
+
+    from calmix.deploy import compressed_tensors, gguf, pack
+    from calmix.pruning.checkpoint import prune_checkpoint
+    from calmix.pruning.requests import prune_request
+
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model, text = str(tiny_gguf(folder / "tiny.gguf")), folder / "text.txt"
+        text.write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
+        drawn = {"calibration": str(text), "rows": 6, "length": 32, "leakage": "off"}
+        ways = {
+            "gguf": {"method": "ggml,type=Q4_K"},
+            "compressed-tensors": {"method": "gptq,group=32", "bits": 4},
+            "pack": {"bits": 2.8},
+        }
+        for kind, asked in ways.items():
+            made = folder / f"quantised-{kind}"
+            prune_checkpoint(model, made, prune_request(**asked, **drawn))
+            out = folder / kind
+            if kind == "gguf":
+                gguf.export(str(made), out.with_suffix(".gguf"))
+                parts = GGUFReader(out.with_suffix(".gguf")).tensors
+                tensors = {one.name: one.data.tobytes() for one in parts}
+            else:
+                write = pack.pack if kind == "pack" else compressed_tensors.export
+                write(str(made), out)
+                files = [one for one in out.rglob("*") if one.suffix == ".safetensors"]
+                read = {str(one.relative_to(out)): load_file(one) for one in files}
+                tensors = {
+                    f"{file} {key}": value.view(torch.uint8).numpy().tobytes()
+                    for file, each in read.items()
+                    for key, value in each.items()
+                }
+            results[kind] = _hashed(tensors)
+        opened = calmix.open_model(model)
+        calmix.resolve(str(text), opened, rows=6, length=32, leakage="off").save(folder / "set")
+        gguf.export_imatrix(folder / "set", model, folder / "imatrix.gguf")
+        parts = GGUFReader(folder / "imatrix.gguf").tensors
+        results["imatrix"] = _hashed({one.name: one.data.tobytes() for one in parts})
+    return results
+
+
+def _hashed(tensors):
+    digest = hashlib.sha256()
+    for name, data in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(data)
+    return digest.hexdigest()
+
+
+PARTS = {part.__name__: part for part in (masks, studies, drawn, scores, exported)}
+OF_THE_MACHINE = ("masks", "scores", "exported")
 
 
 def same(one, other):
@@ -158,12 +214,13 @@ def main():
     machine = dict(sorted(capabilities().items())) | {"torch": torch.__version__}
     different = 0
     for name in options.parts or PARTS:
-        if not options.write and name in OF_THE_MACHINE and stored["machine"] != machine:
-            print(f"{name}: left out: made on {stored['machine']}, this is {machine}")
+        made_on = stored.get("machines", {}).get(name)
+        if not options.write and name in OF_THE_MACHINE and made_on != machine:
+            print(f"{name}: left out: made on {made_on}, this is {machine}")
             continue
         data = json.loads(json.dumps(PARTS[name]()))
         if options.write:
-            stored |= {"machine": machine, name: data}
+            stored |= {"machines": stored.get("machines", {}) | {name: machine}, name: data}
             print(f"{name}: {len(data)} written")
             continue
         keys = [k for k in {**stored[name], **data} if not same(stored[name].get(k), data.get(k))]
