@@ -50,21 +50,19 @@ def commit() -> str:
     return subprocess.run(run, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
-def run_rival(
-    python: str, ids: torch.Tensor, *, tool: str = "llmcompressor", **options: Any
-) -> dict[str, Any]:
-    """Run a tool's script, such as rival_llmcompressor.py, on ids and return what it measured."""
+def run_rival(python: str, ids: torch.Tensor, **options: Any) -> dict[str, Any]:
+    """Run rival_llmcompressor.py on ids and return what it measured."""
     with tempfile.TemporaryDirectory() as folder:
         save_file({"ids": ids.contiguous()}, Path(folder) / "ids.safetensors")
         # Absolute, since the rival runs in a folder of its own; not resolved: a link is what makes
         # an interpreter that of its environment.
-        command = [str(Path(python).absolute()), str(HERE / f"rival_{tool}.py")]
+        command = [str(Path(python).absolute()), str(HERE / "rival_llmcompressor.py")]
         command += ["--ids", str(Path(folder) / "ids.safetensors")]
         for name, value in options.items():
             command += [f"--{name}", str(value)]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     if done.returncode:
-        sys.exit(f"{tool} failed:\n{done.stderr[-2000:]}")
+        sys.exit(f"the rival failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 

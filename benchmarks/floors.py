@@ -39,7 +39,7 @@ from calmix.evaluation.floors import (
     LIKELIHOOD,
     LOST,
     MEASURES,
-    Tested,
+    TestedFloor,
     judge,
     lower_bound,
     lower_mean,
@@ -87,7 +87,7 @@ def pair(dense: Scores, pruned: Scores) -> Pair:
     return one, other
 
 
-def tested(dense: Scores, pruned: Scores) -> dict[str, Tested]:
+def tested(dense: Scores, pruned: Scores) -> dict[str, TestedFloor]:
     """Every ability that can be tested, by its name."""
     try:
         found = judge({"": 1e-6}, [pair(dense, pruned)]).tested

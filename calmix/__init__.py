@@ -48,7 +48,7 @@ _NAMES = {
     "pruning.engine": ("prune",),
     "pruning.patterns": ("SemiStructured", "Unstructured"),
     "recovery.checkpoint": ("recover",),
-    "specs": ("recover_request",),
+    "pruning.requests": ("recover_request",),
 }
 _HOMES = {name: f"calmix.{home}" for home, names in _NAMES.items() for name in names}
 __all__ = ["sources", *_HOMES]

@@ -254,7 +254,7 @@ def _compressed(folder: Path, health: Health, say: Say) -> None:
 def _search(folder: Path, health: Health, say: Say) -> None:
     """Check the candidates of a search that has chosen none."""
     record = read_sealed(folder / SEARCH, "")
-    request = plan.Request(**record["request"])
+    request = plan.CompressRequest(**record["request"])
     health.facts = {
         "dense model": request.model,
         "to keep": request.keep_at_least,

@@ -61,7 +61,7 @@ MEMORY_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2*
 FREE_SHARE = 0.8  # of the free memory, used without a budget
 SLACK = 0.05  # fraction of the budget of pruning, for the allocator's rounding
 WORKSPACE = GIB // 2  # of libraries on an accelerator: buffers and loaded kernels
-KERNELS = GIB // 16  # of oneDNN on a CPU; the command line bounds their number
+KERNEL_BYTES = GIB // 16  # of oneDNN on a CPU; the command line bounds their number
 BEHIND = 3 * GIB // 8  # extra memory of a process that has pruned: kernels and their buffers
 
 LAYER_ENTRIES = 2**25  # of a layer processed at a time on an accelerator, to launch few kernels
@@ -243,7 +243,7 @@ def plan_pruning(
         begin = max(begin, source.outside_bytes(head=True) + max(block, logits) + slopes)
 
     swaps = device_memory(device)[2] is None
-    resident, most = budgeted(device, budget, KERNELS if swaps else WORKSPACE)
+    resident, most = budgeted(device, budget, KERNEL_BYTES if swaps else WORKSPACE)
     room = int((1 - SLACK) * most)
     base, row = resident + (1 + source.merges) * block, 9 * length * (hidden + inner)
     at_once = rows_at_once or max(1, tokens_at_once(device) // max(1, length))

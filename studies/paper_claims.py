@@ -23,7 +23,7 @@ from calmix.evaluation.measures import ALPHA, Array
 from calmix.options import RECOVERIES, Settings
 from calmix.report import words
 from calmix.study.analyse import Analysis, ConditionAnalysis, analyse
-from calmix.study.bootstrap import ROUNDING, Contrast, Estimate, Joint, Tested, corrected
+from calmix.study.bootstrap import ROUNDING, Contrast, Interval, Joint, Testable, corrected
 from calmix.study.cells import TOTAL
 from calmix.study.differences import BEST, SINGLES, between, every
 from calmix.study.store import open_store, read_results
@@ -41,12 +41,12 @@ COMPARED = (  # a claim, a strategy, and the strategy, source or contender it is
 
 # On a claim: `where` (a condition, or a series of sparsities), the `verdict` and its `figures`.
 Verdict = dict[str, str]
-Gap = tuple[str, Estimate, bool]  # the sets' names, the lead, and whether it is significant
+Gap = tuple[str, Interval, bool]  # the sets' names, the lead, and whether it is significant
 Leads = dict[tuple[str, str], Contrast]  # over the default, by (set, quantity)
 
 
 @dataclass(frozen=True)
-class Change(Tested):
+class Change(Testable):
     """How much a set's lead `over` another, or over the mean of single sources, is larger under one
     condition than under another that differs only in method, in recovery or in sparsity."""
 
@@ -56,7 +56,7 @@ class Change(Tested):
     calibration: str
     over: str
     quantity: str
-    gap: Estimate
+    gap: Interval
     p_corrected: float | None = None
 
 
@@ -111,9 +111,9 @@ def _judged(where: str, gaps: Sequence[Gap], wanted: int = 1) -> Verdict | None:
     return {"where": where, "verdict": verdict, "figures": figures}
 
 
-def turned(gap: Estimate) -> Estimate:
+def turned(gap: Interval) -> Interval:
     """Return a difference and its interval with the opposite sign."""
-    return Estimate(*(None if end is None else -end for end in (gap.value, gap.high, gap.low)))
+    return Interval(*(None if end is None else -end for end in (gap.value, gap.high, gap.low)))
 
 
 def _compared(each: ConditionAnalysis, left: str, right: str, named: bool) -> Verdict | None:

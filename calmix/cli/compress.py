@@ -22,7 +22,7 @@ from calmix.options import Compression, Share, advanced, option, path_option
 from calmix.progress import Progress, duration
 from calmix.pruning.type_recipes import recipe_name
 
-KERNELS = "kernels: for other levels than 4 and 8 bits vLLM needs a GPU"
+KERNEL_NOTE = "kernels: for other levels than 4 and 8 bits vLLM needs a GPU"
 SPEED = (
     "speed: at the end the dense model and the file are timed, which needs the memory of the dense "
     "model in transformers once more"
@@ -98,7 +98,7 @@ def compress(
         product = product_of(request)
         for text in (
             wide_embeddings(request),
-            KERNELS if product == "vllm" and request.bits not in (None, 4, 8) else "",
+            KERNEL_NOTE if product == "vllm" and request.bits not in (None, 4, 8) else "",
             restricted_sources(request),
             SPEED if product == "gguf" and engine() else "",
         ):
@@ -147,7 +147,7 @@ def compress(
     if card.file and not card.gguf:
         line(f"levels: {card.levels}, and a scale {card.groups}")
         if {*card.file["levels"]} - {"4", "8"}:
-            line(KERNELS)
+            line(KERNEL_NOTE)
     if card.restricted:
         line(words.wrapped(card.restricted, rest="  "))
     for command in card.runs:

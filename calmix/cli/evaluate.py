@@ -50,7 +50,7 @@ from calmix.sources.registry import local_file
 if TYPE_CHECKING:
     from calmix.evaluation.comparison import Comparison
 
-SIDE_BY_SIDE = 3  # models whose intervals fit side by side in 80 columns
+MOST_COLUMNS = 3  # models whose intervals fit side by side in 80 columns
 BRACKETS = (
     "KL(dense || pruned): nats per token; flips: items right under one model only.\n"
     f"Brackets: 95 % intervals over items, {RESAMPLES} resamples, seed 0."
@@ -467,7 +467,7 @@ def _result(path: Path) -> tuple[str, list[Path], Path | None]:
     """Return the name of a result, its files of scores, and the model beside them, if there is one;
     a result of calmix compress is named after its folder."""
     from calmix.compression.folder import BEHAVIOUR, COMPRESSED, PROMPTS, SCORES
-    from calmix.compression.plan import Request
+    from calmix.compression.plan import CompressRequest
     from calmix.compression.results import verified
 
     names = SCORES, BEHAVIOUR, PROMPTS
@@ -481,7 +481,7 @@ def _result(path: Path) -> tuple[str, list[Path], Path | None]:
         )
     model = None
     if (path / COMPRESSED).is_file():
-        model = path / Request(**verified(path)[0]["request"]).file
+        model = path / CompressRequest(**verified(path)[0]["request"]).file
     return path.resolve().name, files, model
 
 
@@ -504,7 +504,7 @@ def _print_comparisons(comparisons: Sequence[Comparison], *, alone: bool = False
         if any(one.get(label) is not None for one in records)
     ]
     table: list[dict[str, Any] | None] = []
-    if len(comparisons) <= SIDE_BY_SIDE:
+    if len(comparisons) <= MOST_COLUMNS:
         for label in labels:
             if label in ("total", "lost", "accuracy %", "KL to dense"):
                 table.append(None)
@@ -529,7 +529,7 @@ def _print_comparisons(comparisons: Sequence[Comparison], *, alone: bool = False
     if table:
         print_table(
             table,
-            least=least if len(comparisons) > SIDE_BY_SIDE else [],
+            least=least if len(comparisons) > MOST_COLUMNS else [],
             title=f"{what}; suite {suite['name']} version {suite['version']}",
         )
     line(meaning)

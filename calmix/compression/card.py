@@ -13,7 +13,7 @@ from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.compression.folder import BEHAVIOUR, PACK_FOLDER, PROMPTS
-from calmix.compression.plan import EFFORTS, Request, score_files, slices, target
+from calmix.compression.plan import EFFORTS, CompressRequest, score_files, slices, target
 from calmix.compression.recipe import RECIPE, recipe_text
 from calmix.compression.results import read_compressed, verified
 from calmix.compression.stages import StageRequest
@@ -32,14 +32,14 @@ from calmix.models.hub import builtin_models
 from calmix.models.shards import weight_bytes
 from calmix.options import option_words
 from calmix.progress import Progress
-from calmix.pruning.solvers.grids import SCALES
+from calmix.pruning.solvers.grids import SCALES_FOLDER
 from calmix.report import words
 from calmix.report.answers import answers_page, fault_rows, sentences
 from calmix.report.pages import Bar, Figure, render
 from calmix.sources.licences import NON_COMMERCIAL, use_of
 from calmix.sources.registry import builtin_sources
 
-SIDE_BY_SIDE = 12  # lost and gained answers that the card shows
+SHOWN_CHANGES = 12  # lost and gained answers that the card shows
 WEIGHTS = ".safetensors"
 CARD_PAGE, ANSWERS_PAGE, README, MODELFILE, SPEED = (
     "card.html",
@@ -252,7 +252,7 @@ class Card:
     @property
     def measure(self) -> str:
         """The command that measures generated answers, including programs."""
-        request = Request(**self.request)
+        request = CompressRequest(**self.request)
         part = slices(request).get(BEHAVIOUR, ("", EFFORTS[request.effort].behaviour))[1]
         options = {
             # As many items as before: fewer could prove less.
@@ -449,7 +449,7 @@ class Card:
 
 def read_card(out: Path) -> Card:
     """Read the card of the model in a folder of `calmix compress`."""
-    request = Request(**read_compressed(out)["request"])
+    request = CompressRequest(**read_compressed(out)["request"])
     first = score_files(request)[0]
     whole, results = verified(out, request.file, first)
     options, folder = whole["request"], out / request.file
@@ -472,7 +472,7 @@ def read_card(out: Path) -> Card:
         for name, value in results.hashes(folder).items()
         if name.endswith((WEIGHTS, GGUF)) or name == "config.json"
     }
-    shown = turned(pairs, SIDE_BY_SIDE)
+    shown = turned(pairs, SHOWN_CHANGES)
     changed, questions, tasks = {one.task for one in shown}, dict[str, str](), []
     with contextlib.suppress(InputError, KeyError):  # the user's own suite was moved or changed
         suites = ["abilities" if name == BEHAVIOUR else options["suite"] for name in names]
@@ -498,7 +498,7 @@ def read_card(out: Path) -> Card:
         sum(
             p.stat().st_size
             for p in (out / PACK_FOLDER).rglob("*")
-            if p.suffix == WEIGHTS or p.parent.name == SCALES
+            if p.suffix == WEIGHTS or p.parent.name == SCALES_FOLDER
         ),
         written if exported else {},
         _speeds(out, written),

@@ -13,7 +13,7 @@ from typing import Any
 
 from calmix.calibration.resolving import parse_calibration
 from calmix.compression import plan
-from calmix.compression.plan import Request, empty_model
+from calmix.compression.plan import CompressRequest, empty_model
 from calmix.compression.run_stages import stages
 from calmix.compression.stages import Draw, Export, Pack, Prune, Recover, Score, Stage
 from calmix.evaluation.scores import SCORED_BYTES
@@ -47,7 +47,7 @@ class StageCost:
     tensors: int | None = None
 
 
-def estimate(request: Request, listed: Sequence[Stage]) -> list[StageCost]:
+def estimate(request: CompressRequest, listed: Sequence[Stage]) -> list[StageCost]:
     """Return the cost of each stage of a compression on this machine."""
     model = empty_model(request.model, "auto", request.device, request.trust_remote_code)
     rows, length = _drawn(request)
@@ -115,7 +115,7 @@ def estimate_prune(
     return [*costs, cost]
 
 
-def check_room(request: Request, out: Path) -> None:
+def check_room(request: CompressRequest, out: Path) -> None:
     """Refuse a compression if its recovery exceeds `--max-memory` or its weights the disk."""
     left = [stage.request for stage in stages(request, out) if not stage.done]
     for one in left:
@@ -128,7 +128,7 @@ def check_room(request: Request, out: Path) -> None:
     check_free(out, int(copies * size), "the checkpoints take")
 
 
-def _drawn(request: Request) -> tuple[int, int]:
+def _drawn(request: CompressRequest) -> tuple[int, int]:
     """Return rows and length of the calibration set."""
     if request.imatrix is not None:
         return 0, 0

@@ -63,7 +63,7 @@ FEWEST_BITS, MOST_BITS = 1.5, 7.0
 SURVIVED = 2.0  # fewest bits at which a measured model keeps much of its answers
 SPARSEST = 0.7  # largest share of zeros at which answers of a model were measured
 BUILDS = 3  # candidates that a search for --keep-at-least builds at most
-SPARE = 0.015  # share of a file for scales and the overhead of the entropy coder
+FORMAT_OVERHEAD = 0.015  # share of a file for scales and the overhead of the entropy coder
 HEADER = 300  # bytes of a packed tensor's names and offsets
 
 
@@ -163,7 +163,7 @@ def scored(request: Target) -> dict[str, Suite]:
     }
 
 
-class Request(Target):
+class CompressRequest(Target):
     """A checked request: everything that decides what OUT will hold.
 
     `calibration` is a specification for `calmix calibrate` or a saved set's folder; the hashes are
@@ -306,7 +306,7 @@ def parse_size(text: str, dense: int) -> float:
 def packed_bytes(bits: float, matrices: int, outer: int, rest: float = 0) -> float:
     """Return the size of a pack with so many weights in block matrices, at `bits`, and in
     embeddings and head; everything else takes `rest` bytes."""
-    return (1 + SPARE) * (rest + (bits * matrices + embedding_bits(bits) * outer) / 8)
+    return (1 + FORMAT_OVERHEAD) * (rest + (bits * matrices + embedding_bits(bits) * outer) / 8)
 
 
 def pack_sizes(request: Target) -> Callable[[float], float] | None:
@@ -373,7 +373,7 @@ def file_bytes(request: Target) -> float:
     return overhead(request.model, request.like) + tensors
 
 
-def restricted_sources(request: Request) -> str:
+def restricted_sources(request: CompressRequest) -> str:
     """Return a warning that names text which its licence keeps from commercial use."""
     if request.imatrix is not None or request.saved:
         return ""
@@ -421,7 +421,7 @@ def _most_bits(request: Target) -> int:
 
 class Checked(NamedTuple):
     """What a user's options ask for, as far as it is known without the model; `target` has the
-    fields of `Request` that are filled in."""
+    fields of `CompressRequest` that are filled in."""
 
     text: str
     target: dict[str, Any]
@@ -488,7 +488,7 @@ def check_options(options: Compression) -> Checked:
     return Checked(text, target, prompts)
 
 
-def check_request(options: Compression) -> Request:
+def check_request(options: Compression) -> CompressRequest:
     """Check a user's options before any work; fetches the model."""
     text, target, prompts = check_options(options)
     named, trust = options.calibration, options.trust_remote_code
@@ -521,7 +521,7 @@ def check_request(options: Compression) -> Request:
         get_method("ggml").check(Mixed(DEFAULT_BITS), 0)  # whether its library is installed
     length = EFFORTS[options.effort].length
     length = min(length, tokenizer.context or length)
-    return Request(
+    return CompressRequest(
         **{name: getattr(options, name) for name in Target.model_fields}
         | target
         | {

@@ -28,7 +28,7 @@ from calmix.models.opening import resolve_model
 
 
 @dataclass(frozen=True)
-class Result:
+class StageResult:
     """A result and what it was made from.
 
     `reads` are its inputs by role, with an empty hash for results of other stages; `request` is
@@ -75,7 +75,7 @@ class Results:
     def __init__(self, hashed: Callable[[Path], str] = cached_sha256) -> None:
         self._hashed, self._known = hashed, dict[Path, dict[str, str]]()
 
-    def check(self, result: Result) -> None:
+    def check(self, result: StageResult) -> None:
         """Refuse a result, unless its stage made it from what lies there now.
 
         An input that is gone, such as a pruned model after its recovery, is not compared.
@@ -91,7 +91,7 @@ class Results:
         if path.suffix == GGUF or (path / CHECKPOINT).exists():
             self.hashes(path)
 
-    def check_all(self, results: Iterable[Result]) -> None:
+    def check_all(self, results: Iterable[StageResult]) -> None:
         """Check the results that exist."""
         for result in results:
             if ready(result.path):
@@ -160,10 +160,10 @@ def read_compressed(out: Path) -> dict[str, Any]:
     return record
 
 
-def recorded(out: Path, record: Mapping[str, Any]) -> list[Result]:
+def recorded(out: Path, record: Mapping[str, Any]) -> list[StageResult]:
     """Return the results that a record lists, wherever OUT is now."""
     return [
-        Result(
+        StageResult(
             one["name"],
             out / one["leaves"],
             {

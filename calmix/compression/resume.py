@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from calmix.compression.folder import COMPRESSED, SEARCH
-from calmix.compression.plan import Request
+from calmix.compression.plan import CompressRequest
 from calmix.compression.results import read_compressed
 from calmix.errors import InputError
 from calmix.manifest import read_sealed
 
 
-def state_of(request: Request, out: Path) -> dict[str, Any]:
+def state_of(request: CompressRequest, out: Path) -> dict[str, Any]:
     """Return the record in OUT of a search or of a finished model, {} if there is none; InputError
     if OUT is of another request."""
     saved, but = dict[str, Any](), {"max_memory"}  # which decides nothing that is kept

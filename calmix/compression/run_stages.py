@@ -22,7 +22,7 @@ from calmix.compression.folder import (
 )
 from calmix.compression.plan import (
     EFFORTS,
-    Request,
+    CompressRequest,
     aim,
     parse_size,
     recoveries,
@@ -43,7 +43,7 @@ Run = Callable[[Stage], None]
 Say = Callable[[Stage, bool], None]  # receives a stage, and whether its result existed
 
 
-def stages(request: Request, out: Path, existing: str | None = None) -> list[Stage]:
+def stages(request: CompressRequest, out: Path, existing: str | None = None) -> list[Stage]:
     """Return the stages in order; `existing` is the folder of an existing calibration set."""
     listed, how = list[Stage](), request.how
     dense = Input(request.model, request.sha256)
@@ -89,7 +89,7 @@ def stages(request: Request, out: Path, existing: str | None = None) -> list[Sta
 
 
 def scoring(
-    request: Request, file: str, model: Path | None, leaves: Path, dense: Path | None = None
+    request: CompressRequest, file: str, model: Path | None, leaves: Path, dense: Path | None = None
 ) -> Stage:
     """Return the stage that scores a `model` on the suite of a score file, or without one the dense
     model alone. `dense` is a file of the dense model's scores, if they exist."""
@@ -112,7 +112,7 @@ def scoring(
     return Stage(names.get(file, "evaluate behaviour"), score, leaves)
 
 
-def run_stages(request: Request, out: Path, run: Run, say: Say) -> dict[str, float]:
+def run_stages(request: CompressRequest, out: Path, run: Run, say: Say) -> dict[str, float]:
     """Run the missing stages of OUT and return their seconds."""
     with alone(out, wait=False):
         listed, seconds = stages(request, out), dict[str, float]()
@@ -140,7 +140,7 @@ def run_stages(request: Request, out: Path, run: Run, say: Say) -> dict[str, flo
     return seconds
 
 
-def _check_size(request: Request, path: Path) -> None:
+def _check_size(request: CompressRequest, path: Path) -> None:
     """Remove a file or pack that is larger than requested, and refuse it."""
     if request.size is None:
         return

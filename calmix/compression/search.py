@@ -20,7 +20,7 @@ from calmix import files
 from calmix.compression import plan, run_stages
 from calmix.compression.card import CARD_PAGE
 from calmix.compression.folder import CALIBRATION, COMPRESSED, COMPRESSED_RUN, SCORES, SEARCH
-from calmix.compression.plan import Request
+from calmix.compression.plan import CompressRequest
 from calmix.compression.resume import state_of
 from calmix.compression.run_stages import scoring, stages
 from calmix.compression.stages import Draw, Export, Prune, Recover, Stage
@@ -50,7 +50,7 @@ class Search:
     the text (`verdicts`).
     """
 
-    def __init__(self, request: Request, out: Path) -> None:
+    def __init__(self, request: CompressRequest, out: Path) -> None:
         """Read the state in OUT; InputError if OUT is of another request."""
         self.request, self.out = request, out
         saved = state_of(request, out)
@@ -142,7 +142,7 @@ class Search:
         )
         return f"to prove the floors, the dense model must get right at least: {counts}"
 
-    def at(self, bits: float) -> Request:
+    def at(self, bits: float) -> CompressRequest:
         """Return the request of one candidate."""
         return self.request.model_copy(update={"bits": bits})
 

@@ -14,7 +14,7 @@ from calmix.calibration.distance_texts import texts_for
 from calmix.calibration.resolving import CalibrationRequest, parse_calibration, resolve
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.compression.folder import PACK_FOLDER
-from calmix.compression.results import Result, ready
+from calmix.compression.results import StageResult, ready
 from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack
 from calmix.evaluation.comparison import evaluate_against, scores_record
@@ -305,11 +305,11 @@ class Stage:
         return shlex.join(["calmix", *self.request.words, *output])
 
     @property
-    def result(self) -> Result:
+    def result(self) -> StageResult:
         """What is recorded of the result."""
         request = self.request
         path = self.leaves or Path()
-        return Result(self.name, path, request.reads, request.decides, self.spent)
+        return StageResult(self.name, path, request.reads, request.decides, self.spent)
 
     @property
     def done(self) -> bool:

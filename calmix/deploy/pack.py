@@ -62,7 +62,7 @@ from calmix.models.shards import (
     with_length,
 )
 from calmix.models.streaming import StreamedModel
-from calmix.pruning.solvers.grids import SCALES, Grid, as_grids, check_fit, read_grids
+from calmix.pruning.solvers.grids import SCALES_FOLDER, Grid, as_grids, check_fit, read_grids
 
 PACK_FORMAT = 7
 CONFIG, PACK_TYPE = "config.json", "calmix-pack"
@@ -73,7 +73,7 @@ RARE = 5e-4  # largest share of levels beyond half a byte for two levels to shar
 ASTRAY = 1e-2  # largest share of weights off the grid for a tensor to be stored as levels
 GROWTH, FIRST = 1000, 1 << 26  # most bytes unpacked from each byte packed, and beside them
 ALTERED = "does not have its original content: fetch the pack again"
-MAGIC = b"\x28\xb5\x2f\xfd"  # the first bytes of a zstandard frame
+ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"  # the first bytes of a zstandard frame
 
 # Neither planes nor levels repeat in long runs: Huffman codes alone are smaller and faster than
 # levels 1 to 3 of zstandard with their matches.
@@ -115,7 +115,9 @@ def pack(
     """
     folder, output = user_path(folder), user_path(output)
     check_folder(folder)
-    scales = [f"{SCALES}/{path.name}" for path in sorted((folder / SCALES).glob("[!.]*"))]
+    scales = [
+        f"{SCALES_FOLDER}/{path.name}" for path in sorted((folder / SCALES_FOLDER).glob("[!.]*"))
+    ]
     files = [*scales, *weight_files(folder)]
     places = {name: _in_order(read_header(folder / name)) for name in files}
     others, config = _other_files(folder, places), read_object(folder / CONFIG, "")
@@ -241,7 +243,7 @@ def load(
     """
     folder = user_path(folder)
     (manifest, grids), state = _opened(folder), dict[str, torch.Tensor]()
-    weights = {n: one for n, one in manifest["weights"].items() if not n.startswith(SCALES)}
+    weights = {n: one for n, one in manifest["weights"].items() if not n.startswith(SCALES_FOLDER)}
     for number, entry in enumerate(weights.values(), start=1):
         state |= _tensors(folder / entry["file"], entry, grids)
         if progress is not None:
@@ -324,7 +326,7 @@ def _opened(folder: Path) -> tuple[dict[str, Any], dict[str, Grid]]:
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{path} is damaged: fetch the pack again") from error
     for name, entry in manifest["weights"].items():
-        if name.startswith(SCALES):
+        if name.startswith(SCALES_FOLDER):
             scales |= _tensors(folder / entry["file"], entry, {})
     grids = as_grids(scales, folder)
     return manifest, {names.get(name, name): grid for name, grid in grids.items()}
@@ -451,13 +453,13 @@ def _encode(chunk: Words, dtype: torch.dtype) -> list[bytes]:
 def _squeezed(part: Words) -> bytes:
     """Return a zstandard frame if that is smaller or the bytes look like one, else the bytes."""
     frame = zstandard.ZstdCompressor(compression_params=CODES).compress(part.data)
-    plain = len(frame) >= WORTHWHILE * part.nbytes and part[:4].tobytes() != MAGIC
+    plain = len(frame) >= WORTHWHILE * part.nbytes and part[:4].tobytes() != ZSTANDARD_MAGIC
     return part.tobytes() if plain else frame
 
 
 def _expanded(part: bytes, size: int) -> Words:
     """Return `size` bytes, uncompressed; ValueError for another size."""
-    frame = part.startswith(MAGIC)
+    frame = part.startswith(ZSTANDARD_MAGIC)
     if (zstandard.frame_content_size(part) if frame else len(part)) != size:
         raise ValueError("another size")
     return np.frombuffer(zstandard.decompress(part) if frame else part, np.uint8)

@@ -125,7 +125,7 @@ def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
 
 
 @dataclass(frozen=True)
-class Row:
+class AnswerRow:
     """A prompt with the answers of the dense model and of smaller ones, and what is wrong with
     each; `kl` is each smaller model's distance on the dense model's answer, if known."""
 
@@ -149,7 +149,7 @@ class Row:
         return lost, more, changed, sum(one or 0.0 for one in self.kl)
 
 
-def rows(pairs: Sequence[Pair]) -> list[Row]:
+def rows(pairs: Sequence[Pair]) -> list[AnswerRow]:
     """Return all prompts with the answers of the dense model and of each pair's smaller one, the
     worst first. The pairs have one dense model."""
     records = []
@@ -161,7 +161,7 @@ def rows(pairs: Sequence[Pair]) -> list[Row]:
     for several in zip(*tasks, strict=True):
         for at, item in enumerate(several[0].items):
             records.append(
-                Row(
+                AnswerRow(
                     several[0].prompts[at],
                     tuple(task.answers[at] for task in several),
                     tuple(

@@ -42,7 +42,7 @@ LANGUAGES = {  # common words that identify a language
 FENCE = "```"
 LONGEST = 200  # words of a sentence that may name an answer
 FORMULA_LENGTH = 1000  # characters; longer ones are compared as they are
-CODE = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|`{0,2}\Z)", re.DOTALL)
+CODE_BLOCK = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|`{0,2}\Z)", re.DOTALL)
 ANSWER_IS = re.compile(
     r"\banswer\s+is\b(?!\s+not\b)\s*:?\s*((?:[^.\n]|\.(?=\d))+)(\.|\n|\Z)", re.IGNORECASE
 )
@@ -346,7 +346,7 @@ def _braced(text: str) -> str:
 def program(answer: str, head: str, entry: str) -> str:
     """Extract the code of an answer; add the head of the function if it is missing."""
     defined = re.compile(rf"^def {re.escape(entry)}\b", re.MULTILINE)
-    before, blocks = answer.partition(FENCE)[0], CODE.findall(answer)
+    before, blocks = answer.partition(FENCE)[0], CODE_BLOCK.findall(answer)
     unopened = rf"\s*(?:(?:import|from|#|@).*\n\s*)*def {re.escape(entry)}\b|\n*(?:  +|\t)\S"
     if not blocks or re.match(unopened, before):
         blocks = [before]
@@ -443,4 +443,11 @@ REQUESTED = {
     "sentences": lambda text, value: _sentences(text) == int(value),
     "language": _language,
 }
-COUNTS = ("words", "lines", "commas", "each_words", "most_words", "sentences")  # take numbers
+COUNTED_RULES = (
+    "words",
+    "lines",
+    "commas",
+    "each_words",
+    "most_words",
+    "sentences",
+)  # take numbers

@@ -42,7 +42,7 @@ from calmix.precision import dtype_name
 from calmix.progress import half
 
 ANSWER = 24  # cost of a generated answer, in likelihood requests
-CHECKS: dict[str, Callable[[str, Any], bool]] = {
+JUDGES: dict[str, Callable[[str, Any], bool]] = {
     "own": checks.own_match,
     "exact": checks.same_text,
     "number": checks.same_number,
@@ -51,7 +51,7 @@ CHECKS: dict[str, Callable[[str, Any], bool]] = {
     "tool": same_call,
 }
 CHUNK = 128  # a user's prompts that are answered together, and that a kill may lose
-COMPARED = 128  # tokens of an answer on which the distance is measured
+ANSWER_TOKENS = 128  # tokens of an answer on which the distance is measured
 THINKING = 1024  # tokens of an answer in which a model may think first
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
@@ -265,7 +265,7 @@ def own_answers(
         known = {one.id: one for one in items[task.name]}
         for item, answer in zip(task.items, task.answers, strict=True):
             before = as_prompt(opened, known[item]).ids
-            ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:COMPARED]
+            ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:ANSWER_TOKENS]
             if ids and before and len(before) + len(ids) <= (opened.context or math.inf):
                 texts[item], last[item] = torch.tensor([[*before, *ids]]), len(ids)
     return texts, last
@@ -463,7 +463,7 @@ def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
     if item.check == "text":
         return checks.short_match(answer, item.right, item.question)
     if item.check != "program":
-        return CHECKS[item.check](answer, item.right)
+        return JUDGES[item.check](answer, item.right)
     doc, entry = item.doc, item.doc.get("entry_point", "")
     names = [entry]
     if not entry:  # all that the solution defines

@@ -47,7 +47,7 @@ MEASURES: dict[str, tuple[str, Measure, str]] = {
 
 
 @dataclass(frozen=True)
-class Tested:
+class TestedFloor:
     """The test of one ability: its floor, the retention `kept` and the lower `bound` of it.
 
     `items` counts those the dense model gets right (for likelihood, all). `needed` is how many
@@ -121,7 +121,7 @@ class Verdict:
     tasks `not_run` because they run code; `draws` is the number of calibration samples tested."""
 
     confidence: float
-    tested: tuple[Tested, ...]
+    tested: tuple[TestedFloor, ...]
     untested: tuple[str, ...] = ()
     not_run: tuple[str, ...] = ()
     draws: int = 1
@@ -325,7 +325,7 @@ def _judged(
     floor: float,
     tasks: Mapping[str, Sequence[TaskPair]],
     confidence: float,
-) -> Tested | None:
+) -> TestedFloor | None:
     """Test an ability by the first measure with signal; None if there is none."""
     for measure, (_, score, _) in MEASURES.items():
         of = [both for both in tasks[measure] if both[0].dimension == ability]
@@ -362,7 +362,7 @@ def _judged(
     shares = [
         (retained @ of / (whole @ of))[0] for (retained, whole), of in zip(rows, many, strict=True)
     ]
-    return Tested(
+    return TestedFloor(
         ability,
         measure,
         floor,

@@ -29,7 +29,7 @@ from calmix.models.opening import OpenModel
 
 ROWS = 64  # largest batch
 FEWER = 0.6  # size of rearranged batches over that of others
-SHARED = 8  # shortest common prefix, in tokens, that is computed once
+SHARED_TOKENS = 8  # shortest common prefix, in tokens, that is computed once
 HELD = 0.5e9  # smallest capacity of the key-value cache, in bytes
 LEAVING = 8  # refill the batch once one row in this many has finished
 WIDER = 1.25  # reallocate the cache once there is room for this many times more rows
@@ -60,7 +60,7 @@ class Prompt:
 
     def begins(self) -> list[int]:
         """Return the first tokens, by which prompts are grouped."""
-        return self.ids[:SHARED]
+        return self.ids[:SHARED_TOKENS]
 
 
 def prompt(
@@ -106,7 +106,7 @@ def answers(
         ids = [row.ids for row in alike]
         head = min(shared_start(ids), min(map(len, ids)) - 1)
         for row in alike:
-            row.head = head if head >= SHARED and len(alike) > 1 else 0
+            row.head = head if head >= SHARED_TOKENS and len(alike) > 1 else 0
     with quiet_transformers():
         writer = _Writer(opened, context, len(rows), rearranged, progress)
         for group in writer.groups(rows):

@@ -223,7 +223,7 @@ def read(source: int, length: int) -> bytes:
 # ---- the program's process ----
 
 
-class Result(pickle.Pickler):
+class ResultPickler(pickle.Pickler):
     """Write a result: data by value, in its basic type, and any other object by its number."""
 
     objects: ClassVar[list[Any]] = []
@@ -244,7 +244,7 @@ class Result(pickle.Pickler):
         return NotImplemented
 
 
-class Request(pickle.Unpickler):
+class RequestUnpickler(pickle.Unpickler):
     """Read a request: objects by name or number, functions of the test by their code."""
 
     names: ClassVar[dict[str, Any]] = {}
@@ -254,7 +254,7 @@ class Request(pickle.Unpickler):
             code, defaults = marshal.loads(key)
             return types.FunctionType(code, self.names, None, defaults)
         if isinstance(key, int):
-            return Result.objects[key]
+            return ResultPickler.objects[key]
         if key not in self.names:
             raise NameError(f"name '{key}' is not defined")
         return self.names[key]
@@ -263,21 +263,21 @@ class Request(pickle.Unpickler):
 def packed(*message: Any) -> bytes:
     """Return the bytes of a message of the program."""
     file = io.BytesIO()
-    Result(file, 5).dump(message)
+    ResultPickler(file, 5).dump(message)
     return file.getvalue()
 
 
 def serve(source: int, sink: int, text: str) -> None:
     """Run a program, then what its tests ask of it."""
     module = types.ModuleType("__main__")
-    sys.modules["__main__"], Request.names = module, vars(module)
+    sys.modules["__main__"], RequestUnpickler.names = module, vars(module)
     sys.argv, sys.stdin = ["program.py"], None
 
     def run() -> None:
         exec(compile(text, "program.py", "exec"), vars(module))
 
     def ask(body: bytes) -> Any:
-        operation, target, arguments, named = Request(io.BytesIO(body)).load()
+        operation, target, arguments, named = RequestUnpickler(io.BytesIO(body)).load()
         function = getattr(builtins, operation, None) or getattr(operator, operation)
         return function(target, *arguments, **named)
 
@@ -306,7 +306,7 @@ class Call(pickle.Pickler):
         return marshal.dumps((value.__code__, value.__defaults__)) if own else None
 
 
-class Answer(pickle._Unpickler):
+class AnswerUnpickler(pickle._Unpickler):
     """Read an answer of the program: only data, and objects that stay there."""
 
     # BUILD sets attributes, also of a class that the tests use.
@@ -348,7 +348,7 @@ class Judge:
     def answer(self, operation: str = "") -> Any:
         """Return what the program's process answers to an operation, or raise its error."""
         try:
-            passed, result, text = Answer(io.BytesIO(receive(self.source))).load()
+            passed, result, text = AnswerUnpickler(io.BytesIO(receive(self.source))).load()
             if passed is True:
                 return result
             if type(result) is not str or type(text) is not str:

@@ -3,7 +3,7 @@
 A row has a `prompt` or the `messages` of a chat, up to a turn of the user, and optionally
 
     answer      the right answer, or a list of right ones
-    check       how it is compared (`CHECKS`), or rules as in abilities/chat.yaml: {"lines": 3}
+    check       how it is compared (`CHECK_KINDS`), or rules as in abilities/chat.yaml: {"lines": 3}
     tools       functions the model may call, in the form of OpenAI's API
     max_tokens  the most tokens to generate
     thinking    whether the chat template is to let the model think first
@@ -36,7 +36,7 @@ from calmix.sources.registry import local_file
 ANSWER_TOKENS = 256  # most tokens of an answer by default
 MOST_TOKENS = 32_768
 FIELDS = ("prompt", "question", "instruction", "input", "text")  # the first one present is read
-CHECKS = {  # how an answer is compared: the check of an `Ask`
+CHECK_KINDS = {  # how an answer is compared: the check of an `Ask`
     "text": "text",
     "exact": "exact",
     "number": "number",
@@ -62,7 +62,7 @@ FAULTS = {
 THOUGHT = "</think>"
 REPEATED, PERIOD = 120, 120  # characters of a loop, and of its period at most
 PYTHON = re.compile(r"```[^\S\n]*(?:python|py)[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+CODE_SPAN = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|\[TOOL_CALLS\](.*)", re.DOTALL)
 SCRIPTS = {  # ranges of letters that identify a language, or a group of them
     "ja": "\u3040-\u30ff",
@@ -75,7 +75,7 @@ SCRIPTS = {  # ranges of letters that identify a language, or a group of them
     "he": "\u0590-\u05ff",
     "th": "\u0e00-\u0e7f",
 }
-TYPES: dict[str, Any] = {
+JSON_TYPES: dict[str, Any] = {
     "string": str,
     "integer": int,
     "number": (int, float),
@@ -261,8 +261,8 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
                 f"unknown rule '{unknown[0]}': {nearest(unknown[0], checks.REQUESTED)}"
             )
         return "request", {key: _rule(key, value) for key, value in check.items()}
-    if check is not None and check not in CHECKS:
-        raise ValueError(f"unknown check '{check}': {nearest(str(check), CHECKS)}")
+    if check is not None and check not in CHECK_KINDS:
+        raise ValueError(f"unknown check '{check}': {nearest(str(check), CHECK_KINDS)}")
     if answer is None:
         if check is not None:
             raise ValueError(f"the check '{check}' needs an 'answer'")
@@ -291,14 +291,14 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
                 )
             return "tool", value
         case other:
-            return CHECKS[other], some
+            return CHECK_KINDS[other], some
 
 
 def _rule(key: str, value: Any) -> Any:
     """Return the value of a rule as `checks.as_requested` takes it."""
     if key == "json" and not isinstance(value, str):
         return json.dumps(value)
-    if key in checks.COUNTS and not re.fullmatch(r"\d+", str(value)):
+    if key in checks.COUNTED_RULES and not re.fullmatch(r"\d+", str(value)):
         raise ValueError(f"the rule '{key}' needs a whole number, not '{value}'")
     if key == "language" and value not in checks.LANGUAGES:
         raise ValueError(f"unknown language '{value}': {nearest(str(value), checks.LANGUAGES)}")
@@ -352,7 +352,7 @@ def loops(row: Sequence[Any], size: int = REPEATED, most: int = PERIOD) -> bool:
 
 def language(text: str) -> str:
     """Return the language of a text outside code, by script or common words; "" if unclear."""
-    text = CODE.sub(" ", text)
+    text = CODE_SPAN.sub(" ", text)
     letters = sum(map(str.isalpha, text))
     for name, letters_of in SCRIPTS.items():
         count = len(re.findall(f"[{letters_of}]", text))
@@ -428,7 +428,7 @@ def arguments(call: Mapping[str, Any]) -> dict[str, Any] | None:
 
 def _fits(value: Any, schema: Any) -> bool:
     mapping = schema if isinstance(schema, dict) else {}
-    kind = TYPES.get(str(mapping.get("type")), object)
+    kind = JSON_TYPES.get(str(mapping.get("type")), object)
     if isinstance(value, bool) and mapping.get("type") in ("integer", "number"):
         return False
     return isinstance(value, kind) and value in (mapping.get("enum") or [value])

@@ -28,7 +28,7 @@ NUMBER = re.compile(
     r"(?!\d|[./]\d|\s?/\s?\d|\^|(?:st|nd|rd|th)\b)"
     r"(?:\s?(?P<scale>\\?%|(?:per ?cent|thousand|million|billion)\b))?)"
 )
-SCALES = {"thousand": 1000, "million": 10**6, "billion": 10**9}  # all others are hundredths
+MAGNITUDES = {"thousand": 1000, "million": 10**6, "billion": 10**9}  # all others are hundredths
 EQUALS = re.compile(r"\s*=")
 UNITS = {  # spellings of the units that are compared
     "percent": r"\\?%|per ?cent",
@@ -79,8 +79,8 @@ _MONTH, _DAY = f"({'|'.join(MONTHS)})", r"(\d\d?)(?:st|nd|rd|th)?"
 DATE = re.compile(rf"\b(?:{_MONTH}\.? {_DAY}|{_DAY}(?: of)? {_MONTH}\.?)(?!\w)(?:,? (\d{{4}})\b)?")
 ISO_DATE = re.compile(r"\b(\d{4})-(0?[1-9]|1[0-2])-(\d\d?)\b")
 _COUNTS = "zero one two three four five six seven eight nine ten eleven twelve"
-COUNTS = {word: str(count) for count, word in enumerate(_COUNTS.split())}
-COUNT = re.compile(rf"(?<![\w-])(?:{'|'.join(COUNTS)})(?![\w-])")
+COUNT_WORDS = {word: str(count) for count, word in enumerate(_COUNTS.split())}
+COUNT = re.compile(rf"(?<![\w-])(?:{'|'.join(COUNT_WORDS)})(?![\w-])")
 
 
 class Reading(NamedTuple):
@@ -149,7 +149,9 @@ def _reading(one: re.Match[str]) -> Reading:
         return Reading(one[0], None)
     value = Fraction(re.sub("[, ]", "", one["digits"]) + (one["power"] or "")) / under
     value += int(one["whole"] or 0)
-    scale = Fraction(SCALES.get(one["scale"], Fraction(1, 100))) if one["scale"] else Fraction(1)
+    scale = (
+        Fraction(MAGNITUDES.get(one["scale"], Fraction(1, 100))) if one["scale"] else Fraction(1)
+    )
     return Reading(one[0], -value if one["minus"] else value, scale)
 
 
@@ -176,7 +178,7 @@ def _joined(
 def plain_quantities(text: str) -> str:
     """Write the numbers, units and dates of a text in lower case in one way: "$5.00" as
     "5 dollars", "3 kilometers" as "3 km", "July 4th, 1776" as "4 jul 1776", "3 to 5" as "3-5"."""
-    text = COUNT.sub(lambda count: COUNTS[count[0]], raised(text.translate(MARKS)))
+    text = COUNT.sub(lambda count: COUNT_WORDS[count[0]], raised(text.translate(MARKS)))
     text = GAP.sub("", re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text))
     text = re.sub(
         r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.,])", lambda one: one[0].replace(" ", ""), text

@@ -30,7 +30,7 @@ from calmix.evaluation import judge
 READ_FILE, LIST = 4, 8  # access rights of Landlock
 LIBRARY, PYTHON = Path(os.__file__).parent.resolve(), Path(sys.executable).resolve()
 PACKAGES = "*-packages"  # installed ones, beside the standard library
-SHARED = [Path(path) for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64")]
+LIBRARY_FOLDERS = [Path(path) for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64")]
 OTHERS = "/etc/ld.so.cache /usr/share/zoneinfo /System " + " ".join(
     f"{folder}/{name}" for folder in ("/opt/homebrew", "/usr/local") for name in ("opt", "Cellar")
 )
@@ -119,12 +119,12 @@ def _confinement() -> tuple[list[str], int, str]:
             "Landlock is missing (it needs Linux 5.13 or later, and some containers block it): "
             "install bubblewrap"
         )
-    whole = [PYTHON, judge.__file__, *SHARED, LIBRARY]
-    whole += [path for path in paths if not {*path.parents} & {*SHARED, LIBRARY}]
+    whole = [PYTHON, judge.__file__, *LIBRARY_FOLDERS, LIBRARY]
+    whole += [path for path in paths if not {*path.parents} & {*LIBRARY_FOLDERS, LIBRARY}]
     binds = [("--ro-bind-try", str(path), str(path)) for path in whole]
     folders = [
         *LIBRARY.glob(PACKAGES),
-        *(f for one in SHARED for f in one.glob(f"python*/{PACKAGES}")),
+        *(f for one in LIBRARY_FOLDERS for f in one.glob(f"python*/{PACKAGES}")),
     ]
     hidden = [("--tmpfs", str(path)) for path in folders]
     user = ["--cap-add", "ALL"] if os.geteuid() == 0 else ["--unshare-user"]
@@ -143,7 +143,7 @@ def _readable() -> dict[Path, int]:
     """Return the paths that a program may read, with Landlock's rights: the standard library
     without installed packages, and shared libraries."""
     own, everything = Path(sys.base_prefix, "lib").resolve(), READ_FILE | LIST
-    inside = [path for folder in SHARED if folder.is_dir() for path in folder.iterdir()]
+    inside = [path for folder in LIBRARY_FOLDERS if folder.is_dir() for path in folder.iterdir()]
     paths = [path for path in inside if not path.name.startswith("python")]
     paths += [path for path in LIBRARY.iterdir() if not path.match(PACKAGES)]
     paths += [*own.glob("*.so*"), *own.glob("*.dylib"), *map(Path, OTHERS.split())]

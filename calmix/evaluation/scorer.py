@@ -57,7 +57,7 @@ def not_finite(opened: OpenModel, what: str) -> ModelError:
 
 
 @dataclass
-class Row:
+class PackedRow:
     """The token nodes of several trees, and the tokens to score.
 
     `parent` is the index of each node's predecessor, -1 at a root, always smaller than its own.
@@ -74,7 +74,7 @@ class Row:
 
 # Token ids of a sequence, the first position that is scored (at least 1), and its owner's number.
 Scored = tuple[list[int], int, int]
-Run = tuple[list[int], list[Row]]  # a prefix, possibly empty, and the rows that follow it
+Run = tuple[list[int], list[PackedRow]]  # a prefix, possibly empty, and the rows that follow it
 
 
 class Scorer:
@@ -146,7 +146,7 @@ class Scorer:
                 self.tick(len({*owners}))  # a request is never split between rows
         return totals
 
-    def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[Row], Tensor]]:
+    def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[PackedRow], Tensor]]:
         """Yield batches of rows and the last hidden states of their nodes."""
         short = [one for one in scored if len(one[0]) - 1 <= self.window]
         for prefix, beside in plan(short, row_tokens=ROW_TOKENS):
@@ -156,12 +156,12 @@ class Scorer:
         long = [one for one in scored if len(one[0]) - 1 > self.window]
         yield from batches(trees(long, [0] * len(long)), self.batch_tokens, self._run)
 
-    def _run(self, rows: Sequence[Row], **more: Any) -> Tensor:
+    def _run(self, rows: Sequence[PackedRow], **more: Any) -> Tensor:
         """Return the last hidden states of right-padded rows; causality makes padding harmless."""
         ids = pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
         return self._decoder(input_ids=ids.to(self.device), **{"use_cache": False} | more)[0]
 
-    def _run_packed(self, rows: list[Row], cache: Any, prefix: int) -> Tensor:
+    def _run_packed(self, rows: list[PackedRow], cache: Any, prefix: int) -> Tensor:
         """Return the last hidden states of packed rows, shape (rows, nodes, width)."""
         count, length, dtype = len(rows), len(rows[0]), self.model.dtype
         # A node sees the prefix, itself and its ancestors. Padding sees the prefix and itself, so
@@ -185,7 +185,7 @@ class Scorer:
             **past,
         )
 
-    def _values(self, rows: list[Row], hidden: Tensor) -> Tensor:
+    def _values(self, rows: list[PackedRow], hidden: Tensor) -> Tensor:
         """Return the log-probability of each target of the rows, in order."""
         width, device = hidden.shape[1], hidden.device
         targets = [
@@ -213,11 +213,11 @@ class Scorer:
         # Distinct, spread-out tokens, always the same. The first four are the prefix.
         ids = [(7 + 31 * i * i + 17 * i) % size for i in range(20)]
         lines = [ids[:12], ids[:8] + ids[12:16], ids[:4] + ids[14:20]]
-        row = Row(
+        row = PackedRow(
             ids[4:12] + ids[12:16] + ids[14:20],
             [*range(-1, 7), 3, *range(8, 11), -1, *range(12, 17)],
         )
-        other = Row(row.ids[:5], row.parent[:5])  # shorter, to test padding too
+        other = PackedRow(row.ids[:5], row.parent[:5])  # shorter, to test padding too
         chains = trees([([*line, 0], 1, 0) for line in lines], [0] * len(lines))
         with quiet_transformers():
             try:
@@ -263,8 +263,8 @@ def attention_window(model: Any) -> float:
 
 
 def batches(
-    rows: Sequence[Row], tokens: int, run: Callable[[list[Row]], Tensor]
-) -> Iterator[tuple[list[Row], Tensor]]:
+    rows: Sequence[PackedRow], tokens: int, run: Callable[[list[PackedRow]], Tensor]
+) -> Iterator[tuple[list[PackedRow], Tensor]]:
     """Yield rows, longest first, in batches of at most `tokens` tokens including padding, and what
     running them returns; in smaller ones where a device has no memory for that."""
     left = sorted(rows, key=len, reverse=True)
@@ -326,16 +326,16 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
 
 def trees(
     members: Sequence[Scored], shared: Sequence[int], prefix: int = 0, row_tokens: int = 0
-) -> list[Row]:
+) -> list[PackedRow]:
     """Build trees over neighbours; start a new one when they share little or a tree gets long.
 
     `shared` is how many tokens after the prefix each sequence shares with the previous one.
     """
-    rows, path = list[Row](), list[int]()
+    rows, path = list[PackedRow](), list[int]()
     for (ids, start, owner), common in zip(members, shared, strict=True):
         ids = ids[prefix:]
         if common < MIN_SHARED or len(rows[-1]) + len(ids) - 1 - common > row_tokens:
-            rows.append(Row())
+            rows.append(PackedRow())
             path, common = [], 0
         tree, path = rows[-1], path[:common]
         for token in ids[common:-1]:
@@ -347,14 +347,14 @@ def trees(
     return rows
 
 
-def fill_rows(partial: list[Row], row_tokens: int) -> list[Row]:
+def fill_rows(partial: list[PackedRow], row_tokens: int) -> list[PackedRow]:
     """Pack trees into rows of at most `row_tokens` nodes: best fit, longest first."""
-    rows: list[Row] = []
+    rows: list[PackedRow] = []
     room: list[list[int]] = []  # [free tokens, row] of at most OPEN_ROWS rows
     for tree in sorted(partial, key=len, reverse=True):
         best = min((one for one in room if one[0] >= len(tree)), default=None)
         if best is None:
-            rows.append(Row())
+            rows.append(PackedRow())
             room.append(best := [row_tokens, len(rows) - 1])
         row = rows[best[1]]
         base = len(row)

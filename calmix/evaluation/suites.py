@@ -61,7 +61,7 @@ NAME = r"^[A-Za-z0-9][A-Za-z0-9._+-]*$"  # of a suite
 RESERVED = ("total", "worst")  # names of dimensions that an analysis uses itself
 LARGEST = 1e15  # below it a float represents every integer
 # An example row of each kind, for `calmix evaluate suite --new`.
-EXAMPLES: dict[str, dict[str, Any]] = {
+ROW_EXAMPLES: dict[str, dict[str, Any]] = {
     "choices": {"question": "Which is a fruit?", "choices": ["a stone", "an apple"], "answer": 1},
     "answers": {
         "question": "What is the opposite of up? Answer with one word.",
@@ -319,7 +319,7 @@ def read_rows(path: str, kind: str, shots: int = 0) -> list[dict[str, Any]]:
         if wrong:
             raise InputError(
                 f"{path}, line {number}: {wrong} (example of kind {kind}: "
-                f"{json.dumps(EXAMPLES[kind])})"
+                f"{json.dumps(ROW_EXAMPLES[kind])})"
             )
         rows.append(row)
     if len(rows) <= shots:
@@ -371,7 +371,8 @@ def template(name: str) -> dict[str, str]:
     if not re.match(NAME, name):
         raise InputError(f"'{name}' cannot name a suite: use letters, digits, '.', '_', '+', '-'")
     tasks = {
-        kind: f"    my_{kind}: {{file: {name}-{kind}.jsonl, kind: {kind}}}\n" for kind in EXAMPLES
+        kind: f"    my_{kind}: {{file: {name}-{kind}.jsonl, kind: {kind}}}\n"
+        for kind in ROW_EXAMPLES
     }
     code = tasks.pop("programs")
     suite = (
@@ -379,7 +380,7 @@ def template(name: str) -> dict[str, str]:
         f"name: {name}\nversion: 1\ndescription: tasks of our own\ndimensions:\n"
         f"  support:  # an ability: any name\n{''.join(tasks.values())}  code:\n{code}"
     )
-    rows = {f"{name}-{kind}.jsonl": f"{json.dumps(row)}\n" for kind, row in EXAMPLES.items()}
+    rows = {f"{name}-{kind}.jsonl": f"{json.dumps(row)}\n" for kind, row in ROW_EXAMPLES.items()}
     return {f"{name}.yaml": suite} | rows
 
 

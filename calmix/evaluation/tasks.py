@@ -28,7 +28,7 @@ UNCONDITIONAL = 1_000_000  # document ids from here on repeat the others without
 SUMS = 120
 ASSUMED_ITEMS = 1000  # of a task whose data is not here
 REQUESTS = {"requests": "chat.yaml", "stopping": "stopping.yaml", "languages": "languages.yaml"}
-EXAMPLES = (  # of requests, for models without a chat template
+REQUEST_EXAMPLES = (  # of requests, for models without a chat template
     ("Which animal gives us wool? Answer with one word.", "Sheep"),
     ("Name exactly two trees, separated by commas.", "Oak, birch"),
     ("Write one sentence about tea.", "Tea is a warm drink made of leaves."),
@@ -239,7 +239,7 @@ def _documents(member: str) -> list[dict[str, Any]]:
                 documents.append({"question": one["ask"].format(*fill), "right": expected})
         documents += [
             {"question": question, "right": {}, "shown": answer}
-            for question, answer in EXAMPLES
+            for question, answer in REQUEST_EXAMPLES
             if member == "requests"
         ]
     elif member.endswith(".arrow"):

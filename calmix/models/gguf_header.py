@@ -12,7 +12,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-MAGIC = b"GGUF"
+GGUF_MAGIC = b"GGUF"
 SCALARS = "BbHhIif?__Qqd"  # struct codes by number of the type; 8 is a string, 9 an array
 STRING, ARRAY = 8, 9
 DIMENSIONS, DEEPEST = 4, 4  # most dimensions of a tensor, and arrays within arrays
@@ -24,14 +24,14 @@ SHOWN = 4096  # entries of an array whose values are kept, such as one for each 
 def is_gguf(path: Path) -> bool:
     """Whether a file is GGUF by its name or, as Ollama's blobs without a suffix, by its content."""
     with path.open("rb") as file:
-        return path.suffix.lower() == ".gguf" or file.read(4) == MAGIC
+        return path.suffix.lower() == ".gguf" or file.read(4) == GGUF_MAGIC
 
 
 def read_header(path: Path) -> Header:
     """Return a file's header; ValueError if libraries could not read it in bounded time and
     memory, or it is of another byte order."""
     with path.open("rb") as file:
-        if not MAGIC.startswith(file.read(4)):
+        if not GGUF_MAGIC.startswith(file.read(4)):
             raise ValueError("it is not a GGUF file")
         if path.stat().st_size < 24:
             raise ValueError("it is cut short")
@@ -45,7 +45,7 @@ class Header:
     def __init__(self, data: mmap.mmap) -> None:
         self.values: dict[str, Any] = {}
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._data, self._at, self._entries = data, len(MAGIC), 0
+        self._data, self._at, self._entries = data, len(GGUF_MAGIC), 0
         version = self._number("I")
         if version & 0xFFFF == 0:
             raise ValueError("its numbers are big-endian: convert it with gguf_convert_endian.py")

@@ -75,7 +75,7 @@ from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Mixed, Recipe, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
 from calmix.pruning.requests import How, PruneRequest
-from calmix.pruning.solvers.grids import SCALES, stored
+from calmix.pruning.solvers.grids import SCALES_FOLDER, stored
 from calmix.pruning.token_weights import token_weights
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
 
@@ -440,7 +440,7 @@ def prune_streamed(
             source.files.check()  # before the block counts as done
             work.save(shards[index], source.weights(index))
             if run.report.grids:
-                work.save(f"{CHECKPOINT}/{SCALES}/{index:05}", stored(run.report.grids))
+                work.save(f"{CHECKPOINT}/{SCALES_FOLDER}/{index:05}", stored(run.report.grids))
             run.report.grids.clear()
             work.keep(done=index + 1, report=run.report.to_dict())
             progress(index + 1)
@@ -448,7 +448,7 @@ def prune_streamed(
     for shard, names in list(zip(shards, files.values(), strict=True))[count:]:
         work.save(shard, source.rest(names, changed))
     if run.outer:
-        work.save(f"{CHECKPOINT}/{SCALES}/outside", stored(run.report.grids))
+        work.save(f"{CHECKPOINT}/{SCALES_FOLDER}/outside", stored(run.report.grids))
     source.drop_outside()
     run.report.seconds["total"] = time.perf_counter() - began
     return run.report
@@ -584,6 +584,6 @@ def write_checkpoint(
             save_config(deepcopy(model.config), dtype_name(opened.stored_dtype), folder)
         save_tokenizer(opened.tokenizer, opened.folder, folder)
         if report.grids:
-            (folder / SCALES).mkdir()
-            write_file(folder / SCALES / "all", stored(report.grids))
+            (folder / SCALES_FOLDER).mkdir()
+            write_file(folder / SCALES_FOLDER / "all", stored(report.grids))
         _write_beside(folder, opened, identity, report, calibration, request)

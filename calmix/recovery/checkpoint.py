@@ -35,7 +35,7 @@ from calmix.options import Recovering
 from calmix.precision import dtype_name, reproducible
 from calmix.pruning.checkpoint import check_request, finished
 from calmix.pruning.requests import How
-from calmix.pruning.solvers.grids import SCALES, replace_blocks
+from calmix.pruning.solvers.grids import SCALES_FOLDER, replace_blocks
 from calmix.pruning.work import draw_set
 from calmix.recovery.blocks import recover_blocks
 from calmix.recovery.distill import distill_model
@@ -201,8 +201,8 @@ def _finish(job: RecoveryRun, identity: dict[str, Any], report: RecoveryReport) 
     run = run_record(done.pop("seconds")) | {"pruned": read_if_there(pruned.folder / RUN) or None}
     with disk_errors(folder):
         copy_files(pruned.folder, folder, matching(pruned.folder, ("config.json", *BESIDE_WEIGHTS)))
-        if (scales := pruned.folder / SCALES).is_dir():
-            shutil.copytree(scales, folder / SCALES, dirs_exist_ok=True)
+        if (scales := pruned.folder / SCALES_FOLDER).is_dir():
+            shutil.copytree(scales, folder / SCALES_FOLDER, dirs_exist_ok=True)
             replace_blocks(folder, job.encoded)
         write_index(folder)
         manifest = record(

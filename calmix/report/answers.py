@@ -13,7 +13,7 @@ from calmix.evaluation.prompts import FAULTS
 from calmix.report import words
 from calmix.report.pages import render
 
-OPEN_ROWS = 20  # prompts that the page shows at first
+UNFOLDED = 20  # prompts that the page shows at first
 
 
 def sentences(answers: Answers, distance: Mapping[str, Any] | None = None) -> list[str]:
@@ -162,7 +162,7 @@ def answers_page(
         said=said,
         faults={name: fault_rows(one) for name, one in known.items()},
         rows=rows([*pairs.values()]) if known else [],
-        open=OPEN_ROWS,
+        open=UNFOLDED,
         names=["dense", *pairs],
         suite=dense.suite["name"],
         models=[{k: "–" if v is None else v for k, v in row.items()} for row in table or []],

@@ -27,7 +27,7 @@ from calmix.sources.documents import Document, Reader, Template, fill, lines, lo
 BUDGET = 8_000_000  # characters: about 2 million tokens, 60 usual calibration sets
 
 
-class Answer(Options):
+class CorrectChoice(Options):
     """Where the correct choice is: the position of `label` in `labels` selects one of `texts`."""
 
     label: str
@@ -49,7 +49,7 @@ class HubText(Reader):
     split: str = "train"
     revision: str | None = None
     template: Template | None = None
-    answer: Answer | None = None
+    answer: CorrectChoice | None = None
     starts: re.Pattern[str] | None = None
     characters: Annotated[int, Field(gt=0)] = BUDGET
 

@@ -13,7 +13,7 @@ from calmix.study.bootstrap import Joint, corrected, joints
 from calmix.study.cells import Cells, Condition, dimensions_of, left_out, measure_of
 from calmix.study.declaration import Declared, Key
 from calmix.study.differences import Difference, Gain, compare, gains
-from calmix.study.hypotheses import Comparison, judge
+from calmix.study.hypotheses import TestedComparison, judge
 from calmix.study.ranking import Ranked, leaders, rank
 from calmix.study.results import StudyResults
 
@@ -70,8 +70,8 @@ class Analysis:
     settings: Settings
     measure: Measure
     declarations: tuple[Declared, ...]
-    comparisons: tuple[Comparison, ...]
-    afterwards: tuple[Comparison, ...]
+    comparisons: tuple[TestedComparison, ...]
+    afterwards: tuple[TestedComparison, ...]
     ceilings: dict[str, float | None]
     older: int
     missing: tuple[Key, ...]

@@ -43,7 +43,7 @@ ROUNDING = 1e-12  # rank correlations or totals closer than this are equal
 
 
 @dataclass(frozen=True)
-class Estimate(retention.Estimate):
+class Interval(retention.Estimate):
     """A retention or a difference of retentions, with 95 % intervals; None where unknown.
 
     `low` to `high` covers other items and other seeds, or only items if seeds are unknown.
@@ -63,10 +63,10 @@ class Estimate(retention.Estimate):
         return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
 
 
-class Tested:
+class Testable:
     """A `gap` with its p, and `p_corrected` over all declared, or all exploratory, tests."""
 
-    gap: Estimate
+    gap: Interval
     p_corrected: float | None
 
     @property
@@ -100,7 +100,7 @@ class Contrast:
     def __sub__(self, other: Contrast) -> Contrast:
         return self + other * -1.0
 
-    def estimate(self, *, test: bool = False) -> Estimate:
+    def estimate(self, *, test: bool = False) -> Interval:
         """Return the estimate, with p-values against 0 if `test`.
 
         Across two conditions, equal seeds are paired in the interval but independent in the
@@ -108,7 +108,7 @@ class Contrast:
         """
         parts = [(one, c, c != 0) for one, c in self.parts.items() if c.any()]
         if math.isnan(self.value) or not parts:
-            return Estimate(None)
+            return Interval(None)
         item = sum(c[used] @ one.item[used] for one, c, used in parts)
         draw = sum(c[used] @ one.draw[used] for one, c, used in parts)
         by_items, by_draws, both = np.sum([one.variances(c) for one, c, _ in parts], 0).tolist()
@@ -137,7 +137,7 @@ class Contrast:
             items_only = by_items - both
             pooled = freedom * (1 + items_only / by_draws) ** 2 if by_draws else math.inf
             fields["p"] = two_sided_p(self.value, math.sqrt(items_only + by_draws), pooled)
-        return Estimate(self.value, **fields)
+        return Interval(self.value, **fields)
 
 
 @dataclass(frozen=True, eq=False)

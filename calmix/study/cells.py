@@ -51,8 +51,8 @@ class Condition:
     series: str = ""  # the label without the pattern
 
 
-SHARED = "model", "method", "pattern", "propagation", "rows", "length", "suite"
-shared = attrgetter(*SHARED)  # what identifies a condition, or that of a trial
+CONDITION_FIELDS = "model", "method", "pattern", "propagation", "rows", "length", "suite"
+shared = attrgetter(*CONDITION_FIELDS)  # what identifies a condition, or that of a trial
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,7 @@ def tables(
     but some."""
     groups: dict[Condition, list[Trial]] = {}
     for trial in results.trials:
-        settings = dict(zip(SHARED, shared(trial), strict=True))
+        settings = dict(zip(CONDITION_FIELDS, shared(trial), strict=True))
         key = Condition(sparsity=target_of(trial.pattern).sparsity, **settings)
         groups.setdefault(key, []).append(trial)
     ordered = sorted(groups, key=lambda key: ["" if one is None else one for one in astuple(key)])

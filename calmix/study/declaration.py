@@ -17,7 +17,7 @@ from calmix.errors import InputError
 from calmix.files import sha256_json
 from calmix.manifest import differences
 from calmix.options import Measure
-from calmix.study.spec import ASPECTS, NONE, Amends, Comparison, Study
+from calmix.study.spec import ASPECTS, WITHOUT, Amends, DeclaredComparison, Study
 from calmix.study.trials import Planned
 from calmix.yaml_files import locate, parse_yaml
 
@@ -139,13 +139,13 @@ def declaration(study: Study, planned: Sequence[Planned]) -> Declaration:
 
 def _aspects(trial: Planned) -> dict[str, str]:
     """Return what a comparison may name of a trial."""
-    recovery = NONE if trial.recovery is None else trial.recovery.text
+    recovery = WITHOUT if trial.recovery is None else trial.recovery.text
     values = trial.model, trial.calibration, trial.request.chosen.text, trial.pattern, recovery
     return dict(zip(ASPECTS, values, strict=True))
 
 
 def _pairs(
-    one: Comparison, planned: Sequence[Planned], aspects: Mapping[Key, Mapping[str, str]]
+    one: DeclaredComparison, planned: Sequence[Planned], aspects: Mapping[Key, Mapping[str, str]]
 ) -> Iterator[Pair]:
     """Yield the pairs of a comparison, each with all seeds of both sides."""
     sides, limits = (one.of.aspects, one.over.aspects), one.where.limits

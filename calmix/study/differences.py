@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from calmix.study.bootstrap import Contrast, Estimate, Joint, Tested
+from calmix.study.bootstrap import Contrast, Interval, Joint, Testable
 from calmix.study.cells import TOTAL, WORST
 from calmix.study.ranking import lowest_of, shrink
 
@@ -25,7 +25,7 @@ Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
-class Difference(Tested):
+class Difference(Testable):
     """How much more one calibration keeps than another: `gap` is left - right.
 
     Quantities are `total`, `worst` (each side's own worst dimension) and the dimensions.
@@ -35,12 +35,12 @@ class Difference(Tested):
     left: str  # a calibration set, the best single source, or the mean of single sources
     right: str
     quantity: str
-    gap: Estimate
+    gap: Interval
     p_corrected: float | None = None
 
 
 @dataclass(frozen=True)
-class Gain(Tested):
+class Gain(Testable):
     """How much more one condition keeps than another that differs only in method, in the mean of
     the `sets` that both have."""
 
@@ -48,7 +48,7 @@ class Gain(Tested):
     less: str
     sets: int
     quantity: str
-    gap: Estimate
+    gap: Interval
     p_corrected: float | None = None
 
 

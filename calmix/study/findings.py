@@ -16,7 +16,7 @@ from calmix.study.analyse import Analysis, ConditionAnalysis
 from calmix.study.cells import TOTAL
 from calmix.study.declaration import Declaration, Declared, Key
 from calmix.study.differences import Gain
-from calmix.study.hypotheses import Comparison
+from calmix.study.hypotheses import TestedComparison
 from calmix.study.ranking import Ranked, leaders
 
 SEEDS = {
@@ -123,7 +123,7 @@ def _declared(analysis: Analysis) -> Iterator[str]:
         yield f"Without trials on both sides: {'; '.join(names)}."
 
 
-def _verdict(one: Comparison) -> str:
+def _verdict(one: TestedComparison) -> str:
     if one.gap.value is None:
         return "without trials on both sides"
     return (

@@ -13,14 +13,14 @@ from functools import cache
 from typing import Any, Literal
 
 from calmix.options import Settings
-from calmix.study.bootstrap import Contrast, Estimate, Joint, Tested, holm, joined
+from calmix.study.bootstrap import Contrast, Interval, Joint, Testable, holm, joined
 from calmix.study.cells import Cells, shared, tables
 from calmix.study.declaration import Declaration
 from calmix.study.results import StudyResults, Trial
 
 
 @dataclass(frozen=True)
-class Comparison(Tested):
+class TestedComparison(Testable):
     """A declared comparison on one model.
 
     Attributes:
@@ -35,7 +35,7 @@ class Comparison(Tested):
 
     name: str
     model: str
-    gap: Estimate
+    gap: Interval
     seeds: Literal["own", "pooled", "unknown"]
     best: tuple[str, ...] = ()
     level: bool = False
@@ -54,9 +54,9 @@ class Comparison(Tested):
 
 def judge(
     results: StudyResults, settings: Settings, without: Iterable[str] = ()
-) -> list[Comparison]:
+) -> list[TestedComparison]:
     """Judge what a study declared, each model by itself; `without` leaves out more tasks."""
-    declared, comparisons = results.declaration, list[Comparison]()
+    declared, comparisons = results.declaration, list[TestedComparison]()
     if not declared.comparisons:
         return comparisons
     every = tables(results, declared.primary, {*declared.exclude, *without})
@@ -105,10 +105,10 @@ def _judged(
     gaps: Sequence[Contrast],
     best: Sequence[str],
     declared: Declaration,
-) -> Comparison:
+) -> TestedComparison:
     """Judge the mean of the gaps of one comparison on one model."""
     if not gaps:
-        return Comparison(name, model, Estimate(None), "unknown")
+        return TestedComparison(name, model, Interval(None), "unknown")
     mean = sum(gaps[1:], gaps[0]) * (1 / len(gaps))
     gap, joints = mean.estimate(test=True), mean.parts
     seeds: Literal["own", "pooled", "unknown"] = "own"
@@ -118,11 +118,11 @@ def _judged(
         seeds = "unknown"
     head = name, model, gap, seeds, tuple(best)
     if gap.value is None or gap.low is None or gap.high is None:
-        return Comparison(*head)
+        return TestedComparison(*head)
     value, low, high = (100 * number for number in (gap.value, gap.low, gap.high))
     margin, comparison = declared.margin, declared.comparisons[name]
     predict, refuted = comparison.get("predict"), comparison.get("refuted")
-    return Comparison(
+    return TestedComparison(
         *head,
         level=seeds != "unknown" and margin is not None and -margin <= low and high <= margin,
         predicted=predict and predict[0] <= value <= predict[1],

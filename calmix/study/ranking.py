@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from calmix.evaluation.measures import Array
-from calmix.study.bootstrap import ROUNDING, Contrast, Estimate, Joint
+from calmix.study.bootstrap import ROUNDING, Contrast, Interval, Joint
 
 SMALL = 4  # fewest sets in a group to estimate its spread
 
@@ -24,16 +24,16 @@ class Ranked:
 
     calibration: str
     strategy: str
-    total: Estimate  # as measured
-    shrunken: Estimate  # expected value of a set that was picked for its rank (`shrink`)
+    total: Interval  # as measured
+    shrunken: Interval  # expected value of a set that was picked for its rank (`shrink`)
     best: float | None  # probability of being the best; None if there is only one set
-    behind: Estimate | None  # shrunken total of the first set minus this one's; None for the first
+    behind: Interval | None  # shrunken total of the first set minus this one's; None for the first
     condition: str
     rank: int | None  # by total, from 1; None without a value
     worst: str | None  # dimension with the lowest mean over seeds
-    lowest: Estimate  # of that dimension
-    dimensions: dict[str, Estimate]
-    tasks: dict[str, Estimate]
+    lowest: Interval  # of that dimension
+    dimensions: dict[str, Interval]
+    tasks: dict[str, Interval]
     accuracy: dict[str, float | None]  # retention of accuracy (the paper's), total and dimensions
     distance: dict[str, dict[str, float | None]]  # as in `Cells`, total and dimensions
 
@@ -112,7 +112,7 @@ def rank(joint: Joint) -> list[Ranked]:
     parts = joint.values[:, 1 : len(names)]
     unit, ranked = np.eye(len(values)), []
 
-    def estimate(of_sets: Array, value: float, *, test: bool = False) -> Estimate:
+    def estimate(of_sets: Array, value: float, *, test: bool = False) -> Interval:
         return Contrast(float(value), {joint: np.outer(of_sets, weight)}).estimate(test=test)
 
     for position, at in enumerate(order, start=1):
@@ -134,7 +134,7 @@ def rank(joint: Joint) -> list[Ranked]:
                 cells.condition.label,
                 None if total.value is None else position,
                 worst,
-                Estimate(None) if worst is None else dimensions[worst],
+                Interval(None) if worst is None else dimensions[worst],
                 dimensions,
                 {
                     task.name: joint.mean([at], q).estimate()

@@ -40,7 +40,7 @@ from calmix.pruning.requests import printed, recovery_of, target_of
 from calmix.sources.registry import Source, own_sources
 from calmix.yaml_files import locate, parse_yaml, read_text, yaml_problems
 
-NONE = "none"  # no calibration set, or no recovery
+WITHOUT = "none"  # no calibration set, or no recovery
 
 
 def _by(act: Callable[[Any], Any]) -> AfterValidator:
@@ -60,7 +60,7 @@ Listed = BeforeValidator(
     lambda value: value if isinstance(value, list | dict) or value is None else [value]
 )
 Method = Annotated[str, _by(lambda text: get_method(text).text)]  # `sparsegpt,damping=0.1`
-Recovery = Annotated[str, _by(lambda text: NONE if text == NONE else recovery_of(text).text)]
+Recovery = Annotated[str, _by(lambda text: WITHOUT if text == WITHOUT else recovery_of(text).text)]
 Filled = Field(min_length=1)
 Targets = Annotated[list[Annotated[Any, _by(target_of)]], Listed, Filled]
 Target = Annotated[Any, _by(lambda value: printed(target_of(value)))]  # as printed: `60%` or `2:4`
@@ -124,7 +124,7 @@ class Calibration(_Draw):
         return ",".join(f"{name}:{weight!r}" for name, weight in (self.mix or {}).items())
 
 
-class Grid(Options):
+class StudyGrid(Options):
     """Part of a study: how models are pruned with each calibration set, and with which seeds. Its
     keys override those at the top of the file.
 
@@ -219,7 +219,7 @@ class Refuted(Options):
         return self
 
 
-class Comparison(Options):
+class DeclaredComparison(Options):
     """A declared comparison: `of` minus `over`, in points of the primary measure. All else is the
     same on both sides; each model is compared by itself, everything else in the mean."""
 
@@ -231,7 +231,7 @@ class Comparison(Options):
     refuted: Refuted | None = None
 
     @model_validator(mode="after")
-    def _consistent(self) -> Comparison:
+    def _consistent(self) -> DeclaredComparison:
         of, over = self.of.aspects, self.over.aspects
         if set(of) != set(over):
             odd = min(set(of) ^ set(over))
@@ -259,7 +259,7 @@ class Amends(Options):
     reason: Text
 
 
-class StudyFile(_Draw, Grid):
+class StudyFile(_Draw, StudyGrid):
     """A study: models and calibrations by label. Without `grids` its top level is the only grid.
     `primary`, `margin` (in points), `exclude` (a reason for each task) and `comparisons` are
     declared before the first trial; `statistics` is as for `calmix prune`."""
@@ -277,11 +277,11 @@ class StudyFile(_Draw, Grid):
         dict[str, Calibration], Filled, BeforeValidator(partial(_by_label, "from"))
     ]
     sources: dict[str, Any] = Field(default={})
-    grids: list[Grid] = Field(default=[])
+    grids: list[StudyGrid] = Field(default=[])
     primary: Measure | None = None
     margin: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     exclude: Annotated[dict[str, Text], BeforeValidator(_reasons)] = Field(default={})
-    comparisons: list[Comparison] = Field(default=[])
+    comparisons: list[DeclaredComparison] = Field(default=[])
     amends: Amends | None = None
     keep_checkpoints: bool = False
 
@@ -344,11 +344,14 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
     for label, entry in file.calibrations.items():
         draw = {"licence": file.licence, **entry.explicit()}
         check(["calibrations", label], parse_calibration, entry.written, sources=own, **draw)
-    if NONE in file.calibrations:
-        wrong(["calibrations", NONE], f"'{NONE}' is reserved for no calibration set: rename it")
+    if WITHOUT in file.calibrations:
+        wrong(
+            ["calibrations", WITHOUT],
+            f"'{WITHOUT}' is reserved for no calibration set: rename it",
+        )
     if not file.methods and not (file.grids and all(grid.methods for grid in file.grids)):
         wrong(["methods"], "the grid has no trials: name at least one, e.g. wanda: [0.5]")
-    parts: list[tuple[list[Any], Grid]]
+    parts: list[tuple[list[Any], StudyGrid]]
     parts = [(["grids", number], grid) for number, grid in enumerate(file.grids)]
     for at, part in [([], file), *parts]:
         for method, targets in (part.methods or {}).items():
@@ -361,7 +364,7 @@ def check_study(path: Path) -> tuple[Study | None, list[str]]:
                     wrong([*at, key, place], f"unknown '{name}': {nearest(name, labels)}")
         methods = part.methods or file.methods or {}
         idle = methods and all(get_method(name).needs is None for name in methods)
-        if idle and set(part.recovery or ()) - {NONE}:
+        if idle and set(part.recovery or ()) - {WITHOUT}:
             wrong([*at, "recovery"], f"no effect with {', '.join(methods)}")
     if suite is not None:
         _check_declaration(file, suite, wrong)
@@ -388,7 +391,9 @@ def _check_declaration(file: StudyFile, suite: Suite, wrong: Callable[..., None]
         "calibration": set(file.calibrations),
         "method": {name for each in methods for name in each},
         "target": {printed(one) for each in methods for some in each.values() for one in some},
-        "recovery": {name for grid in grids for name in grid.recovery or file.recovery or [NONE]},
+        "recovery": {
+            name for grid in grids for name in grid.recovery or file.recovery or [WITHOUT]
+        },
     }
 
     def check(at: list[Any], aspect: str, names: Sequence[str]) -> None:

@@ -73,7 +73,7 @@ class Index(BaseModel, frozen=True):
     declarations: tuple[Declared, ...] = ()
 
 
-class Result(BaseModel, frozen=True):
+class FinishedTrial(BaseModel, frozen=True):
     """A finished trial; `run` records when and where it ran, `dense` names its dense model's
     scores."""
 
@@ -159,10 +159,10 @@ class Store:
             return "running"
         return "failed" if (folder / ERROR).is_file() else "pending"
 
-    def result(self, entry: Entry) -> Result:
+    def result(self, entry: Entry) -> FinishedTrial:
         """Return a finished trial, with its model and set named as in the study now."""
         path = self.trial(entry.id) / RESULT
-        record = _read(path, Result, "delete the trial's folder and run the study again")
+        record = _read(path, FinishedTrial, "delete the trial's folder and run the study again")
         names = dict(zip(("model", "calibration"), map(str, entry.key), strict=False))
         return record.model_copy(update={"trial": record.trial.model_copy(update=names)})
 

@@ -30,7 +30,7 @@ from calmix.pruning.patterns import Pattern
 from calmix.pruning.requests import SEED, PruneRequest, printed, prune_request, recovery_of
 from calmix.sources.local import LocalFile
 from calmix.sources.registry import get_source
-from calmix.study.spec import NONE, Grid, Study
+from calmix.study.spec import WITHOUT, Study, StudyGrid
 
 REQUEST_FORMAT = 1  # of the request; raised when the same request would give another outcome
 # Added later: left out of the request if empty, so that older ids stay valid.
@@ -106,9 +106,9 @@ def plan(study: Study) -> list[Planned]:
     Duplicates between grids are dropped; trials that differ only in recovery are adjacent.
     """
     planned: dict[Key, dict[Key, Planned]] = {}
-    default = {"seeds": [SEED], "recovery": [NONE]}
-    top = [(name, getattr(study.file, name)) for name in Grid.model_fields]
-    for grid in study.file.grids or [Grid()]:
+    default = {"seeds": [SEED], "recovery": [WITHOUT]}
+    top = [(name, getattr(study.file, name)) for name in StudyGrid.model_fields]
+    for grid in study.file.grids or [StudyGrid()]:
         filled = [*default.items(), *top, *grid]  # the last given value wins
         for trial in _of_grid(study, {key: one for key, one in filled if one is not None}):
             planned.setdefault(trial.pruned, {}).setdefault(trial.key, trial)
@@ -138,7 +138,7 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
         for method, target in listed:
             if method.needs is None:
                 request = prune_request(method=method.text, pattern=target, **same)
-                yield Planned(model, NONE, "none", request)
+                yield Planned(model, WITHOUT, "none", request)
         for seed, label in product(grid["seeds"], grid["calibrations"]):
             # Precedence: the set's entry, the grid, the top of the study file, and for the leakage
             # guard the suite that is scored.
@@ -165,7 +165,7 @@ def _of_grid(study: Study, grid: dict[str, Any]) -> Iterator[Planned]:
                     parsed.draw.rows,
                     parsed.draw.length,
                     drawn or 0,
-                    None if recovery == NONE else recovery_of(recovery),
+                    None if recovery == WITHOUT else recovery_of(recovery),
                     parsed,
                 )
 

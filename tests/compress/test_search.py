@@ -16,7 +16,7 @@ from calmix.compression.search import CANDIDATES, RATES
 from calmix.compression.stages import Draw, Export, Score, Stage
 from calmix.errors import InputError, NotKeptError
 from calmix.evaluation.scores import CapabilityScores, describe, write_scores
-from calmix.evaluation.suites import EXAMPLES, choose, runnable
+from calmix.evaluation.suites import ROW_EXAMPLES, choose, runnable
 from calmix.files import write_json
 from calmix.manifest import sealed
 from tests.compress.conftest import prepare, stopping
@@ -354,7 +354,7 @@ def test_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, mine)
         search.Search(request.model_copy(update={"max_memory": "4GiB"}), tmp_path)
         with pytest.raises(InputError, match=r"is of another request .bits: 3\.0, now None"):
             searched(want, tmp_path, stop)
-    (mine / "mine-choices.jsonl").write_text(json.dumps(EXAMPLES["choices"] | {"answer": 0}))
+    (mine / "mine-choices.jsonl").write_text(json.dumps(ROW_EXAMPLES["choices"] | {"answer": 0}))
     with pytest.raises(InputError, match=r"another request .suite_sha256"):
         search.Search(asked(**given), tmp_path)
     assert asked(**given | {"suite": "offline"}).suite_sha256 is None

@@ -109,7 +109,9 @@ def test_all_types_and_values_survive(data, tmp_path_factory, monkeypatch):
         dtype = data.draw(st.sampled_from([*kinds, torch.bool]))
         size = (count := data.draw(st.integers(0, 40))) * dtype.itemsize
         # Half of it zeros, or what looks like a frame of zstandard.
-        first = data.draw(st.sampled_from([b"", bytes(count // 2 * dtype.itemsize), packed.MAGIC]))
+        first = data.draw(
+            st.sampled_from([b"", bytes(count // 2 * dtype.itemsize), packed.ZSTANDARD_MAGIC])
+        )
         raw = (first + data.draw(st.binary(min_size=size, max_size=size)))[:size]
         most = 1 if dtype == torch.bool else 255
         tensors[f"t{number}"] = torch.tensor([b & most for b in raw], dtype=torch.uint8).view(dtype)

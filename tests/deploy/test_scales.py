@@ -10,7 +10,7 @@ from calmix.deploy.gguf import export
 from calmix.deploy.pack import pack
 from calmix.errors import CalmixError
 from calmix.pruning.requests import recover_request
-from calmix.pruning.solvers.grids import SCALES, read_blocks, read_grids
+from calmix.pruning.solvers.grids import SCALES_FOLDER, read_blocks, read_grids
 from calmix.recovery.checkpoint import recover
 from tests.tiny import load_weights
 
@@ -44,7 +44,7 @@ NAMES = ["odd", "a.weight|odd", "a.weight|octaves"]  # no kind, another, and no 
 
 def damage(folder, kind, change, name=None):
     """Change the first file of scales: its bytes, or a tensor of a kind and its name."""
-    path = min((folder / SCALES).iterdir())
+    path = min((folder / SCALES_FOLDER).iterdir())
     if kind is None:
         path.write_bytes(change(path.read_bytes()))
         return
@@ -62,7 +62,7 @@ def test_damaged_scales_and_blocks_are_refused(quantised, tmp_path):
     for number, (base, *case) in enumerate(cases):
         read = read_blocks if base == "blocks" else read_grids
         assert read(quantised / base, shapes)
-        shutil.copytree(quantised / base / SCALES, tmp_path / f"{number}" / SCALES)
+        shutil.copytree(quantised / base / SCALES_FOLDER, tmp_path / f"{number}" / SCALES_FOLDER)
         damage(tmp_path / f"{number}", *case)
         with pytest.raises(CalmixError, match="calmix-scales"):
             read(tmp_path / f"{number}", shapes)
@@ -91,7 +91,7 @@ def test_commands_refuse_damaged_scales_in_one_line(quantised, tmp_path):
             with pytest.raises(CalmixError, match="calmix-scales") as caught:
                 acts[name](model)
             assert "\n" not in str(caught.value)
-    (first := min((model / SCALES).iterdir())).unlink()
+    (first := min((model / SCALES_FOLDER).iterdir())).unlink()
     first.mkdir()
     with pytest.raises(CalmixError, match="calmix-scales"):
         pack(model, out)

@@ -142,7 +142,7 @@ def test_test_names_are_hidden_from_programs():
 def test_answers_that_are_not_data_are_refused():
     for name in ("posix\ngetpid", "builtins\nexec", "__main__\nJUDGE"):
         with pytest.raises(pickle.UnpicklingError, match="is not data"):
-            judge.Answer(io.BytesIO(f"c{name}\n.".encode())).load()
+            judge.AnswerUnpickler(io.BytesIO(f"c{name}\n.".encode())).load()
 
 
 @pytest.mark.skipif(not LINUX, reason="the attempts are those of Linux")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calmix.errors import InputError
-from calmix.pruning.solvers.grids import SCALES, Grid, read_blocks, read_grids
+from calmix.pruning.solvers.grids import SCALES_FOLDER, Grid, read_blocks, read_grids
 from calmix.recovery.training import Masters
 from tests.forks import stopped
 from tests.recovery.conftest import arm, command, manifest
@@ -39,7 +39,7 @@ def test_levels_stay_on_the_grid(calmix, place, tmp_path, name):
     recorded = manifest(output)["recovery"]
     assert recorded["after"] < 0.95 * recorded["before"]
     before, after, grids = load_weights(quantised), load_weights(output), read_grids(output)
-    assert hashes(output / SCALES) == hashes(quantised / SCALES)
+    assert hashes(output / SCALES_FOLDER) == hashes(quantised / SCALES_FOLDER)
     assert recorded["quantised"] == sum(after[one].numel() for one in grids) == recorded["weights"]
     moved = 0
     for one, grid in grids.items():

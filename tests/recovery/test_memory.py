@@ -7,7 +7,7 @@ import pytest
 
 from calmix.memory import plan_recovery
 from calmix.models.streaming import StreamedModel
-from calmix.recovery import checkpoint
+from calmix.recovery import running
 from calmix.recovery.training import trained_weights
 from tests.forks import stopped
 from tests.recovery.conftest import METHODS, arm, command, manifest
@@ -56,7 +56,7 @@ def test_resume_keeps_rows_per_step(calmix, place, tmp_path, monkeypatch, method
 
     within = ("--max-memory", "64GiB")
     with monkeypatch.context() as patched:  # as if none were free
-        patched.setattr(checkpoint, "plan_recovery", lambda *of: plan_recovery(*of[:3], 0, of[4]))
+        patched.setattr(running, "plan_recovery", lambda *of: plan_recovery(*of[:3], 0, of[4]))
         calmix(*request("whole", *within)).ok()
         stopped(partial(arm, "counted", 1), *request("cut", *within))
     calmix(*request("cut", "--resume")).ok()

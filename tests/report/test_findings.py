@@ -5,7 +5,7 @@ import pytest
 from calmix.options import Settings
 from calmix.report import words
 from calmix.study.analyse import analyse
-from calmix.study.findings import summarise
+from calmix.study.findings import summarise, which_is_best
 from calmix.study.page import pages
 from calmix.study.ranking import leaders
 from tests.synthetic import Plan, study, trial
@@ -49,7 +49,7 @@ def test_ties_and_leads(kept, seeds, best):
     analysis = analyse(results, QUICK)
     ranking = analysis.conditions[0].ranking
     assert [one.calibration for one in leaders(ranking)] == best
-    sentence, summary = words.which_is_best(ranking), summarise(analysis)
+    sentence, summary = which_is_best(ranking), summarise(analysis)
     assert ("keeps the most" in sentence) == (len(best) == 1)
     assert summary["conditions"][0][0] == f"{sentence}."
     lead = pages(results, analysis)["report.html"].split('<p class="lead">')[1].split("</p>")[0]

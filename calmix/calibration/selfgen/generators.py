@@ -45,7 +45,7 @@ from calmix.sources.registry import Source, get_source
 
 ROUNDS = 8  # of writing; the later ones replace unusable text
 ANOTHER = 1_000_003  # between the seeds of two rounds
-SPARE = 2  # pieces written beyond those needed, at least: another round costs as many steps
+SPARE_PIECES = 2  # pieces written beyond those needed, at least: another round costs as many steps
 MOST_OPENERS = 64  # most openers of a piece
 PREFIX, PREFIXES = 2, 1000  # tokens of a seed text, and number of seed texts
 NGRAM_ORDER = 4  # of the n-grams whose repetition counts
@@ -378,7 +378,7 @@ def _usable_pieces(
     for number in range(ROUNDS):
         due = missing
         if generator.repeats < 1 and factor == 1:
-            due = Counter({name: n + max(SPARE, n // 8) for name, n in missing.items()})
+            due = Counter({name: n + max(SPARE_PIECES, n // 8) for name, n in missing.items()})
         # Dimensions alternate, so that a stop leaves some of each.
         pairs = [(d, j) for j in range(max(due.values())) for d in due if j < due[d]]
         part = write_pieces(pairs, number)

@@ -25,7 +25,7 @@ from calmix.pruning.solvers.ggml_types import TYPES, Encoded
 
 G = TypeVar("G", "Grid", Encoded)
 
-SCALES = "calmix-scales"  # folder beside a model's weights, with one file per block
+SCALES_FOLDER = "calmix-scales"  # folder beside a model's weights, with one file per block
 SHRINKS = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6)  # multiples of the largest scale that are tried
 FINE = 6  # bits from which the largest weight sets the scale
 SCALED_AT_ONCE = 2**17  # weights whose scales are chosen at a time on a CPU: they fit in its cache
@@ -79,7 +79,7 @@ class Grid:
 
 
 def stored(grids: Mapping[str, Grid | Encoded]) -> dict[str, Tensor]:
-    """Return the grids of parameters as the tensors of a file in `SCALES`."""
+    """Return the grids of parameters as the tensors of a file in `SCALES_FOLDER`."""
     tensors = {}
     for name, grid in grids.items():
         if isinstance(grid, Encoded):
@@ -126,7 +126,7 @@ def read_blocks(folder: Path, shapes: Mapping[str, Sequence[int]] = {}) -> dict[
 def replace_blocks(folder: Path, blocks: Mapping[str, Encoded]) -> None:
     """Write other blocks of the same parameters into a model folder."""
     tensors = stored(blocks)
-    for path in sorted((folder / SCALES).glob("[!.]*")):
+    for path in sorted((folder / SCALES_FOLDER).glob("[!.]*")):
         before = read_file(path)
         if before.keys() & tensors.keys():
             write_file(path, {name: tensors.get(name, one) for name, one in before.items()})
@@ -134,7 +134,7 @@ def replace_blocks(folder: Path, blocks: Mapping[str, Encoded]) -> None:
 
 def _read_stored(folder: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for path in sorted((folder / SCALES).glob("[!.]*")):
+    for path in sorted((folder / SCALES_FOLDER).glob("[!.]*")):
         tensors |= read_file(path)
     return tensors
 
@@ -152,8 +152,8 @@ def check_fit(
 
 def _damaged(folder: Path, name: str) -> InputError:
     return InputError(
-        f"{folder / SCALES} is damaged, or of another model ({name}): fetch the model again, or "
-        "delete these scales to use the weights as they are"
+        f"{folder / SCALES_FOLDER} is damaged, or of another model ({name}): fetch the model "
+        "again, or delete these scales to use the weights as they are"
     )
 
 
