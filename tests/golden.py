@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 
 import calmix
 from calmix.precision import capabilities
-from tests.tiny import tiny_gguf, tiny_ids, tiny_model
+from tests.tiny import tiny_gguf, tiny_ids, tiny_model, tiny_text
 
 FILE = Path(__file__).with_name("golden.json.gz")
 RESULTS = Path(__file__).parents[1] / "studies/results"
@@ -146,8 +146,7 @@ def exported():
     results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, text = str(tiny_gguf(folder / "tiny.gguf")), folder / "text.txt"
-        text.write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
+        model, text = str(tiny_gguf(folder / "tiny.gguf")), tiny_text(folder / "text.txt")
         drawn = {"calibration": str(text), "rows": 6, "length": 32, "leakage": "off"}
         ways = {
             "gguf": {"method": "ggml,type=Q4_K"},

@@ -189,6 +189,12 @@ def longer(model, folder):
     return folder
 
 
+def tiny_text(path):
+    """Write a text file of a few thousand tokens and return its path."""
+    path.write_text("\n\n".join(f"Line {n} of some text." for n in range(400)), encoding="utf-8")
+    return path
+
+
 def tiny_gguf(path, context=None, **rope):
     """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary; `rope` are factors of
     its positions."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -113,14 +114,21 @@ class OpenModel:
         return tokenizer_fingerprint(self.tokenizer)
 
     def cached(self, kind: str, *about: Any) -> Path:
-        """Return the cache path, without a suffix, for a result computed by the model.
+        """Return the `cached_result` of the model and its tokenizer."""
+        files = [self.fingerprint, self.tokenizer_fingerprint]
+        return cached_result(kind, files, self.model.dtype, self.model.device, *about)
 
-        Rounding depends on device, threads and versions. With these in the key, a model compared
-        with its own cached results retains exactly 100 %.
-        """
-        rounding = [dtype_name(self.model.dtype), self.model.device.type, torch.get_num_threads()]
-        model = [self.fingerprint, self.tokenizer_fingerprint, *rounding, deciding_versions()]
-        return cache_dir() / kind / sha256_json([*model, *about])
+
+def cached_result(
+    kind: str, files: Sequence[str], dtype: torch.dtype, device: torch.device, *about: Any
+) -> Path:
+    """Return the cache path, without a suffix, for a result computed by a model with these hashes.
+
+    Rounding depends on device, threads and versions. With these in the key, a model compared with
+    its own cached results retains exactly 100 %.
+    """
+    rounding = [dtype_name(dtype), device.type, torch.get_num_threads()]
+    return cache_dir() / kind / sha256_json([*files, *rounding, deciding_versions(), *about])
 
 
 def check_models(

@@ -32,7 +32,6 @@ from calmix.errors import DiskError, InputError, ModelError, disk_errors
 from calmix.evaluation.distance import texts_hash
 from calmix.files import (
     atomic_folder,
-    cache_dir,
     cached_sha256,
     check_free,
     check_output_folder,
@@ -55,7 +54,7 @@ from calmix.manifest import (
 from calmix.memory import Plan, plan_pruning
 from calmix.models.folder import BESIDE_WEIGHTS, save_config, save_tokenizer, weight_files
 from calmix.models.loading import quiet_transformers
-from calmix.models.opening import OpenModel, check_ids, check_models, open_model
+from calmix.models.opening import OpenModel, cached_result, check_ids, check_models, open_model
 from calmix.models.shards import read_file, stored_tensors, write_file, write_index
 from calmix.models.streaming import StreamedModel
 from calmix.options import BITS_METHOD, NONE, Recovering
@@ -335,14 +334,14 @@ class _Pruning:
         if COSTS in work.state.get("files", {}):
             return work.load(COSTS)
         plan = self.plan(ids.shape, Look())
-        cached = self._cached_costs(ids, plan)
-        try:
+        cached, costs = self._cached_costs(ids, plan), None
+        with suppress(OSError, SafetensorError):  # missing or damaged
             costs = load(cached.read_bytes())
-        except (OSError, SafetensorError):  # missing or damaged
+        if costs is None:
             self.run.note("weighing tokens: the dense model runs forward and backward")
             self.weighed = len(self.source.blocks)
             costs = self._backward(ids, plan)
-            if costs and self.request.drop_experts is None:
+            if costs:
                 with suppress(DiskError):  # full or read-only
                     write_file(cached, costs)
         if not work.state.get("done"):
@@ -351,19 +350,12 @@ class _Pruning:
 
     def _cached_costs(self, ids: Tensor, plan: Plan) -> Path:
         """Return the cache path of the costs for a set: other methods and sizes have the same."""
-        # Rounding depends on all but the first two and the selected layers.
-        about = [
-            self.identity["model"],
-            texts_hash({"calibration": ids}),
-            *(layer.name for layer in self.source.blocks.layers),
-            self.identity["dtype"],
-            self.identity["device"],
-            self.identity["versions"],
-            torch.get_num_threads(),
-            plan.micro_tokens,
-            COSTS_VERSION,
-        ]
-        return cache_dir() / "token-weights" / f"{sha256_json(about)}.safetensors"
+        source, layers = self.source, [layer.name for layer in self.source.blocks.layers]
+        experts = self.request.drop_experts  # with the set, it decides which are left
+        about = texts_hash({"calibration": ids}), layers, experts, plan.micro_tokens, COSTS_VERSION
+        files = [self.identity["model"]]
+        path = cached_result("token-weights", files, source.dtype, source.device, *about)
+        return path.with_suffix(".safetensors")
 
     def _backward(self, ids: Tensor, plan: Plan) -> dict[str, Tensor]:
         source, folder = self.source, self.work.scratch("backward")

@@ -5,7 +5,7 @@ import pytest
 import calmix
 from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.requests import prune_request
-from tests.tiny import save_tiny_model, tiny_gguf, tiny_ids
+from tests.tiny import save_tiny_model, tiny_gguf, tiny_ids, tiny_text
 
 QUANTISED = {
     "four": {"method": "gptq,group=32", "bits": 4},
@@ -33,8 +33,7 @@ def quantised(tmp_path_factory):
     """A folder with `tiny.gguf`, and models made from it with 4-bit and 8-bit levels."""
     folder = tmp_path_factory.mktemp("quantised")
     tiny_gguf(folder / "tiny.gguf")
-    text = folder / "text.txt"
-    text.write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
+    text = tiny_text(folder / "text.txt")
     drawn = {"calibration": str(text), "rows": 6, "length": 32, "leakage": "off"}
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("CALMIX_CACHE", str(folder / "cache"))

@@ -12,7 +12,7 @@ from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.engine import costs_in_memory, prune
 from calmix.pruning.requests import prune_request
 from calmix.pruning.token_weights import token_weights, weighting
-from tests.tiny import save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import save_tiny_model, tiny_ids, tiny_model, tiny_text
 
 CPU = torch.device("cpu")
 
@@ -139,8 +139,7 @@ def test_models_without_gradient_weigh_tokens_alike():
 
 def test_costs_of_a_set_are_computed_once(tiny_folder, tmp_path, monkeypatch):
     """Another method has the same; without the cache, or with a damaged one, nothing changes."""
-    text = tmp_path / "text.txt"
-    text.write_text("\n\n".join(f"Line {n} of some text." for n in range(400)))
+    text = tiny_text(tmp_path / "text.txt")
     weighed = []
 
     def pruned(name, cache, **options):
@@ -161,3 +160,20 @@ def test_costs_of_a_set_are_computed_once(tiny_folder, tmp_path, monkeypatch):
     damaged, fresh = pruned("damaged", "a", sparsity=0.5), pruned("fresh", "b", sparsity=0.5)
     assert weighed[2:] == [False, True, True]
     assert first == again == damaged == fresh
+
+
+def test_costs_of_a_model_without_some_experts_are_its_own(tmp_path, monkeypatch):
+    """Also where no layer that is pruned tells the two models apart."""
+    model = save_tiny_model(tmp_path / "model", "mixtral")
+    drawn = {"calibration": str(tiny_text(tmp_path / "text.txt")), "rows": 8, "length": 32}
+    drawn |= {"leakage": "off", "skip": ["*experts*"], "sparsity": 0.5}
+
+    def pruned(name, cache, **options):
+        monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / cache))
+        prune_checkpoint(str(model), tmp_path / name, prune_request(**drawn, **options))
+        return [one.read_bytes() for one in sorted((tmp_path / name).glob("*.safetensors"))]
+
+    pruned("whole", "shared")
+    after = pruned("after", "shared", drop_experts=0.5)
+    assert len([*(tmp_path / "shared" / "token-weights").iterdir()]) == 2
+    assert after == pruned("fresh", "own", drop_experts=0.5)
