@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,17 +112,17 @@ def run(
         whole=whole,
         limit=limit,
     )
-    chosen = _thoughtful(chosen, thinking)
-    chosen, left_out = suites.runnable(chosen, allow_code_execution)
+    whole_part = _thoughtful(chosen, thinking)
+    chosen, left_out = suites.runnable(whole_part, allow_code_execution)
     # Only now, because they take seconds to import.
-    from calmix.calibration.distance_texts import parse_texts, texts_for
-    from calmix.evaluation.comparison import evaluate_against, scores_record
+    from calmix.calibration.distance_texts import parse_texts
+    from calmix.evaluating import evaluate_against, named_or_scored
+    from calmix.evaluation.comparison import scores_record
     from calmix.report.answers import answers_page
 
     # All inputs are read and checked before anything is scored.
-    dense, original, own_texts = None, against, parse_texts(text)
-    if against is not None and against.lower().endswith(".json"):
-        dense, original = load_dense(user_path(against)), None
+    large, own_texts = against and named_or_scored(against), parse_texts(text)
+    dense, original = (None, large) if isinstance(large, str) else (large, None)
     if own_texts and (original is None or no_distance):
         raise InputError(
             "--text measures the distance to a dense model: name it with --against, and leave out "
@@ -149,10 +149,10 @@ def run(
     with journal_beside(output, note) as journal, Progress() as bar:
         scores, dense = evaluate_against(
             models[model],
-            chosen,
+            whole_part,
             dense or (original and models[original]),
-            texts=None if no_distance or original is None else texts_for(chosen, own_texts),
-            on_answers=not no_distance,
+            texts=own_texts,
+            distance=not no_distance,
             allow_code_execution=allow_code_execution,
             repeat=repeat or not (quick or no_repeat or original is None),
             cache=not no_cache,
@@ -161,7 +161,6 @@ def run(
             bar=bar,
             **opening.opening(),
         )
-    scores = replace(scores, not_run=tuple(left_out))
     result = scores_record(scores, dense, measure)
     if output is not None:
         write_scores(output, result)
@@ -403,7 +402,8 @@ def _compare_models(
     overwrite: bool,
 ) -> None:
     """Score the first model and the others on a suite, and print which of them to use."""
-    from calmix.evaluation.comparison import evaluate_against, scores_record
+    from calmix.evaluating import evaluate_against
+    from calmix.evaluation.comparison import scores_record
     from calmix.models.opening import size_of
     from calmix.report.answers import answers_page, choice_text, model_rows, short_names
 

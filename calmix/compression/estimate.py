@@ -86,7 +86,7 @@ def estimate(request: CompressRequest, listed: Sequence[Stage]) -> list[StageCos
                 tensors = disk - plan.overhead(request.model, request.like)
                 work = f"{8 * tensors / file_weights(model.model):.2f} bits per weight"
             case Score() as score:
-                size = suite_size(score.chosen[0])
+                size = suite_size(score.scored)
                 work = f"{'' if size.exact else 'about '}{size.items} items"
                 disk = SCORED_BYTES * size.items
         costs.append(StageCost(stage.name, work, memory, disk, stage.command))

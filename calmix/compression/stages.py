@@ -5,19 +5,19 @@ from __future__ import annotations
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.distance_texts import texts_for
 from calmix.calibration.resolving import CalibrationRequest, parse_calibration, resolve
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.compression.folder import PACK_FOLDER
 from calmix.compression.results import StageResult, ready
 from calmix.deploy import compressed_tensors, gguf
 from calmix.deploy.pack import pack
-from calmix.evaluation.comparison import evaluate_against, scores_record
+from calmix.evaluating import evaluate_against
+from calmix.evaluation.comparison import scores_record
 from calmix.evaluation.scores import describe, load_dense, write_scores
 from calmix.evaluation.suites import Suite, choose, runnable
 from calmix.files import sha256_file, write_json
@@ -244,13 +244,18 @@ class Score(StageRequest):
     allow_code_execution: bool = False
 
     @property
-    def chosen(self) -> tuple[Suite, list[str]]:
-        """The suite that is scored, and the tasks left out because they may not run."""
-        return runnable(choose(self.suite, **self.part), self.allow_code_execution)
+    def chosen(self) -> Suite:
+        """The part of the suite, with the tasks that may not run."""
+        return choose(self.suite, **self.part)
+
+    @property
+    def scored(self) -> Suite:
+        """The same without them, unless they are allowed."""
+        return runnable(self.chosen, self.allow_code_execution)[0]
 
     @property
     def decides(self) -> dict[str, Any]:
-        return {"suite": describe(self.chosen[0])}
+        return {"suite": describe(self.scored)}
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -269,21 +274,16 @@ class Score(StageRequest):
         return "evaluate", self.named("model"), *option_words({**options, **self.how})
 
     def run(self, output: Path, bar: Progress) -> None:
-        suite, left_out = self.chosen
         against = self.named("against") if "against" in self.reads else None
-        apart = self.dense is None and against is not None
         scores, dense = evaluate_against(
             self.named("model"),
-            suite,
+            self.chosen,
             against if self.dense is None else load_dense(self.dense),
-            texts=texts_for(suite) if apart and not suite.own else None,
-            on_answers=apart,
             repeat=self.repeat,
             allow_code_execution=self.allow_code_execution,
             bar=bar,
             **self.how,
         )
-        scores = replace(scores, not_run=tuple(left_out))
         write_scores(output, scores_record(scores, dense))
 
 
