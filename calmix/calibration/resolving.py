@@ -56,6 +56,7 @@ class CalibrationRequest:
         own: the user's own sources by name.
         draw: how it is sampled or written; for a saved set only `rows` and `length`.
         files: the user's own files and folders it is made from.
+        text: the request as it was written.
     """
 
     mix: Mix
@@ -64,6 +65,7 @@ class CalibrationRequest:
     own: dict[str, Source] = field(default_factory=dict)
     draw: DrawOptions = field(default_factory=DrawOptions)
     files: list[Path] = field(default_factory=list)
+    text: str = field(default="", compare=False)
 
     @property
     def written(self) -> dict[str, Generator]:
@@ -98,9 +100,12 @@ class CalibrationRequest:
             return "self-written"
         return method or ("mix" if len(names) > 1 else "single")
 
-    def record(self, text: str) -> dict[str, Any]:
-        """Return the request, which was written as `text`, as the set that it gave records it."""
-        record = {"calibration": text, **self.draw.model_dump(mode="json", exclude={"sources"})}
+    def record(self) -> dict[str, Any]:
+        """Return the request as the set that it gave records it."""
+        record = {
+            "calibration": self.text,
+            **self.draw.model_dump(mode="json", exclude={"sources"}),
+        }
         if self.files:
             record["files"] = sha256_json([content_sha256(path) for path in self.files])
         return record
@@ -132,26 +137,18 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
     return weights
 
 
-def parse_calibration(
-    text: str, *, context: int | None = None, **options: Any
-) -> CalibrationRequest:
-    """Check a request for a calibration set, before a model is opened or text fetched.
-
-    Args:
-        context: of the model, in tokens, if it is known.
-        text, **options: as for `resolve`.
-    """
+def parse_calibration(text: str, **options: Any) -> CalibrationRequest:
+    """Check a request for a calibration set, before a model is opened or text fetched. Text and
+    options are as for `resolve`."""
     settings = checked(DrawOptions, options).drawn()
     own = own_sources(settings.pop("sources", None))
     if (path := saved_set(text)) is not None:
         saved = _saved(path, settings)
-        check_length(saved.length, context)
         size = DrawOptions(rows=saved.rows, length=saved.length)
-        return CalibrationRequest({}, saved=saved, draw=size, files=[path])
+        return CalibrationRequest({}, saved=saved, draw=size, files=[path], text=text)
     generator = _generator(text, own)
     mix = parse_mix(text) if generator is None else {}
     draw = DrawOptions(**settings)
-    check_length(draw.length, context)
     if draw.leakage != "off":
         guarded_suites(draw.leakage)
     if generator is not None and draw.packing != DrawOptions().packing:
@@ -160,7 +157,7 @@ def parse_calibration(
         generator = generator.model_copy(update={"file": draw.prompts})
     files: list[Path] = []
     request = CalibrationRequest(
-        _grouped(mix, own, text, draw.licence), generator, None, own, draw, files
+        _grouped(mix, own, text, draw.licence), generator, None, own, draw, files, text
     )
     generators = request.written.values()
     for name in [*request.sources, *(name for one in generators for name in one.sources)]:
@@ -185,7 +182,7 @@ def parse_calibration(
 
 
 def resolve(
-    text: str,
+    request: CalibrationRequest | str,
     opened: HasTokenizer,
     *,
     tick: Callable[[str], None] = lambda name: None,
@@ -196,25 +193,29 @@ def resolve(
     """Return the calibration set that a user requests, newly made or read from a folder.
 
     Args:
-        text: a source's name or path, `a:0.5,b:0.5`, `uniform:a,b`, the folder of a saved set, or
-            `self-written`, `chat`, `prompts`, `igsp`, `self-cal` or `sgs`, with options after
-            commas. Without options these can have a share in a mix: `chat:0.5,news:0.5`.
+        request: checked by `parse_calibration`, or its text: a source's name or path,
+            `a:0.5,b:0.5`, `uniform:a,b`, the folder of a saved set, or `self-written`, `chat`,
+            `prompts`, `igsp`, `self-cal` or `sgs`, with options after commas. Without options
+            these can have a share in a mix: `chat:0.5,news:0.5`.
         opened: the model; its tokenizer is enough if the model does not write the text.
         tick: called with the name of each source once it is sampled.
         writing: called with what the model writes, tokens done and tokens in total.
         note: called with a line the user should see.
-        **options: those of `DrawOptions`. `sources` can also be `Source` objects by name.
+        **options: of a text, those of `DrawOptions`. `sources` can also be `Source` objects by
+            name.
 
     Raises:
         InputError: the text cannot be used, an option has no effect or contradicts a saved set.
         SourceError: a source is unknown, unreadable, too small, or leaks.
     """
-    request = parse_calibration(text, context=opened.context, **options)
+    if isinstance(request, str):
+        request = parse_calibration(request, **options)
+    check_length(request.draw.length, opened.context)
     if request.saved is not None:
-        drawn = CalibrationSet.open(user_path(text), opened)
+        drawn = CalibrationSet.open(user_path(request.text), opened)
     else:
         drawn = _make(request, opened, tick, writing=writing, note=note)
-        drawn.manifest["request"] = request.record(text)
+        drawn.manifest["request"] = request.record()
     if note is not None:
         for name in request.mix:
             if name not in drawn.sources:
@@ -225,7 +226,7 @@ def resolve(
                 note(f"{name}: not read: {left}")
         turns = count_turns(drawn.ids, opened.tokenizer)
         if turns == 0:
-            note(f"warning: {text} {CHATLESS}")
+            note(f"warning: {request.text} {CHATLESS}")
         elif turns is None and getattr(opened.tokenizer, "chat_template", None):
             note(f"warning: {UNWRITABLE}")
     return drawn

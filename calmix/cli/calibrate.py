@@ -52,6 +52,7 @@ def draw(
     """
     from calmix.calibration.resolving import parse_calibration, resolve
     from calmix.calibration.tokenizer import open_tokenizer
+    from calmix.models.loading import check_length
     from calmix.models.opening import check_models, open_model
 
     request = parse_calibration(spec, **drawn.drawn())
@@ -64,12 +65,12 @@ def draw(
     check_output_folder(output, inputs=inputs, overwrite=overwrite)
     check_models(model, **how.opening())
     opened: Any = open_tokenizer(model, trust_remote_code=how.trust_remote_code)
-    parse_calibration(spec, context=opened.context, **drawn.drawn())
+    check_length(request.draw.length, opened.context)
     if written:
         opened = open_model(model, **how.opening())
     with Progress() as bar:
         drawn_set = resolve(
-            spec, opened, **drawn.drawn(), writing=bar.writing, note=note, tick=bar.each("drawing")
+            request, opened, writing=bar.writing, note=note, tick=bar.each("drawing")
         )
     drawn_set.save(output, overwrite=overwrite)
     manifest, leakage = drawn_set.manifest, drawn_set.manifest["leakage"]

@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from calmix.calibration.resolving import parse_calibration
 from calmix.compression import plan
 from calmix.compression.plan import CompressRequest, empty_model
 from calmix.compression.run_stages import stages
@@ -101,7 +100,7 @@ def estimate_prune(
     model, costs, rows, length = EmptyModel(name, **how), list[StageCost](), 0, 0
     work = ""
     if request.calibration is not None:
-        drawn = parse_calibration(request.calibration, **request.drawn())
+        drawn = request.drawing
         rows, length = drawn.draw.rows, drawn.draw.length
         work = f"{rows} rows of {length} tokens"
         if drawn.written:
@@ -133,7 +132,7 @@ def _drawn(request: CompressRequest) -> tuple[int, int]:
     if request.imatrix is not None:
         return 0, 0
     if request.saved:
-        draw = parse_calibration(request.calibration).draw
+        draw = request.drawing.draw
         return draw.rows, draw.length
     return request.rows, request.length
 

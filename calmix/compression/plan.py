@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from calmix.calibration.dataset import CalibrationSet, saved_set
-from calmix.calibration.resolving import parse_calibration
+from calmix.calibration.resolving import CalibrationRequest, parse_calibration
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer
@@ -192,6 +192,11 @@ class CompressRequest(Target):
             "licence": self.licence,
             "prompts": self.prompts if splits(self) else None,
         }
+
+    @property
+    def drawing(self) -> CalibrationRequest:
+        """The checked request for the set."""
+        return parse_calibration(self.calibration, **({} if self.saved else self.draw))
 
     @property
     def how(self) -> dict[str, Any]:
@@ -377,7 +382,7 @@ def restricted_sources(request: CompressRequest) -> str:
     """Return a warning that names text which its licence keeps from commercial use."""
     if request.imatrix is not None or request.saved:
         return ""
-    sources, mix = builtin_sources(), parse_calibration(request.calibration, **request.draw).mix
+    sources, mix = builtin_sources(), request.drawing.mix
     closed = [
         name for name in mix if name in sources and use_of(sources[name].licence) == NON_COMMERCIAL
     ]

@@ -6,6 +6,7 @@ import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,10 @@ from calmix.manifest import MANIFEST, Input, read_sealed, record
 from calmix.memory import parse_memory
 from calmix.models.folder import fingerprint
 from calmix.models.opening import open_model, resolve_model
-from calmix.options import DrawOptions, Recovering, option_words
+from calmix.options import DrawOptions, option_words
 from calmix.progress import Progress
 from calmix.pruning.checkpoint import prune_checkpoint
-from calmix.pruning.requests import PruneRequest, prune_request, recover_request
+from calmix.pruning.requests import PruneRequest, RecoverRequest, prune_request, recover_request
 from calmix.recovery.checkpoint import recover
 
 FILE_KIND = "GGUF file"
@@ -85,7 +86,7 @@ class Draw(StageRequest):
     model: str
     draw: Mapping[str, Any]
 
-    @property
+    @cached_property
     def request(self) -> CalibrationRequest:
         """The checked request."""
         return parse_calibration(self.text, **self.draw)
@@ -97,7 +98,7 @@ class Draw(StageRequest):
 
     @property
     def decides(self) -> dict[str, Any]:
-        return self.request.record(self.text)
+        return self.request.record()
 
     @property
     def words(self) -> tuple[str, ...]:
@@ -116,9 +117,7 @@ class Draw(StageRequest):
             trust = self.how["trust_remote_code"]
             opened = open_tokenizer(self.model, trust_remote_code=trust)
         tick = bar.each("drawing")
-        return resolve(
-            self.text, opened, **self.draw, writing=bar.writing, note=bar.note, tick=tick
-        )
+        return resolve(self.request, opened, writing=bar.writing, note=bar.note, tick=tick)
 
 
 @dataclass(frozen=True)
@@ -160,7 +159,7 @@ class Recover(StageRequest):
     epochs: int | None = None
 
     @property
-    def request(self) -> Recovering:
+    def request(self) -> RecoverRequest:
         """The checked request."""
         text = self.named("calibration")
         return recover_request(method=self.method, epochs=self.epochs, calibration=text)

@@ -26,7 +26,6 @@ from safetensors.torch import load
 from torch import Tensor
 
 from calmix.calibration.dataset import CalibrationSet, identified, saved_set
-from calmix.calibration.resolving import parse_calibration
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import DiskError, InputError, ModelError, disk_errors
 from calmix.evaluation.distance import texts_hash
@@ -57,7 +56,7 @@ from calmix.models.loading import quiet_transformers
 from calmix.models.opening import OpenModel, cached_result, check_ids, check_models, open_model
 from calmix.models.shards import read_file, stored_tensors, write_file, write_index
 from calmix.models.streaming import StreamedModel
-from calmix.options import BITS_METHOD, NONE, Recovering
+from calmix.options import BITS_METHOD, NONE
 from calmix.precision import dtype_name, narrower
 from calmix.pruning.allocation import check_mixed, loss_pass
 from calmix.pruning.engine import (
@@ -73,7 +72,7 @@ from calmix.pruning.held_out import held_out_rows, widest_to_move
 from calmix.pruning.methods import Look, Method, get_method
 from calmix.pruning.patterns import Mixed, Recipe, as_pattern
 from calmix.pruning.report import Dropped, PruneReport
-from calmix.pruning.requests import How, PruneRequest
+from calmix.pruning.requests import How, PruneRequest, RecoverRequest
 from calmix.pruning.solvers.grids import SCALES_FOLDER, stored
 from calmix.pruning.token_weights import token_weights
 from calmix.pruning.work import CHECKPOINT, States, WorkFolder, draw_set
@@ -109,14 +108,14 @@ def prune_checkpoint(name: str, output: Path, request: PruneRequest, **how: Any)
 
 
 def check_request(
-    names: Sequence[str], output: Path, request: PruneRequest | Recovering, run: How
+    names: Sequence[str], output: Path, request: PruneRequest | RecoverRequest, run: How
 ) -> None:
     """Refuse what is known to fail before models are fetched or text is drawn."""
     inputs: list[object] = [*names]
     if request.calibration is not None:
         inputs.append(saved_set(request.calibration))
         if not run.resume:
-            inputs += parse_calibration(request.calibration, **request.drawn()).files
+            inputs += request.drawing.files
     check_unlocked(output)
     finished = run.resume and (output / MANIFEST).is_file()
     check_output_folder(output, inputs=inputs, overwrite=run.overwrite or finished)
@@ -244,8 +243,7 @@ class _Pruning:
         if share is None and not work.resumes:  # else the model will shrink, or the set is known
             shape = 0, 0
             if request.calibration is not None:
-                draw = parse_calibration(request.calibration, **request.drawn()).draw
-                shape = draw.rows, draw.length
+                shape = request.drawing.draw.rows, request.drawing.draw.length
             self.check_room(shape)
         self.drawn = None if request.calibration is None else self.draw()
         ids = torch.empty(0, 0) if self.drawn is None else self.drawn.ids

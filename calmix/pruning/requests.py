@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -26,6 +27,7 @@ from calmix.options import (
 from calmix.sources.registry import own_sources
 
 if TYPE_CHECKING:
+    from calmix.calibration.resolving import CalibrationRequest
     from calmix.pruning.methods import Method
     from calmix.pruning.patterns import Pattern
 
@@ -35,7 +37,25 @@ SCORED = {"calibration", "drop_experts", *DrawOptions.model_fields}  # read to d
 CALIBRATED = {"propagation", "statistics", *SCORED}  # read by methods that use data
 
 
-class PruneRequest(Pruning):
+class Calibrated(DrawOptions):
+    """A checked request of a run on a calibration set."""
+
+    if TYPE_CHECKING:
+        calibration: Any
+
+    @cached_property
+    def drawing(self) -> CalibrationRequest:
+        """The checked request for the set."""
+        from calmix.calibration.resolving import parse_calibration
+
+        return parse_calibration(self.calibration, **self.drawn())
+
+
+class RecoverRequest(Calibrated, Recovering):
+    """A checked request to recover one model."""
+
+
+class PruneRequest(Calibrated, Pruning):
     """A checked request to prune one model: `sparsity` or `pattern`, the method's name and all its
     options. Options the method does not use are None or empty."""
 
@@ -189,13 +209,13 @@ def _check_unused(unused: Collection[str], where: str) -> None:
         raise InputError(f"--{min(unused).replace('_', '-')} has no effect {where}")
 
 
-def recover_request(**options: Any) -> Recovering:
+def recover_request(**options: Any) -> RecoverRequest:
     """Check the options of a recovery, `calmix.options.Recovering`, and fill in the method's
     defaults; an InputError for an unknown option or a value out of range."""
-    return checked(Recovering, _given(options))
+    return checked(RecoverRequest, _given(options))
 
 
-def recovery_of(text: str) -> Recovering:
+def recovery_of(text: str) -> RecoverRequest:
     """Parse a recovery from `METHOD` or `METHOD,option=value,...`."""
     method, settings = named_options("recovery", text)
     if unknown := settings.keys() - set(RECOVERY_OPTIONS):

@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import parse_calibration, resolve
+from calmix.calibration.resolving import resolve
 from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.errors import CalmixError, DiskError, InputError, PassingError, disk_errors
 from calmix.files import (
@@ -49,10 +49,10 @@ from calmix.files import (
     write_json,
 )
 from calmix.manifest import differences, read_sealed, sealed
+from calmix.models.loading import check_length
 from calmix.models.opening import OpenModel
 from calmix.models.shards import read_file, tensor_bytes, write_file
-from calmix.options import Recovering
-from calmix.pruning.requests import How, PruneRequest
+from calmix.pruning.requests import How, PruneRequest, RecoverRequest
 
 SUFFIX, RECORD, CHECKPOINT, SET = ".unfinished", "work.json", "checkpoint", "calibration"
 
@@ -280,7 +280,7 @@ class States:
 
 def draw_set(
     work: WorkFolder,
-    request: PruneRequest | Recovering,
+    request: PruneRequest | RecoverRequest,
     tokenizer: OpenTokenizer,
     model: Callable[[], OpenModel],
     run: How,
@@ -292,10 +292,9 @@ def draw_set(
     if work.resumes:
         saved = CalibrationSet.open(work.path / SET)
         return CalibrationSet(saved.ids, saved.sources, work.state["calibration"])
-    calibration, draw = str(request.calibration), request.drawn()
-    written = bool(parse_calibration(calibration, context=tokenizer.context, **draw).written)
-    source = model() if written else tokenizer
-    drawn = resolve(calibration, source, writing=run.writing, note=run.note, **draw)
+    check_length(request.drawing.draw.length, tokenizer.context)
+    source = model() if request.drawing.written else tokenizer
+    drawn = resolve(request.drawing, source, writing=run.writing, note=run.note)
     drawn.save(work.path / SET, overwrite=True)
     work.keep(calibration=drawn.manifest)
     return drawn

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet, identified
-from calmix.calibration.resolving import parse_calibration
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import InputError, disk_errors
 from calmix.files import copy_files, matching, sha256_json, write_json
@@ -31,10 +30,9 @@ from calmix.models.folder import BESIDE_WEIGHTS
 from calmix.models.opening import check_ids, open_model
 from calmix.models.shards import weight_dtype, write_index
 from calmix.models.streaming import StreamedModel
-from calmix.options import Recovering
 from calmix.precision import dtype_name, reproducible
 from calmix.pruning.checkpoint import check_request, finished
-from calmix.pruning.requests import How
+from calmix.pruning.requests import How, RecoverRequest
 from calmix.pruning.solvers.grids import SCALES_FOLDER, replace_blocks
 from calmix.pruning.work import draw_set
 from calmix.recovery.blocks import recover_blocks
@@ -86,7 +84,7 @@ class RecoveryReport(Shown):
 def recover(
     pruned: str,
     against: str,
-    request: Recovering,
+    request: RecoverRequest,
     output: Path | str,
     **how: Any,
 ) -> RecoveryReport:
@@ -112,9 +110,7 @@ def recover(
 
     def draw() -> CalibrationSet:
         if not work.resumes:
-            size = parse_calibration(
-                request.calibration, context=tokenizers[1].context, **request.drawn()
-            ).draw
+            size = request.drawing.draw
             job.check_room(size.rows * size.length)
         return draw_set(
             work,
@@ -126,8 +122,7 @@ def recover(
 
     check_request([pruned, against], job.output, request, run)
     if not run.resume:  # are there enough rows? A resumed run may lack the source files
-        rows = parse_calibration(request.calibration, **request.drawn()).draw.rows
-        split_rows([""] * rows, request.batch, 0)
+        split_rows([""] * request.drawing.draw.rows, request.batch, 0)
     models = [StreamedModel(name, **job.opening) for name in (pruned, against)]
     try:
         job.take(*models)

@@ -226,13 +226,7 @@ class Bench:
             if not folder.is_dir():
                 stage("calibration set", 0, 1)
                 self._open(trial.model)
-                drawn = resolve(
-                    trial.request.calibration or "",
-                    self.opened,
-                    sources=self.study.own,
-                    writing=stage,
-                    note=note,
-                    **trial.request.drawn(),
-                )
+                assert trial.parsed is not None
+                drawn = resolve(trial.parsed, self.opened, writing=stage, note=note)
                 drawn.save(folder)
             return CalibrationSet.open(folder, self.opened)

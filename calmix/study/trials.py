@@ -24,10 +24,17 @@ from calmix.files import content_sha256, sha256_json
 from calmix.models.folder import fingerprint
 from calmix.models.opening import resolve_model
 from calmix.models.shards import weight_bytes
-from calmix.options import RECOVERY_OPTIONS, Recovering, Strategy
+from calmix.options import RECOVERY_OPTIONS, Strategy
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.patterns import Pattern
-from calmix.pruning.requests import SEED, PruneRequest, printed, prune_request, recovery_of
+from calmix.pruning.requests import (
+    SEED,
+    PruneRequest,
+    RecoverRequest,
+    printed,
+    prune_request,
+    recovery_of,
+)
 from calmix.sources.local import LocalFile
 from calmix.sources.registry import get_source
 from calmix.study.spec import WITHOUT, Study, StudyGrid
@@ -62,7 +69,7 @@ class Planned:
     rows: int = 0
     length: int = 0
     seed: int = 0
-    recovery: Recovering | None = None
+    recovery: RecoverRequest | None = None
     parsed: CalibrationRequest | None = field(default=None, compare=False)
     label: str = field(default="", compare=False)
     id: str = ""

@@ -66,7 +66,7 @@ def unchecked(monkeypatch):
 
 def own_scores(request, kept=100):
     """Return scores of a user's prompts with `kept` answers without a fault."""
-    suite = request.chosen[0]
+    suite = request.scored
     task = written("mine", "mine", [1] * kept + [0] * (100 - kept))
     return CapabilityScores("m", f"{kept}", "float32", describe(suite), (task,))
 
