@@ -95,7 +95,7 @@ class Readout:
         if self._read is None:
             before = self._dense.get(key) or calmix.evaluate(key, "offline", quick=True)
             self._dense[key] = before
-            found = calmix.evaluate(str(pruned), "offline", quick=True, floors=False)
+            found = calmix.evaluate(str(pruned), "offline", quick=True, baselines=False)
             made: dict[str, dict[str, float]] = {}
             for task in found.retention(before, measure="ratio", resamples=2).tasks:
                 if task.kept.value is not None:

@@ -82,7 +82,7 @@ def rounding(opened: OpenModel, name: str, weigh: Weighting | None) -> Run:
 
 
 def asked(opened: OpenModel, quick: bool) -> CapabilityScores:
-    return evaluate(opened, "abilities", quick=quick, allow_code_execution=True, floors=False)
+    return evaluate(opened, "abilities", quick=quick, allow_code_execution=True, baselines=False)
 
 
 def right_cells(dense: CapabilityScores, scores: CapabilityScores) -> str:

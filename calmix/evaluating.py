@@ -165,7 +165,7 @@ def evaluate_against(
             suite,
             batch_tokens=batch_tokens,
             allow_code_execution=allow_code_execution,
-            floors=first,
+            baselines=first,
             repeat=repeat and first,
             cache=cache and first and original is not None,
             dense=dense,

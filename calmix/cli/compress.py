@@ -241,11 +241,11 @@ def check(
                 f"only the scores of {scores.model} were checked: its files are not here, or not "
                 "written by calmix"
             )
-    verdict = judge(floors, pairs, confidence or request.get("confidence") or CONFIDENCE)
-    result = record(verdict, floors, pairs)
+    check = judge(floors, pairs, confidence or request.get("confidence") or CONFIDENCE)
+    content = record(check, floors, pairs)
     if path is not None:
-        write_json(path, result)
-    print_json(result)
+        write_json(path, content)
+    print_json(content)
     rows = [
         {
             "ability": one.ability,
@@ -256,15 +256,15 @@ def check(
             "required %": words.percent(one.floor),
             "": "kept" if one.passed else "too few" if one.too_few else "not kept",
         }
-        for one in verdict.tested
+        for one in check.tested
     ]
     dense, pruned = pairs[0]
     print_table(rows, title=f"{pruned.model} against {dense.model}", least=["measure", "items"])
-    for text in verdict.lines():
+    for text in check.lines():
         line(words.wrapped(text))
     if path is not None:
         note(f"wrote {path}")
     if carded:
         note(f"next: calmix report {folders[0]} adds it to the card")
-    if not verdict.passed:
+    if not check.passed:
         raise typer.Exit(1)

@@ -184,7 +184,7 @@ class Card:
         return recipe_text(self.request)
 
     @cached_property
-    def verdict(self) -> list[str]:
+    def summary(self) -> list[str]:
         """The results in sentences, behaviour first."""
         return words.summary_lines(self.behaved, self.kept, self.measure)
 
@@ -225,7 +225,7 @@ class Card:
     def shortly(self) -> str:
         """Right answers in one line."""
         if (all_ := self.behaved.answers) is None or not all_.dense:
-            return "right answers: not measured" if all_ is None else self.verdict[0]
+            return "right answers: not measured" if all_ is None else self.summary[0]
         return f"right answers: {words.right_answers(self.behaved)}"
 
     @property
@@ -422,7 +422,7 @@ class Card:
 
     @property
     def checked(self) -> str:
-        """The verdict of `calmix check` on this model; empty if it was not run."""
+        """What `calmix check` said on this model; empty if it was not run."""
         return self._check[1]
 
     @property

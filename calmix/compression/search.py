@@ -46,8 +46,8 @@ class Search:
     """A search in OUT, as far as it has come: the `candidates` tested, and how it `ended`
     (`failed`, `time` or `bottom`; empty while it goes on).
 
-    A candidate holds `bits`, `seconds` and one verdict of `calmix.evaluation.floors` per sample of
-    the text (`verdicts`).
+    A candidate holds `bits`, `seconds` and one result of `calmix.evaluation.floors` per sample of
+    the text (`checks`).
     """
 
     def __init__(self, request: CompressRequest, out: Path) -> None:
@@ -75,7 +75,7 @@ class Search:
     def passed(self) -> dict[float, bool]:
         """Whether each tested candidate meets all floors, by its bits."""
         return {
-            candidate["bits"]: all(one["passed"] for one in candidate["verdicts"])
+            candidate["bits"]: all(one["passed"] for one in candidate["checks"])
             for candidate in self.candidates
         }
 
@@ -100,13 +100,13 @@ class Search:
 
     @property
     def promise(self) -> list[str]:
-        """The verdict on the smallest candidate that passes, in lines."""
+        """What is said of the smallest candidate that passes, in lines."""
         passed = (
-            candidate["verdicts"][0]
+            candidate["checks"][0]
             for candidate in self.candidates
             if candidate["bits"] == self.bits
         )
-        return next((verdict["lines"] for verdict in passed), [])
+        return next((check["lines"] for check in passed), [])
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one record per candidate: what it keeps of each ability, and what is proven."""
@@ -130,7 +130,7 @@ class Search:
             key=lambda candidate: candidate["bits"],
         )
         failures = "; ".join(one["text"] for one in _weakest(last) if not one["passed"])
-        drawn = len(last["verdicts"])
+        drawn = len(last["checks"])
         of = f" (the worst of {drawn} samples of text)" if drawn > 1 else ""
         return f"{last['bits']:g} bits fail: {failures}{of}"
 
@@ -218,29 +218,29 @@ class Search:
                 if self.ended:
                     self._reopen()
                 list(run_stages.do(self.building(bits), self.out, run, say))
-                verdicts = self._verdicts(bits, dense)
+                checks = self._check(bits, dense)
                 taken = round(time.monotonic() - at, 1)
-                self.candidates.append({"bits": bits, "seconds": taken, "verdicts": verdicts})
+                self.candidates.append({"bits": bits, "seconds": taken, "checks": checks})
                 over = "bottom" if self.bits == self.rates[-1] else "failed"
                 self._save("" if self.left else over)
             self._place()
 
-    def _verdicts(self, bits: float, dense: Sequence[CapabilityScores]) -> list[dict[str, Any]]:
-        """Test the model of each sample, and write the verdict, which holds at the requested
+    def _check(self, bits: float, dense: Sequence[CapabilityScores]) -> list[dict[str, Any]]:
+        """Test the model of each sample, and write the result, which holds at the requested
         confidence, beside it."""
         folders = [self.folder(bits, sample) for sample in self.samples]
         pairs = [
             [(one, load_scores(folder / file)) for one, file in zip(dense, self.files, strict=True)]
             for folder in folders
         ]
-        verdicts = [floors.judge(self.floors, some, self.level) for some in pairs]
-        verdicts = [replace(one, confidence=self.confidence) for one in verdicts]
-        if all(one.passed for one in verdicts):
-            verdicts = [replace(one, draws=len(verdicts)) for one in verdicts]
-        for folder, some, verdict in zip(folders, pairs, verdicts, strict=True):
-            record = floors.record(verdict, self.floors, some)
+        checks = [floors.judge(self.floors, some, self.level) for some in pairs]
+        checks = [replace(one, confidence=self.confidence) for one in checks]
+        if all(one.passed for one in checks):
+            checks = [replace(one, draws=len(checks)) for one in checks]
+        for folder, some, check in zip(folders, pairs, checks, strict=True):
+            record = floors.record(check, self.floors, some)
             files.write_json(folder / floors.FILE, record)
-        return [one.to_dict() for one in verdicts]
+        return [one.to_dict() for one in checks]
 
     def _save(self, ended: str) -> None:
         """Save the state, and remove all models but the smallest that passes and those of
@@ -282,7 +282,7 @@ class Search:
         self.ended = ""
 
     def _place(self) -> None:
-        """Move the smallest candidate that passes to OUT, with its verdict and its answers:
+        """Move the smallest candidate that passes to OUT, with its check and its answers:
         generated again in other batches, a few would differ."""
         if self.bits is not None:
             chosen = self.folder(self.bits)
@@ -295,7 +295,7 @@ class Search:
 
 def _weakest(candidate: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the test of each ability, from the sample that proves least."""
-    drawn = zip(*(one["tested"] for one in candidate["verdicts"]), strict=True)
+    drawn = zip(*(one["tested"] for one in candidate["checks"]), strict=True)
     return [min(same, key=lambda one: one["bound"] - one["floor"]) for same in drawn]
 
 

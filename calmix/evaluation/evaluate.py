@@ -55,7 +55,7 @@ ANSWER_TOKENS = 128  # tokens of an answer on which the distance is measured
 THINKING = 1024  # tokens of an answer in which a model may think first
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
-FLOORS = 2  # the same for the baselines, which only a dense model's scores hold
+BASELINES = 2  # the same for the baselines, which only a dense model's scores hold
 
 
 def evaluate(
@@ -71,7 +71,7 @@ def evaluate(
     trust_remote_code: bool = False,
     batch_tokens: int | None = None,
     allow_code_execution: bool = False,
-    floors: bool = True,
+    baselines: bool = True,
     repeat: bool = False,
     cache: bool = False,
     dense: CapabilityScores | None = None,
@@ -89,7 +89,7 @@ def evaluate(
         batch_tokens: tokens per forward pass; affects speed and memory, not scores.
         allow_code_execution: run code the model writes, in a limited subprocess. Without it,
             tasks that ask for programs are left out.
-        floors: also compute the baselines without task knowledge (`TaskScores.floors`), which
+        baselines: also compute the baselines without task knowledge (`TaskScores.baselines`), which
             retention needs from the dense model only.
         repeat: also generate the answers again, in another order and size of batches
             (`CapabilityScores.repeat`). Against the first ones they show what rounding alone
@@ -114,7 +114,7 @@ def evaluate(
     first, second = progress, progress
     if repeat and progress is not None:
         first, second = half(progress, 0), half(progress, 1)
-    scores = _scored(model, chosen, floors=floors, dense=dense, progress=first, **how)
+    scores = _scored(model, chosen, baselines=baselines, dense=dense, progress=first, **how)
     if repeat:
         written = choose(chosen, tasks=[name for name, one in chosen.tasks.items() if one.writes])
         again = _scored(
@@ -138,7 +138,7 @@ def _scored(
     skipped: Sequence[str],
     journal: Journal,
     progress: Progress | None,
-    floors: bool = True,
+    baselines: bool = True,
     rearranged: bool = False,
     dense: CapabilityScores | None = None,
 ) -> CapabilityScores:
@@ -148,10 +148,10 @@ def _scored(
     else:
         form = how_asked(model.tokenizer, chosen)
     cached = None
-    if cache and floors and isinstance(model, OpenModel):
+    if cache and baselines and isinstance(model, OpenModel):
         # Items of a user's rows are named after their file.
         stems = sorted((name, Path(t.file).stem) for name, t in chosen.tasks.items() if t.file)
-        about = *form_of(model, chosen), chosen.hash, size, SCORER, FLOORS, *stems
+        about = *form_of(model, chosen), chosen.hash, size, SCORER, BASELINES, *stems
         about += ("rearranged",) * rearranged
         cached = model.cached("scores", *about).with_suffix(".json")
         with suppress(InputError):  # missing or damaged
@@ -204,7 +204,7 @@ def _scored(
         of_task, record = items[name], dict[str, Any](chance=0.0)
         if not spec.writes:
             rows = [[*islice(likely, len(item.requests))] for item in of_task]
-            record = _likely(name, spec, of_task, rows, scorer if floors else None)
+            record = _likely(name, spec, of_task, rows, scorer if baselines else None)
         elif name in asked:
             columns = [*zip(*islice(judged, len(of_task)), strict=True)]
             record |= zip(("values", "answers", "ended"), columns, strict=False)
@@ -319,7 +319,7 @@ def _likely(
         distinct = list(dict.fromkeys(one for row in answers for one in row))
         values = scorer.loglikelihood([(name, CUE, answer) for answer in distinct])
         context_free = dict(zip(distinct, values, strict=True))
-        scores["floors"] = rounded([[context_free[one] for one in row] for row in answers])
+        scores["baselines"] = rounded([[context_free[one] for one in row] for row in answers])
     texts = task_texts(spec)
     right = [row[item.gold] for row, item in zip(answers, items, strict=True)]
     encoded = scorer.tokenizer([*texts, *right], add_special_tokens=False, verbose=False)
@@ -381,7 +381,7 @@ def _judged(
         for item, text in zip(task.items, task.answers, strict=False)
     }
     with ThreadPoolExecutor(cores()) as pool:  # programs run in subprocesses
-        right = [*pool.map(lambda both, one: verdict(both[1], *one), questions, texts)]
+        right = [*pool.map(lambda both, one: is_right(both[1], *one), questions, texts)]
     judgements = []
     for (name, one), (text, ended), good in zip(questions, texts, right, strict=True):
         seen = dict[str, bool]()
@@ -451,7 +451,7 @@ def takes_tools(tokenizer: Any) -> bool:
     return rendered(tokenizer, chat) not in (None, rendered(tokenizer, chat, tools=tools))
 
 
-def verdict(item: Ask, answer: str, ended: bool = True) -> bool:
+def is_right(item: Ask, answer: str, ended: bool = True) -> bool:
     """Whether an answer is right. Of one that was cut, only the part that `checks.finished` returns
     counts; an empty one is wrong. Programs run in the sandbox."""
     if item.thinking and not ended and THOUGHT not in answer:

@@ -33,7 +33,7 @@ from calmix.manifest import sealed, versions
 from calmix.options import parse_share
 
 CONFIDENCE = 0.95
-FILE = "check.json"  # verdict of `calmix check` in an output folder of calmix compress
+FILE = "check.json"  # result of `calmix check` in an output folder of calmix compress
 FLAG = "--keep-at-least"
 LOST = 3.0  # times what a mean item has: the loss of one more item in bits, which have no limit
 MOST = 2 * 10**5  # resamples
@@ -116,7 +116,7 @@ class TestedFloor:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class CheckResult:
     """Whether a model keeps every floor, with the abilities `untested` for lack of signal and the
     tasks `not_run` because they run code; `draws` is the number of calibration samples tested."""
 
@@ -132,7 +132,7 @@ class Verdict:
         return all(one.passed for one in self.tested)
 
     def lines(self) -> list[str]:
-        """Summarise the verdict: abilities proven or missed, then those left out."""
+        """Summarise: abilities proven or missed, then those left out."""
         sure = f"{100 * self.confidence:g} % confidence"
         if self.passed:
             proofs = ", ".join(
@@ -170,14 +170,16 @@ class Verdict:
         return asdict(self) | lists | {"passed": self.passed, "lines": self.lines()}
 
 
-def record(verdict: Verdict, floors: Mapping[str, float], pairs: Sequence[Pair]) -> dict[str, Any]:
+def record(
+    result: CheckResult, floors: Mapping[str, float], pairs: Sequence[Pair]
+) -> dict[str, Any]:
     """Return the content of a check's file, sealed by its hash."""
     dense, pruned = pairs[0]
     return sealed(
         {
             "kind": "check",
             "floors": dict(floors),
-            **verdict.to_dict(),
+            **result.to_dict(),
             "model": pruned.fingerprint,
             "dense": dense.fingerprint,
             "suites": [one.suite for _, one in pairs],
@@ -271,7 +273,7 @@ def most_lost(retained: Array, whole: Array, times: float = 1.0) -> Array:
 
 def judge(
     floors: Mapping[str, float], pairs: Sequence[Pair], confidence: float = CONFIDENCE
-) -> Verdict:
+) -> CheckResult:
     """Test whether a pruned model keeps the floors of `parse_floors`.
 
     `pairs` are (dense, pruned) scores on one or several suites; 0.5 < confidence < 1.
@@ -304,7 +306,7 @@ def judge(
         )
     if not tested:
         raise InputError("the dense model has no signal in any ability: evaluate more items")
-    return Verdict(confidence, tested, silent, behaviour.not_run(pairs))
+    return CheckResult(confidence, tested, silent, behaviour.not_run(pairs))
 
 
 def check_provable(

@@ -27,10 +27,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AliasChoices, Field
 
 from calmix.errors import InputError
 from calmix.evaluation.suites import WRITTEN, Score
@@ -61,7 +62,7 @@ class TaskScores:
         gold: index of each item's right choice.
         loglikelihoods, bytes: for every choice of every item, in nats and in UTF-8 bytes; empty if
             the model generated its answers.
-        floors: this model's log-likelihoods without the question, if it is a dense model.
+        baselines: this model's log-likelihoods without the question, if it is a dense model.
         unigram: log-likelihood in nats of each right answer under a unigram code.
         answers: the generated answers, if any; `ended` is 0 for those that were cut.
         prompts: what a user's own prompts ask; empty for other tasks.
@@ -79,7 +80,10 @@ class TaskScores:
     gold: tuple[int, ...] = ()
     loglikelihoods: tuple[tuple[float, ...], ...] = ()
     bytes: tuple[tuple[int, ...], ...] = ()
-    floors: tuple[tuple[float, ...], ...] = ()
+    baselines: Annotated[
+        tuple[tuple[float, ...], ...],
+        Field(validation_alias=AliasChoices("baselines", "floors")),  # the name in older files
+    ] = ()
     unigram: tuple[float, ...] = ()
     answers: tuple[str, ...] = ()
     ended: tuple[int, ...] = ()
@@ -110,7 +114,7 @@ class TaskScores:
     def consistent(self) -> bool:
         """Whether all parts have one length, those needed by likelihood scores are present, and
         every gold index is valid."""
-        tables = [t for t in (self.loglikelihoods, self.bytes, self.floors) if t]
+        tables = [t for t in (self.loglikelihoods, self.bytes, self.baselines) if t]
         likely = self.loglikelihoods or self.likely
         needed = (self.gold, self.bytes, self.loglikelihoods) if likely else ()
         parts: tuple[Sequence[Any], ...] = (self.values, self.gold, self.unigram, *tables)
@@ -217,9 +221,9 @@ def baseline_scores(dense: TaskScores, score: Score) -> Array:
             "knowledge: evaluate the dense model without --against, or use --measure accuracy"
         )
     codes = -np.asarray(dense.unigram) / LN2
-    if not dense.floors:
+    if not dense.baselines:
         return codes
-    return np.minimum(codes, -of_right_choices(dense, dense.floors) / LN2)
+    return np.minimum(codes, -of_right_choices(dense, dense.baselines) / LN2)
 
 
 def parts(dense: TaskScores, pruned: TaskScores, measure: Ratio = "primary") -> Parts:

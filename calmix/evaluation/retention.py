@@ -45,7 +45,7 @@ def bounds(one: Estimate) -> dict[str, float | None]:
 class TaskRetention:
     """Retention of one task, with the scores of the dense and the pruned model.
 
-    `floor` is the baseline score without task knowledge, if the measure has one; `signal` is
+    `baseline` is the score without task knowledge, if the measure has one; `signal` is
     whether the dense score exceeds it by more than `noise`. Without signal `kept` has no value.
     """
 
@@ -53,7 +53,7 @@ class TaskRetention:
     dimension: str
     score: Score
     items: int
-    floor: float | None
+    baseline: float | None
     dense: float
     pruned: float
     dense_accuracy: float | None

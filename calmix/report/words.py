@@ -1,4 +1,4 @@
-"""How numbers, names and verdicts are written in charts, tables, text and on the command line."""
+"""How numbers, names and results are written in charts, tables, text and on the command line."""
 
 from __future__ import annotations
 

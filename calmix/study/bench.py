@@ -138,7 +138,7 @@ class Bench:
             scores = evaluate(
                 scored,
                 self.study.suite,
-                floors=False,
+                baselines=False,
                 allow_code_execution=self.allows,
                 progress=lambda *of: stage("scoring", *of),
             )

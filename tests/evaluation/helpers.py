@@ -99,19 +99,19 @@ def save_pair(path, dense, pruned):
     return path
 
 
-def bits(nats, sizes, name="text", dimension="code", floor=3.0):
-    """Made-up likelihoods of single answers; `floor` is in nats per byte."""
+def bits(nats, sizes, name="text", dimension="code", baseline=3.0):
+    """Made-up likelihoods of single answers; `baseline` is in nats per byte."""
     items = tuple(map(str, range(len(nats))))
     return TaskScores(
         *(name, dimension, "bits_per_byte", "bits", 0.0, items),
         gold=(0,) * len(items),
         loglikelihoods=tuple((-float(value),) for value in nats),
         bytes=tuple((int(size),) for size in sizes),
-        unigram=tuple(-floor * size for size in sizes),
+        unigram=tuple(-baseline * size for size in sizes),
     )
 
 
-def choices(values, gold, floors=(), name="choice"):
+def choices(values, gold, baselines=(), name="choice"):
     """Made-up log-likelihoods of choices, four bytes each."""
     right = [float(max(row) == row[at]) for row, at in zip(values, gold, strict=True)]
     return replace(
@@ -120,6 +120,6 @@ def choices(values, gold, floors=(), name="choice"):
         gold=tuple(gold),
         loglikelihoods=tuple(map(tuple, values)),
         bytes=tuple((4,) * len(row) for row in values),
-        floors=tuple(map(tuple, floors)),
+        baselines=tuple(map(tuple, baselines)),
         unigram=(-8.0,) * len(gold),
     )

@@ -44,7 +44,9 @@ def tiny(tiny_folder):
 
 def test_scores_match_the_plain_model(suite, tiny):
     scores = evaluate(tiny, suite)
-    assert [(t.name, t.dimension, t.primary, bool(t.floors), t.chance) for t in scores.tasks] == [
+    assert [
+        (t.name, t.dimension, t.primary, bool(t.baselines), t.chance) for t in scores.tasks
+    ] == [
         ("quiz", "general", "smoothed", True, pytest.approx(1 / 3)),
         ("which", "general", "accuracy", False, 0.5),
         ("text", "code", "bits", True, 0.0),
@@ -56,9 +58,9 @@ def test_scores_match_the_plain_model(suite, tiny):
             wanted = reference(tiny, item.requests)
             assert task.loglikelihoods[number] == pytest.approx(wanted, abs=2e-3)
             assert task.bytes[number] == tuple(len(answer) for _, answer in item.requests)
-            if task.floors:
+            if task.baselines:
                 alone = reference(tiny, [("Answer:", answer) for _, answer in item.requests])
-                assert task.floors[number] == pytest.approx(alone, abs=2e-3)
+                assert task.baselines[number] == pytest.approx(alone, abs=2e-3)
             if task.name == "quiz":  # acc_norm: characters without the leading space
                 sizes = [len(answer) - 1 for _, answer in item.requests]
                 wanted = [value / size for value, size in zip(wanted, sizes, strict=True)]
@@ -86,7 +88,7 @@ def test_score_files(suite, tiny, tmp_path):
     evaluate(tiny, suite, limit=2).save(path)
     assert path.read_bytes() == held  # timings are not in it
     quiz, told = scores.tasks[0], scores.to_dict()
-    parts = ("values", "gold", "loglikelihoods", "bytes", "floors", "unigram")
+    parts = ("values", "gold", "loglikelihoods", "bytes", "baselines", "unigram")
     short = [asdict(quiz) | {part: getattr(quiz, part)[:1]} for part in parts]
     for change, says in (
         *(({"tasks": [one]}, "task quiz has parts of different lengths") for one in short),

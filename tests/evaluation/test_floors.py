@@ -84,8 +84,8 @@ def test_measure_order_per_ability():
     more = bits([0.5] * 60, [2] * 60, "answers", "code")  # in an ability that has answers too
     dense = scored(said[0], chosen[0], likely[0], more)
     pruned = scored(said[1], chosen[1], likely[1], more, not_run=("humaneval",))
-    verdict = judged("0.9", dense, pruned)
-    code, general, prose = verdict.tested
+    result = judged("0.9", dense, pruned)
+    code, general, prose = result.tested
     assert (code.ability, code.measure, code.items) == ("code", "generated answers", 100)
     assert (code.kept, code.lost, code.gained) == (0.97, 3, 0)
     assert code.bound == pytest.approx(lower_bound(97, 100), abs=1e-3)
@@ -97,8 +97,8 @@ def test_measure_order_per_ability():
     assert (prose.measure, prose.items) == ("likelihood", 100)
     assert prose.kept == pytest.approx(kept.value)
     assert 0.9 < prose.bound <= 1 - 3 * (1 - lower_bound(100, 100)) < (kept.low or 0)
-    assert verdict.passed
-    first, left_out = verdict.lines()
+    assert result.passed
+    first, left_out = result.lines()
     assert first.startswith(
         "Kept at 95 % confidence, at least: code 90 % (3 of 100 right answers lost, 0 gained), "
         "general 90 % (5 of 280 right choices lost, 0 gained, by accuracy above chance), prose 90 "
@@ -267,8 +267,8 @@ def test_tasks_of_two_suites():
     own, ours = (replace(one, name="requests") for one in (own, ours))
     lost = replace(own, values=(0.0,) * 40)
     pairs = [(scored(own), scored(lost)), (scored(ours, suite="t"),) * 2]
-    verdict = judge(parse_floors("0.9"), pairs)
-    assert {one.ability: one.passed for one in verdict.tested} == {"support": False, "chat": True}
+    result = judge(parse_floors("0.9"), pairs)
+    assert {one.ability: one.passed for one in result.tested} == {"support": False, "chat": True}
     other = replace(own, dimension="chat", items=tuple(f"mine/{n}" for n in range(40)))
     found = behaviour((scored(other), scored(other)), (scored(ours, suite="t"),) * 2)
     assert found.answers.dense == 139

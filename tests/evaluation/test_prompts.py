@@ -10,7 +10,7 @@ from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
 from calmix.evaluation.answers import compare_answers, rows
 from calmix.evaluation.distance import pooled
-from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, suite_asks, verdict
+from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, is_right, suite_asks
 from calmix.evaluation.greedy import LOOP, PERIOD
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.prompts import (
@@ -364,8 +364,8 @@ def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
         assert items["stopping"][0].tokens == 384 + THINKING * thinking
         assert not items["sums"][0].thinking
     thought = items["stopping"][0]
-    assert verdict(thought, "Hm.</think>Yes, it is.")
-    assert not verdict(thought, "Hm. Yes, it is.", ended=False)
+    assert is_right(thought, "Hm.</think>Yes, it is.")
+    assert not is_right(thought, "Hm. Yes, it is.", ended=False)
     alone = ("evaluate", small, "--suite", "abilities", "--task", "sums", "--thinking")
     assert "no task of suite abilities is asked as a chat" in calmix(*alone).line
 

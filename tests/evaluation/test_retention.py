@@ -81,8 +81,8 @@ def test_dimension_and_total_are_means(measure):
         for (one, _), own in zip(pairs, made, strict=True)
     ]
     assert [one.kept for one in found.tasks] == list(map(estimate, points))
-    floors = [0.25, 0.25, 3 / math.log(2)] if measure == "primary" else [None] * 3
-    assert [one.floor for one in found.tasks] == pytest.approx(floors)
+    baselines = [0.25, 0.25, 3 / math.log(2)] if measure == "primary" else [None] * 3
+    assert [one.baseline for one in found.tasks] == pytest.approx(baselines)
     # Items are pooled, except for the paper's measures.
     shares = [1.0, 1.0] if measure == "ratio" else [own.whole.sum() for own in made[:2]]
     rolled = [np.average(points[:2], axis=0, weights=shares), points[2]]
@@ -155,7 +155,7 @@ def test_flips():
 
 
 DENSE = choices([[-1.0, -3.0, -2.0], [-4.0, -2.0, -2.5]], [0, 1], [[-2.0] * 3, [-2.0, -3.0, -4.0]])
-TEXT, GONE = bits([10, 30], [20, 20], floor=2.0), bits([90, 90], [20, 20])
+TEXT, GONE = bits([10, 30], [20, 20], baseline=2.0), bits([90, 90], [20, 20])
 TWICE = bits([20, 60], [20, 20])
 MOST, FEW = right(75, 100), right(10, 100)
 LN2 = math.log(2)
@@ -186,9 +186,9 @@ def test_retention_by_hand(dense, pruned, measure, kept):
 
 def test_bits_baseline():
     worst = replace(DENSE, loglikelihoods=((-8.0,) * 3,) * 2)  # like a unigram code
-    assert parts(replace(DENSE, floors=()), worst, "bits").retention == pytest.approx(0.0)
+    assert parts(replace(DENSE, baselines=()), worst, "bits").retention == pytest.approx(0.0)
     assert parts(DENSE, worst, "bits").retention < 0
-    ignorant = replace(DENSE, loglikelihoods=DENSE.floors)
+    ignorant = replace(DENSE, loglikelihoods=DENSE.baselines)
     assert baseline_scores(DENSE, "bits").tolist() == item_scores(ignorant, "bits").tolist()
 
 
@@ -215,9 +215,9 @@ def test_score_per_task():
 
 
 def test_missing_fields_are_named():
-    old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), floors=(), unigram=())
+    old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), baselines=(), unigram=())
     assert parts(old, old, "accuracy").retention == 1.0
-    pruned_alone = replace(DENSE, floors=(), unigram=())
+    pruned_alone = replace(DENSE, baselines=(), unigram=())
     with pytest.raises(InputError, match="lack the baseline without task knowledge"):
         parts(pruned_alone, DENSE)
     assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no baselines

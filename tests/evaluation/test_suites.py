@@ -6,7 +6,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation import checks
-from calmix.evaluation.evaluate import evaluate, verdict
+from calmix.evaluation.evaluate import evaluate, is_right
 from calmix.evaluation.scores import write_scores
 from calmix.evaluation.suites import BUILTIN, Suite, choose, load_suite, read_rows, template
 from calmix.evaluation.tasks import load_items, suite_items
@@ -160,8 +160,8 @@ def test_template_suite_is_valid(folder):
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
     ):
         first, *_ = load_items(suite.tasks[name])
-        assert verdict(first, text), (name, text)
-        assert not verdict(first, other), (name, other)
+        assert is_right(first, text), (name, text)
+        assert not is_right(first, other), (name, other)
     texts = [text for _, _, text in suite_items(suite)]  # the texts of the leakage check
     assert f"{CITY['question']}\nParis" in texts
     assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
@@ -265,8 +265,8 @@ def test_rows_with_any_text_and_long_numbers(folder):
     row = {"question": "one\u2028line\x85?", "answer": long}
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
     (item,) = load_items(load_suite(folder / "mine.yaml").tasks["my_numbers"])
-    assert verdict(item, f"It is {long}.")
-    assert not verdict(item, f"It is {long + 1}.")
+    assert is_right(item, f"It is {long}.")
+    assert not is_right(item, f"It is {long + 1}.")
     path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
     with pytest.raises(InputError, match="is not UTF-8 text"):
         read_rows(str(path), "numbers")

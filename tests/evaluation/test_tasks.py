@@ -6,7 +6,7 @@ import pytest
 
 from calmix import assets
 from calmix.errors import InputError
-from calmix.evaluation.evaluate import evaluate, takes_tools, verdict
+from calmix.evaluation.evaluate import evaluate, is_right, takes_tools
 from calmix.evaluation.greedy import prompt
 from calmix.evaluation.suites import ASKED, Suite, TaskSpec, choose, load_suite, runnable, spread
 from calmix.evaluation.tasks import load_asked, load_items, preamble, suite_items
@@ -136,19 +136,19 @@ def test_generated_items_have_right_answers():
         assert int(item.right) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
     programs, requests = load_asked("small_programs"), load_asked("requests")
     (double,) = [item for item in programs if item.doc["entry_point"] == "double"]
-    assert verdict(double, "    return 2 * x")
+    assert is_right(double, "    return 2 * x")
     answer = "```python\ndef double(x):\n    return 2 * x\n```\nThis function"
-    assert verdict(double, answer, False)
-    assert not verdict(double, answer.partition("\n```")[0], False)
+    assert is_right(double, answer, False)
+    assert not is_right(double, answer.partition("\n```")[0], False)
     assert len(requests) == 150
     solved = 0
     for item in requests:
         for key in {"is", "json", "same"} & set(item.right):
             answer = str(item.right[key]).split("|")[0]
-            assert verdict(item, answer), (item.chat, answer)
-            assert not verdict(item, answer, False), "cut"
+            assert is_right(item, answer), (item.chat, answer)
+            assert not is_right(item, answer, False), "cut"
             solved += 1
-        assert not verdict(item, "  ")
+        assert not is_right(item, "  ")
     assert solved >= 80
 
 
@@ -181,13 +181,13 @@ def test_archive_items_have_right_answers(name):
         right = item.right[0]
     else:
         right = f"so the answer is {item.right}" if item.check == "number" else doc["solution"]
-    assert verdict(item, right)
-    assert not verdict(item, "pass")
+    assert is_right(item, right)
+    assert not is_right(item, "pass")
     if name in WORDINGS:
         number, good, bad = WORDINGS[name]
         (item,) = [one for one in others if one.id == f"{name}/{number}"]
-        assert all(verdict(item, one) for one in good)
-        assert not verdict(item, bad)
+        assert all(is_right(item, one) for one in good)
+        assert not is_right(item, bad)
 
 
 CALLED = (
@@ -239,13 +239,13 @@ def test_requests_in_five_languages_have_answers_that_count():
     for one in items:
         spoken = one.right.get("language")
         good = SENTENCES[spoken] if spoken else one.right.get("is", "a, b, c").split("|")[0]
-        assert verdict(one, good), one.question
+        assert is_right(one, good), one.question
         wrong = "The bread is in the house." if spoken else "I do not know, sorry."
-        assert not verdict(one, wrong), one.question
+        assert not is_right(one, wrong), one.question
 
 
 def test_an_open_request_counts_if_its_answer_ends():
     one = load_asked("stopping")[0]
-    assert verdict(one, "Because of the air.")
-    assert not verdict(one, "Because of the air.", ended=False)
-    assert not verdict(one, "so so so so so so so")
+    assert is_right(one, "Because of the air.")
+    assert not is_right(one, "Because of the air.", ended=False)
+    assert not is_right(one, "so so so so so so so")

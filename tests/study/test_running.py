@@ -406,7 +406,7 @@ def test_recovery_matches_its_steps(tiny_study, tmp_path):
     assert (plain / "pruning.json").read_bytes() == (last / "pruning.json").read_bytes()
     for folder in folders:
         checkpoint = folder / "checkpoint"
-        again = evaluate(str(checkpoint), study.suite, floors=False)
+        again = evaluate(str(checkpoint), study.suite, baselines=False)
         stored = load_scores(folder / "scores.json")
         assert again.tasks == stored.tasks
         grids, weights = read_grids(checkpoint), load_weights(checkpoint)
