@@ -29,7 +29,7 @@ from gguf_types import cells, held_out
 from keep_more import MIX
 from twins import make_twin
 
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.evaluation.distance import distance, reference
 from calmix.models.blocks import find_blocks
 from calmix.models.opening import forget, open_model
@@ -69,7 +69,7 @@ def main() -> None:
     )
     opened = open_model(options.model, device="cpu")
     make_twin(opened.model)
-    ids = resolve(MIX, opened, rows=options.rows, length=options.length).ids
+    ids = calibration_set(MIX, opened, rows=options.rows, length=options.length).ids
     texts = held_out(opened, options.data, options.held_out, options.length)
     dense = reference(opened, texts)
     layers = find_blocks(opened.model).layers

@@ -39,7 +39,7 @@ from keep_more import MIX, spent
 from torch import Tensor
 from twins import make_twin
 
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.evaluation.distance import distance, reference
 from calmix.models.blocks import Prunable, find_blocks
 from calmix.models.opening import OpenModel, open_model
@@ -240,7 +240,9 @@ def main() -> None:
     opened = open_model(options.model)
     make_twin(opened.model)
     rows = options.rows + (options.held_out if options.blocks else 0)
-    drawn = resolve(options.calibration, opened, rows=rows, length=options.length, leakage="off")
+    drawn = calibration_set(
+        options.calibration, opened, rows=rows, length=options.length, leakage="off"
+    )
     print(
         f"commit {commit()}, {machine()}; twin of {options.model}, {opened.model.dtype}, "
         f"{options.rows} rows of {options.length} tokens of {options.calibration}\n"

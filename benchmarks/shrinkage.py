@@ -25,7 +25,7 @@ from keep_more import MIX
 from torch import Tensor
 from twins import make_twin
 
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.models.opening import open_model
 from calmix.pruning.gram import Gram, raised_diagonal, relative_error
 from calmix.pruning.held_out import uncorrected
@@ -85,7 +85,7 @@ def main() -> None:
     options = parser.parse_args()
     opened = open_model(options.model)
     make_twin(opened.model)
-    drawn = resolve(
+    drawn = calibration_set(
         options.calibration,
         opened,
         rows=max(options.rows) + OTHER,

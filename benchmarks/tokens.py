@@ -34,7 +34,7 @@ from keep_more import MIX, spent
 from torch import Tensor
 from twins import make_twin
 
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import evaluate
@@ -118,7 +118,7 @@ def main() -> None:
     options = parser.parse_args()
     opened = open_model(options.model)
     make_twin(opened.model)
-    ids = resolve(
+    ids = calibration_set(
         options.calibration, opened, rows=options.rows, length=options.length, leakage="off"
     ).ids
     texts = held_out(opened, options.data, options.held_out, options.held_out_length)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     __version__: str
     from calmix import sources as sources
     from calmix.calibration.dataset import CalibrationSet as CalibrationSet
-    from calmix.calibration.resolving import resolve as resolve
+    from calmix.calibration.request import calibration_set as calibration_set
     from calmix.compression.compress import compress as compress
     from calmix.deploy.pack import load as load
     from calmix.deploy.pack import pack as pack
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "calibration.dataset": ("CalibrationSet",),
-    "calibration.resolving": ("resolve",),
+    "calibration.request": ("calibration_set",),
     "compression.compress": ("compress",),
     "deploy.pack": ("load", "pack", "unpack"),
     "errors": ("CalmixError",),

@@ -5,9 +5,9 @@
 Every variant writes its text and prunes the builtin model with it by SparseGPT to 60 %; what is
 noted is KL(dense || pruned) of the held-out texts, by dimension, in nats a token: it needs no
 labels, orders calibration sets as the benchmarks do (docs/results.md), and takes a fifth of their
-time. A variant is anything `calmix.resolve` takes, or `mix-4` or `mix-8`. What the log holds is
-not run again. Seeds are none of those the comparison reports (100 and up). Printed are means over
-the seeds, and the mean difference to the first variant with its half range.
+time. A variant is anything `calmix.calibration_set` takes, or `mix-4` or `mix-8`. What the log
+holds is not run again. Seeds are none of those the comparison reports (100 and up). Printed are
+means over the seeds, and the mean difference to the first variant with its half range.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from calmix import open_model, prune, resolve
+from calmix import calibration_set, open_model, prune
 from calmix.calibration.distance_texts import texts
 from calmix.evaluation.distance import distance, reference
 from calmix.pruning.patterns import Unstructured
@@ -73,7 +73,7 @@ def main() -> None:
                 continue
             began = time.perf_counter()
             size = {"rows": args.rows, "length": args.length, "seed": seed}
-            made = resolve(MIXES.get(text, text), opened, **size)
+            made = calibration_set(MIXES.get(text, text), opened, **size)
             drawn = time.perf_counter()
             prune(opened.model, made.ids, method="sparsegpt", pattern=Unstructured(0.6))
             found = distance(opened, dense)

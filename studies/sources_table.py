@@ -17,7 +17,7 @@ import numpy as np
 from scipy.stats import t
 from text_metrics import compared, of_ids
 
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.evaluation.likelihood import perplexity_of_rows
 from calmix.models.opening import open_model
 from calmix.sources.registry import offline_sources
@@ -59,7 +59,10 @@ def main() -> None:
     how = {"rows": options.rows, "length": options.length, "leakage": "off"}
     draws: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
     for number in range(options.draws):
-        sets = {name: resolve(name, opened, seed=options.seed + number, **how) for name in sources}
+        sets = {
+            name: calibration_set(name, opened, seed=options.seed + number, **how)
+            for name in sources
+        }
         ids = {name: one.ids.numpy() for name, one in sets.items()}
         for (name, drawn), more in zip(sets.items(), compared([*ids.items()], ids), strict=True):
             values, part = of_ids(ids[name]) | more, drawn.manifest["sources"][name]

@@ -120,7 +120,7 @@ def drawn():
     opened = calmix.open_model(MODEL)
     results = {}
     for text in SETS:
-        drawn = calmix.resolve(text, opened, rows=32, length=256)
+        drawn = calmix.calibration_set(text, opened, rows=32, length=256)
         ids = drawn.ids.to(torch.int64).contiguous()
         results[text] = hashlib.sha256(ids.numpy().tobytes()).hexdigest()
     return results
@@ -173,7 +173,9 @@ def exported():
                 }
             results[kind] = _hashed(tensors)
         opened = calmix.open_model(model)
-        calmix.resolve(str(text), opened, rows=6, length=32, leakage="off").save(folder / "set")
+        calmix.calibration_set(str(text), opened, rows=6, length=32, leakage="off").save(
+            folder / "set"
+        )
         gguf.export_imatrix(folder / "set", model, folder / "imatrix.gguf")
         parts = GGUFReader(folder / "imatrix.gguf").tensors
         results["imatrix"] = _hashed({one.name: one.data.tobytes() for one in parts})

@@ -30,7 +30,7 @@ def test_cublas_workspace_default(told):
 
 def test_readme_example(tmp_path, text_file):
     opened = calmix.open_model(str(save_tiny_model(tmp_path / "model")))
-    drawn = calmix.resolve(str(text_file), opened, rows=4, length=32, leakage="off")
+    drawn = calmix.calibration_set(str(text_file), opened, rows=4, length=32, leakage="off")
     report = calmix.prune(opened, drawn, method="sparsegpt", pattern=0.5)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     assert torch.isfinite(opened.model(drawn.ids).logits).all()

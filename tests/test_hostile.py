@@ -9,7 +9,7 @@ import time
 import pytest
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.cli.common import printable
 from calmix.deploy.gguf import export
@@ -243,7 +243,7 @@ def test_links_in_sets_packs_and_text(tmp_path, tiny_folder):
     texts.mkdir()
     secret.write_text("secret " * 50)
     (texts / "a.txt").write_text("alpha " * 50)
-    drawn_set = resolve(
+    drawn_set = calibration_set(
         str(texts), open_tokenizer(str(tiny_folder)), rows=2, length=8, leakage="off"
     )
     saved, packed = drawn_set.save(tmp_path / "set"), tmp_path / "pack"

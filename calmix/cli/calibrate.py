@@ -50,7 +50,7 @@ def draw(
     For text that the model writes, SPEC is self-written, chat, igsp, self-cal or sgs, and may have
     settings: igsp,candidates=2.
     """
-    from calmix.calibration.resolving import parse_calibration, resolve
+    from calmix.calibration.request import calibration_set, parse_calibration
     from calmix.calibration.tokenizer import open_tokenizer
     from calmix.models.loading import check_length
     from calmix.models.opening import check_models, open_model
@@ -69,7 +69,7 @@ def draw(
     if written:
         opened = open_model(model, **how.opening())
     with Progress() as bar:
-        drawn_set = resolve(
+        drawn_set = calibration_set(
             request, opened, writing=bar.writing, note=note, tick=bar.each("drawing")
         )
     drawn_set.save(output, overwrite=overwrite)

@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 from calmix.calibration.dataset import CalibrationSet, saved_set
-from calmix.calibration.resolving import CalibrationRequest, parse_calibration
+from calmix.calibration.request import CalibrationRequest, parse_calibration
 from calmix.calibration.selfgen.generators import CHAT
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.calibration.tokenizer import OpenTokenizer, open_tokenizer
@@ -183,7 +183,7 @@ class CompressRequest(Target):
 
     @property
     def draw(self) -> dict[str, Any]:
-        """How the calibration text is drawn (`calmix.resolve`)."""
+        """How the calibration text is drawn (`calmix.calibration_set`)."""
         return {
             "rows": self.rows,
             "length": self.length,

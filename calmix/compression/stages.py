@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import CalibrationRequest, parse_calibration, resolve
+from calmix.calibration.request import CalibrationRequest, calibration_set, parse_calibration
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.compression.folder import PACK_FOLDER
 from calmix.compression.results import StageResult, ready
@@ -80,7 +80,7 @@ class StageRequest(ABC):
 
 @dataclass(frozen=True)
 class Draw(StageRequest):
-    """Draw a calibration set, or let the model write it; `draw` is as for `calmix.resolve`."""
+    """Draw a set, or let the model write it; `draw` is as for `calmix.calibration_set`."""
 
     text: str
     model: str
@@ -117,7 +117,7 @@ class Draw(StageRequest):
             trust = self.how["trust_remote_code"]
             opened = open_tokenizer(self.model, trust_remote_code=trust)
         tick = bar.each("drawing")
-        return resolve(self.request, opened, writing=bar.writing, note=bar.note, tick=tick)
+        return calibration_set(self.request, opened, writing=bar.writing, note=bar.note, tick=tick)
 
 
 @dataclass(frozen=True)

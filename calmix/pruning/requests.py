@@ -27,7 +27,7 @@ from calmix.options import (
 from calmix.sources.registry import own_sources
 
 if TYPE_CHECKING:
-    from calmix.calibration.resolving import CalibrationRequest
+    from calmix.calibration.request import CalibrationRequest
     from calmix.pruning.methods import Method
     from calmix.pruning.patterns import Pattern
 
@@ -46,7 +46,7 @@ class Calibrated(DrawOptions):
     @cached_property
     def drawing(self) -> CalibrationRequest:
         """The checked request for the set."""
-        from calmix.calibration.resolving import parse_calibration
+        from calmix.calibration.request import parse_calibration
 
         return parse_calibration(self.calibration, **self.drawn())
 
@@ -97,7 +97,7 @@ class How:
         max_memory: bytes the process may hold; None for all free memory.
         started: called with the calibration set once it is ready.
         progress: called with blocks or steps done and their total; recovery adds the latest loss.
-        writing, note: as for `calmix.resolve`.
+        writing, note: as for `calmix.calibration_set`.
     """
 
     dtype: str = "auto"

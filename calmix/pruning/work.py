@@ -34,7 +34,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.calibration.tokenizer import OpenTokenizer
 from calmix.errors import CalmixError, DiskError, InputError, PassingError, disk_errors
 from calmix.files import (
@@ -294,7 +294,7 @@ def draw_set(
         return CalibrationSet(saved.ids, saved.sources, work.state["calibration"])
     check_length(request.drawing.draw.length, tokenizer.context)
     source = model() if request.drawing.written else tokenizer
-    drawn = resolve(request.drawing, source, writing=run.writing, note=run.note)
+    drawn = calibration_set(request.drawing, source, writing=run.writing, note=run.note)
     drawn.save(work.path / SET, overwrite=True)
     work.keep(calibration=drawn.manifest)
     return drawn

@@ -15,7 +15,7 @@ from typing import Any
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.distance_texts import builtin_readers, texts
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.errors import InputError
 from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate, form_of
@@ -227,6 +227,6 @@ class Bench:
                 stage("calibration set", 0, 1)
                 self._open(trial.model)
                 assert trial.parsed is not None
-                drawn = resolve(trial.parsed, self.opened, writing=stage, note=note)
+                drawn = calibration_set(trial.parsed, self.opened, writing=stage, note=note)
                 drawn.save(folder)
             return CalibrationSet.open(folder, self.opened)

@@ -22,7 +22,7 @@ from pydantic import (
     model_validator,
 )
 
-from calmix.calibration.resolving import parse_calibration
+from calmix.calibration.request import parse_calibration
 from calmix.errors import CalmixError, InputError, nearest
 from calmix.evaluation.suites import Suite, choose
 from calmix.models.hub import known_model

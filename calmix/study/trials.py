@@ -16,7 +16,7 @@ from typing import Any
 
 from calmix.calibration.dataset import saved_set
 from calmix.calibration.leakage import WORDS, guarded_suites
-from calmix.calibration.resolving import CalibrationRequest, parse_calibration
+from calmix.calibration.request import CalibrationRequest, parse_calibration
 from calmix.calibration.selfgen.generators import Generator
 from calmix.calibration.selfgen.writing import WRITER_VERSION
 from calmix.evaluation.evaluate import SCORER

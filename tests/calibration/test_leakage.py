@@ -13,7 +13,7 @@ from calmix.calibration import leakage
 from calmix.calibration.build import build
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.errors import InputError, SourceError
 from calmix.sources.mixes import parse_mix
 from tests.calibration.conftest import write_rows
@@ -150,14 +150,14 @@ def test_planted_item_of_named_suite_is_dropped(tmp_path, tiny, monkeypatch, pac
     monkeypatch.setattr(leakage, "suite_items", lambda suite: requests.append(suite) or ITEMS)
     monkeypatch.setattr(leakage, "load_suite", lambda name: None)
     how = {"rows": 95, "length": 50, "packing": packing}
-    drawn_set = resolve(path, tiny, **how)
+    drawn_set = calibration_set(path, tiny, **how)
     assert "Janet" not in "".join(tiny.tokenizer.batch_decode(drawn_set.ids.tolist()))
     report = drawn_set.manifest["leakage"]
     assert (report["suite"], report["words"], report["items"]) == ("offline", 13, 2)
     assert [(d["task"], d["item"]) for d in report["dropped"][path]] == [("gsm8k", "7")] * 2
-    assert resolve(path, tiny, leakage="off", **how).manifest["leakage"] == "off"
+    assert calibration_set(path, tiny, leakage="off", **how).manifest["leakage"] == "off"
     assert requests == ["offline"]
-    assert resolve(path, tiny, leakage="mine", **how).manifest["leakage"]["suite"] == "mine"
+    assert calibration_set(path, tiny, leakage="mine", **how).manifest["leakage"]["suite"] == "mine"
     assert requests == ["offline", "mine"]
 
 

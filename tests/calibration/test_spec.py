@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from calmix.calibration.resolving import parse_calibration, resolve
+from calmix.calibration.request import calibration_set, parse_calibration
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import load_suite
 from calmix.sources.mixes import MIXES, parse_mix
@@ -12,7 +12,7 @@ from tests.evaluation.helpers import benchmark, benchmarks_read
 
 
 def drawn(spec, opened, **options):
-    return resolve(str(spec), opened, leakage="off", **options)
+    return calibration_set(str(spec), opened, leakage="off", **options)
 
 
 def test_named_mix_expands_to_its_sources():
@@ -86,9 +86,9 @@ def test_own_sources_from_file_or_python(sources, tiny, tmp_path):
 def test_saved_set(sources, tiny, tmp_path):
     drawn_set = drawn(sources["lower"], tiny, rows=4, length=16, seed=3)
     folder = drawn_set.save(tmp_path / "set")
-    assert torch.equal(resolve(str(folder), tiny).ids, drawn_set.ids)
-    assert resolve(str(folder), tiny, rows=4, length=16, seed=3, packing="concat").rows == 4
+    assert torch.equal(calibration_set(str(folder), tiny).ids, drawn_set.ids)
+    assert calibration_set(str(folder), tiny, rows=4, length=16, seed=3, packing="concat").rows == 4
     sizes = {"rows": 5, "length": 8, "seed": 0}
     for option, value in {**sizes, "packing": "window", "leakage": "offline"}.items():
         with pytest.raises(InputError, match=f"has {option} .*, not {value}: leave --{option} out"):
-            resolve(str(folder), tiny, **{option: value})
+            calibration_set(str(folder), tiny, **{option: value})

@@ -156,7 +156,7 @@ def files(tmp_path_factory):
     actual["notes"].mkdir()
     (actual["notes"] / "one.txt").write_text("What is up?")
     opened = calmix.open_model(str(actual["other"]))
-    drawn = calmix.resolve(str(actual["text"]), opened, rows=4, length=32, leakage="off")
+    drawn = calmix.calibration_set(str(actual["text"]), opened, rows=4, length=32, leakage="off")
     drawn.save(actual["set"])
     calmix.prune(opened.model, method="magnitude", pattern=calmix.Unstructured(0.5))
     opened.model.save_pretrained(actual["model"])

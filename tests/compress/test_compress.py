@@ -10,7 +10,7 @@ import pytest
 from filelock import FileLock
 
 import calmix as api
-from calmix.calibration.resolving import parse_calibration
+from calmix.calibration.request import parse_calibration
 from calmix.compression.card import read_card
 from calmix.compression.compress import Compressed
 from calmix.compression.plan import aim, weighed

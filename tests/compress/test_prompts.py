@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.compression.card import read_card
 from calmix.compression.run_stages import stages
 from calmix.compression.stages import Draw
@@ -84,7 +84,9 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
     calmix(*draw).ok()
     assert CalibrationSet.open(tmp_path / "drawn").sha256 == drawn.sha256
     # A saved set without the prompts leaves all of them for the test.
-    plain = resolve(str(place / "text.txt"), open_model(chatting), rows=4, length=32, leakage="off")
+    plain = calibration_set(
+        str(place / "text.txt"), open_model(chatting), rows=4, length=32, leakage="off"
+    )
     plain.save(tmp_path / "plain")
     for folder, half in ((out / "calibration", True), (tmp_path / "plain", False)):
         request = asked(model=str(chatting), calibration=str(folder), prompts=str(mine))

@@ -11,7 +11,7 @@ import torch
 from gguf import GGUFReader, LlamaFileType, quants
 from safetensors.torch import load_file, save_file
 
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.deploy import gguf
 from calmix.deploy.gguf import export, layout_sha256
@@ -148,7 +148,7 @@ def test_unmatched_tensor_is_refused():
 def test_importance_matrix(calmix, quantised, text_file, tmp_path):
     model, out, sums = str(quantised / "tiny.gguf"), tmp_path / "imatrix.gguf", {}
     opened = open_model(model)
-    drawn = resolve(str(text_file), opened, rows=5, length=32, leakage="off")
+    drawn = calibration_set(str(text_file), opened, rows=5, length=32, leakage="off")
     drawn.save(tmp_path / "set")
     ended = calmix("export", tmp_path / "set", "--to", "imatrix", "-m", model, "-o", out).ok()
     assert "14 matrices" in ended.out
@@ -178,7 +178,7 @@ def test_importance_matrix(calmix, quantised, text_file, tmp_path):
 def test_unseen_inputs_have_no_importance(calmix, text_file, tmp_path, monkeypatch):
     """Mamba multiplies with the weight of a layer that recent versions never call."""
     model, out = str(save_tiny_model(tmp_path / "mamba", "mamba")), tmp_path / "imatrix.gguf"
-    drawn = resolve(str(text_file), open_model(model), rows=2, length=32, leakage="off")
+    drawn = calibration_set(str(text_file), open_model(model), rows=2, length=32, leakage="off")
     drawn.save(tmp_path / "set")
     opening = Mock(side_effect=lambda name, **how: open_tokenizer(name))
     monkeypatch.setattr(gguf, "open_tokenizer", opening)

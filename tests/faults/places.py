@@ -45,7 +45,7 @@ def verbs(files):
     text.write_text("alpha beta gamma delta prime sum return river " * 300)
     study = write_study(files, model)
     opened = calmix.open_model(str(model))
-    drawn = calmix.resolve(str(text), opened, rows=8, length=64, leakage="off")
+    drawn = calmix.calibration_set(str(text), opened, rows=8, length=64, leakage="off")
     drawn.save(files / "set")
     calmix.prune(opened.model, drawn.ids, method="wanda", pattern=calmix.Unstructured(0.5))
     opened.model.save_pretrained(files / "pruned")

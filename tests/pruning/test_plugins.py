@@ -54,7 +54,7 @@ def test_method_from_entry_point(shipped, calmix, tiny_folder, text_file, tmp_pa
     told = pruning_of(tmp_path / "out")
     assert (told["method"], told["options"]) == ("toy", {"strength": 3})
     opened = open_model(str(tiny_folder))
-    ids = api.resolve(str(text_file), opened, rows=6, length=32, leakage="off").ids
+    ids = api.calibration_set(str(text_file), opened, rows=6, length=32, leakage="off").ids
     report = api.prune(opened.model, ids, method="toy", pattern=0.5, strength=3)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
     found = load_weights(tmp_path / "out")

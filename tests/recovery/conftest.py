@@ -40,7 +40,7 @@ def place(tmp_path_factory):
     save_tiny_model(folder / "dense")
     text = write_text_file(folder / "text.txt")
     opened = api.open_model(str(folder / "dense"))
-    drawn = api.resolve(str(text), opened, rows=32, length=32, leakage="off")
+    drawn = api.calibration_set(str(text), opened, rows=32, length=32, leakage="off")
     drawn.save(folder / "set")
     for name, pattern, dtype in (
         ("half", api.Unstructured(0.5), torch.float32),

@@ -209,7 +209,7 @@ def test_errors_are_one_line(calmix, place, tmp_path):
     (tokens / "tokenizer.json").write_text(json.dumps(state), encoding="utf-8")
     wide = save_tiny_model(tmp_path / "wide", intermediate_size=96)
     foreign, opened = tmp_path / "foreign", api.open_model(str(tokens))
-    drawn = api.resolve(str(place / "text.txt"), opened, rows=8, length=32, leakage="off")
+    drawn = api.calibration_set(str(place / "text.txt"), opened, rows=8, length=32, leakage="off")
     drawn.save(foreign)
     against = ("--against", dense)
     for arguments, message in (

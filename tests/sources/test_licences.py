@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import parse_calibration
+from calmix.calibration.request import parse_calibration
 from calmix.errors import InputError
 from calmix.evaluation.suites import BUILTIN, load_suite, provenance
 from calmix.models.hub import builtin_models

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import SourceError
 from calmix.sources.documents import fields, fill, lookup
@@ -190,7 +190,7 @@ def test_folder_of_text_or_code(tmp_path, tiny_folder, files, read, left):
     assert [d.id for d in source.documents()] == sorted(read)
     assert source.reader.files()[1] == left
     how = {"rows": 1, "length": 8, "leakage": "off", "note": lines.append}
-    resolve(str(folder), open_tokenizer(str(tiny_folder)), **how)
+    calibration_set(str(folder), open_tokenizer(str(tiny_folder)), **how)
     assert lines == ([f"{folder}: not read: {left}"] if left else [])
     (folder / "link").symlink_to(tmp_path, target_is_directory=True)
     (folder / "gone.txt").symlink_to(tmp_path / "nowhere")

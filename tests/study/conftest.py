@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.evaluation.evaluate import evaluate
 from calmix.study import bench
 from calmix.study.running import run_study
@@ -127,7 +127,7 @@ def ran(tmp_path_factory, tiny_folder):
 
             return run
 
-        patch.setattr(bench, "resolve", counted(resolve, ""))
+        patch.setattr(bench, "calibration_set", counted(calibration_set, ""))
         patch.setattr(bench, "evaluate", counted(evaluate, "dense"))
         labels = run(path, store, only=["mix wanda*"]).ran + run(path, store).ran
         yield SimpleNamespace(path=path, store=store, labels=labels, created=created, write=write)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.evaluation.scores import write_scores
@@ -63,7 +63,7 @@ def test_trial_matches_its_steps_by_hand(ran):
     opened = open_model(study.file.models["tiny"].name)
     dense = evaluate(opened, study.suite)
     text = study.file.calibrations["mix"].written
-    drawn = resolve(text, opened, rows=6, length=32, leakage="off")
+    drawn = calibration_set(text, opened, rows=6, length=32, leakage="off")
     prune(opened.model, drawn.ids, method="sparsegpt", pattern=Unstructured(0.6))
     retained = evaluate(opened, study.suite).retention(dense)
     assert (trial.total.value, trial.total.low) == (retained.total.value, retained.total.low)
@@ -71,7 +71,7 @@ def test_trial_matches_its_steps_by_hand(ran):
     assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
     assert trial.seconds["total"] > 0
     # Shared work is done once.
-    assert [ran.created.count(one) for one in ("dense", "evaluate", "resolve")] == [1, 6, 3]
+    assert [ran.created.count(one) for one in ("dense", "evaluate", "calibration_set")] == [1, 6, 3]
     for folder in (store / "calibration").iterdir():
         assert CalibrationSet.open(folder).rows == 6
     assert not list((store / "locks").iterdir())
@@ -316,7 +316,7 @@ def test_declaration_cannot_be_added_later(ran, store):
 def test_renamed_sets_and_copied_trials(ran, store, tmp_path, monkeypatch):
     second = tmp_path / "second"
     before = {trial.id: trial.total for trial in read_results(store).trials}
-    monkeypatch.setattr(bench_module, "resolve", None)  # no set is made again
+    monkeypatch.setattr(bench_module, "calibration_set", None)  # no set is made again
     forgotten(store, 2)
     for part in ("trials", "calibration", "dense"):
         shutil.copytree(store / part, second / part)

@@ -3,7 +3,7 @@
 import pytest
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.resolving import resolve
+from calmix.calibration.request import calibration_set
 from calmix.calibration.selfgen.prompts import chat_turns
 from calmix.errors import InputError
 from calmix.models.opening import open_model
@@ -25,7 +25,7 @@ def talker(tmp_path_factory):
 
 
 def drawn(text, opened, rows=8, **how):
-    return resolve(text, opened, rows=rows, length=64, leakage="off", **how)
+    return calibration_set(text, opened, rows=rows, length=64, leakage="off", **how)
 
 
 def test_row_is_a_conversation_in_the_chat_template(talker, opened, tiny, sources):
@@ -73,7 +73,7 @@ def test_set_without_chats_warns(talker, opened, sources, tmp_path, monkeypatch)
     lower, lines = sources["lower"], []
     drawn_set = drawn(lower, talker, note=lines.append)
     assert drawn_set.manifest["chat_turns"] == 0
-    resolve(str(drawn_set.save(tmp_path / "set")), talker, note=lines.append)
+    calibration_set(str(drawn_set.save(tmp_path / "set")), talker, note=lines.append)
     written = tmp_path / "mine.jsonl"
     written.write_text('{"text": "u:hello a:hello u:bye a:bye"}\n' * 40, encoding="utf-8")
     for text in (f"chat:0.5,{lower}:0.5", "self-written", str(written)):

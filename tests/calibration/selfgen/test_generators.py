@@ -9,7 +9,7 @@ import torch
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex
-from calmix.calibration.resolving import parse_calibration
+from calmix.calibration.request import parse_calibration
 from calmix.calibration.selfgen import generators, prompts
 from calmix.calibration.selfgen.generators import GENERATORS, generate, objective, select_rows
 from calmix.calibration.selfgen.ngrams import aggregation

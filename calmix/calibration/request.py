@@ -139,7 +139,7 @@ def _grouped(mix: Mix, own: Mapping[str, Source], text: str, wanted: str | None)
 
 def parse_calibration(text: str, **options: Any) -> CalibrationRequest:
     """Check a request for a calibration set, before a model is opened or text fetched. Text and
-    options are as for `resolve`."""
+    options are as for `calibration_set`."""
     settings = checked(DrawOptions, options).drawn()
     own = own_sources(settings.pop("sources", None))
     if (path := saved_set(text)) is not None:
@@ -181,7 +181,7 @@ def parse_calibration(text: str, **options: Any) -> CalibrationRequest:
     return request
 
 
-def resolve(
+def calibration_set(
     request: CalibrationRequest | str,
     opened: HasTokenizer,
     *,
