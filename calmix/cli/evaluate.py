@@ -128,6 +128,8 @@ def run(
             "--text measures the distance to a dense model: name it with --against, and leave out "
             "--no-distance"
         )
+    if own_texts and chosen.own:
+        raise InputError("--text has no effect with --prompts: KL is measured on the answers")
     if measure == PRIMARY and not chosen.asks:
         raise InputError("--measure right needs generated answers: try --suite abilities")
     if repeat and (no_repeat or not chosen.asks or dense is not None):

@@ -135,6 +135,9 @@ def test_files_that_hold_no_prompts(tmp_path, calmix):
     assert "leave one out" in calmix(*run, "--suite", "smoke").line
     assert "name both" in calmix(*run, "--page", tmp_path / "x.html").line
     assert "has no effect" in calmix(*run[:2], "--test-half").line
+    text = written(tmp_path / "text.jsonl", {"text": "x"})
+    against = "--against", "builtin:smollm2-135m", "--text", f"code={text}"
+    assert "--text has no effect with --prompts" in calmix(*run, *against).line
     assert "is the input" in calmix(*run, "-o", mine, "--overwrite").line
 
 
