@@ -1,10 +1,12 @@
 """GGML's types by llama.cpp's rounding and by calmix, at the same bytes: KL to the dense model.
 
     python benchmarks/gguf_types.py [--model builtin:smollm2-135m] [--types IQ4_NL Q4_0]
-        [--ways ...] [--rows 32] [--blocks 3 13 --held-out 16 --outputs 512] [--files Q3_K_M ...]
+        [--ways ...] [--rows 32] [--every 4] [--blocks 3 13 --held-out 16 --outputs 512]
+        [--files Q3_K_M ...]
 
 The model is a twin (twins.py): the file it came from leaves no grid. Every matrix of the blocks
-gets the type, or the one that fits its rows; embeddings and head stay dense. Ways:
+gets the type, or the one that fits its rows, with `--every 4` in every fourth block; embeddings
+and head stay dense. Ways:
 
     plain       llama.cpp's rounding without an importance matrix
     ones        the same with a flat one, which changes its search
@@ -13,6 +15,7 @@ gets the type, or the one that fits its rows; embeddings and head stay dense. Wa
     both-0.01   feedback, scales weighted by 1 / U_jj^2, damping 0.01
     both        the same with damping 0.1; both-1: 1
     sweep       as both, with a sweep
+    default     `ggml` as calmix has it; default-even: the same with errors counted as in even
     diagonal    as both, with scales weighted by the sum of squares
     even        as both, where an error counts as much in a small weight as in a large one
 
@@ -91,6 +94,8 @@ SOLVED = {
     "diagonal": Diagonal(damping=0.1, sweeps=0),
     "even": Ggml(damping=0.1, sweeps=0),
     "sweep": Ggml(damping=0.1),
+    "default": Ggml(),
+    "default-even": Ggml(),
 }
 WAYS = (*ROUNDED, *SOLVED)
 
@@ -150,13 +155,16 @@ def patched(*, even: bool) -> Iterator[None]:
         ggml_scales.error_weights = real
 
 
-def apply(way: str, name: str, model: Any, ids: Tensor, squares: dict[str, Tensor]) -> None:
-    """Quantise all matrices of a model's blocks, in place."""
+def apply(
+    way: str, name: str, model: Any, ids: Tensor, squares: dict[str, Tensor], only: Sequence[str]
+) -> None:
+    """Quantise the matrices of a model's blocks, in place."""
     if way in SOLVED:
-        with patched(even=way == "even"):
-            prune(model, ids, method=SOLVED[way], pattern=Blocks(name), statistics="plain")
+        how: Any = "robust" if way.startswith("default") else "plain"
+        with patched(even=way.endswith("even")):
+            prune(model, ids, method=SOLVED[way], pattern=Blocks(name), statistics=how, only=only)
         return
-    for layer in find_blocks(model).layers:
+    for layer in find_blocks(model).select(only).layers:
         weight = layer.view()
         importance = ROUNDED[way](squares[layer.name])
         kind = fitting(name, weight.shape[1]).name
@@ -167,7 +175,9 @@ def by_model(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> Non
     """Print a row for each type and way: the distance on held-out text."""
     texts = held_out(opened, options.data, options.held_out, options.length)
     dense = reference(opened, texts)
-    layers = find_blocks(opened.model).layers
+    blocks = find_blocks(opened.model)
+    only = [f"*.{index}.*" for index in range(options.every // 2, len(blocks), options.every)]
+    layers = blocks.select(only).layers
     weights = [layer.view().clone() for layer in layers]
     squares = statistics(opened, ids, gram=False) if {*options.ways} & {*ROUNDED} else {}
     print(f"| type | way | KL | interval | top-1 | {' | '.join(texts)} | cpu s |")
@@ -177,7 +187,7 @@ def by_model(options: argparse.Namespace, opened: OpenModel, ids: Tensor) -> Non
             for layer, weight in zip(layers, weights, strict=True):
                 layer.view().copy_(weight)
             began = spent()
-            apply(way, name, opened.model, ids, squares)
+            apply(way, name, opened.model, ids, squares, only)
             seconds, result = spent() - began, distance(opened, dense)
             print(f"| {name} | {way} | {cells(result)} | {seconds:.0f} |", flush=True)
 
@@ -254,6 +264,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--held-out", type=int, default=8, help="rows of each text, or of the set")
     parser.add_argument("--outputs", type=int, default=2**20, help="rows of a matrix, at most")
+    parser.add_argument("--every", type=int, default=1, help="blocks of which one is quantised")
     parser.add_argument("--blocks", type=int, nargs="+", help="of which to print every matrix")
     options = parser.parse_args()
     opened = open_model(options.model)
