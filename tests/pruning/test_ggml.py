@@ -161,9 +161,12 @@ def test_scales_are_as_good_as_ggmls(name):
     assert error(ours) < 1.01 * error(theirs)
 
 
-def test_errors_in_large_weights_count_more():
-    kind, weight, importance = TYPES["Q3_K"], matrix(3, 512), torch.rand(512)
-    weighted = error_weights(kind, weight.T, importance).T
+def test_errors_in_large_weights_count_more_in_two_bits():
+    weight, importance = matrix(3, 512), torch.rand(512)
+    for name in ("Q3_K", "IQ4_NL"):
+        alike = error_weights(TYPES[name], weight.T, importance).T
+        assert torch.equal(alike, importance.expand_as(weight))
+    weighted = error_weights(TYPES["Q2_K"], weight.T, importance).T
     for row, result in zip(weight.double(), weighted, strict=True):
         blocks = row.view(-1, 256)
         sizes = (blocks**2 + (blocks**2).mean(1, keepdim=True)).sqrt().flatten()
