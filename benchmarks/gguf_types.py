@@ -15,7 +15,8 @@ and head stay dense. Ways:
     both-0.01   feedback, scales weighted by 1 / U_jj^2, damping 0.01
     both        the same with damping 0.1; both-1: 1
     sweep       as both, with a sweep
-    default     `ggml` as calmix has it; default-even: the same with errors counted as in even
+    default     `ggml` as calmix has it; default-even and default-large: the same where errors count
+                as in even, or in all types more in large weights
     diagonal    as both, with scales weighted by the sum of squares
     even        as both, where an error counts as much in a small weight as in a large one
 
@@ -32,8 +33,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -96,6 +96,7 @@ SOLVED = {
     "sweep": Ggml(damping=0.1),
     "default": Ggml(),
     "default-even": Ggml(),
+    "default-large": Ggml(),
 }
 WAYS = (*ROUNDED, *SOLVED)
 
@@ -141,18 +142,7 @@ def cells(result: dict[str, Any]) -> str:
     )
 
 
-@contextmanager
-def patched(*, even: bool) -> Iterator[None]:
-    """Weigh errors by the importance of their column alone."""
-    real = ggml_scales.error_weights
-    if even:
-        ggml_scales.error_weights = lambda kind, values, importance: (
-            importance[:, None].expand_as(values).contiguous()
-        )
-    try:
-        yield
-    finally:
-        ggml_scales.error_weights = real
+COARSE = {"even": 0, "large": 256}  # levels up to which errors count more in large weights
 
 
 def apply(
@@ -161,8 +151,10 @@ def apply(
     """Quantise the matrices of a model's blocks, in place."""
     if way in SOLVED:
         how: Any = "robust" if way.startswith("default") else "plain"
-        with patched(even=way.endswith("even")):
-            prune(model, ids, method=SOLVED[way], pattern=Blocks(name), statistics=how, only=only)
+        usual = ggml_scales.COARSE
+        ggml_scales.COARSE = COARSE.get(way.rpartition("-")[2], usual)
+        prune(model, ids, method=SOLVED[way], pattern=Blocks(name), statistics=how, only=only)
+        ggml_scales.COARSE = usual
         return
     for layer in find_blocks(model).select(only).layers:
         weight = layer.view()
