@@ -86,6 +86,8 @@ def evaluate(
     if unknown := options.keys() - {*OPTIONS, *OPENING}:
         raise InputError(f"with `against`, evaluate has no option {min(unknown)}")
     dense = against if isinstance(against, CapabilityScores) else named_or_scored(str(against))
+    named = [str(one) for one in (model, dense) if not isinstance(one, CapabilityScores)]
+    check_models(*named, **{name: options[name] for name in OPENING if name in options})
     with Progress(shown=False) as bar:
         small, large = evaluate_against(
             str(model), choose(suite, **part), dense, bar=bar, **options
@@ -137,7 +139,6 @@ def evaluate_against(
     trust = bool(opening.get("trust_remote_code"))
     named = [one for one in (model, original) if isinstance(one, str)]
     served = [one for one in (model, original) if isinstance(one, Served)]
-    check_models(*named, **opening)
     tokenizers = [load_tokenizer(resolve_model(name), name, trust) for name in named]
     if dense is not None:
         check_same_suite(describe(suite), dense.suite)

@@ -165,7 +165,7 @@ def test_errors_in_large_weights_count_more_in_two_bits():
     weight, importance = matrix(3, 512), torch.rand(512)
     for name in ("Q3_K", "IQ4_NL"):
         alike = error_weights(TYPES[name], weight.T, importance).T
-        assert torch.equal(alike, importance.expand_as(weight))
+        assert torch.equal(alike.expand_as(weight), importance.expand_as(weight))
     weighted = error_weights(TYPES["Q2_K"], weight.T, importance).T
     for row, result in zip(weight.double(), weighted, strict=True):
         blocks = row.view(-1, 256)

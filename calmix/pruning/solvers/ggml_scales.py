@@ -285,10 +285,10 @@ def _looked_up(table: Tensor, places: Tensor) -> Tensor:
 
 
 def error_weights(kind: BlockType, values: Tensor, importance: Tensor) -> Tensor:
-    """Return the weight of each squared error, (columns, outputs): importance, in types of few
-    levels times sqrt(w^2 + mean w^2), the mean over the block."""
+    """Return the weight of each squared error: importance, (columns, 1), in types of few levels
+    times sqrt(w^2 + mean w^2), the mean over the block, (columns, outputs)."""
     if (len(kind.codebook) or kind.high - kind.low + 1) > COARSE:
-        return importance[:, None].expand_as(values).contiguous()
+        return importance[:, None]
     squares = values.unflatten(0, (-1, kind.size)).square()
     sizes = squares.add(squares.mean(1, keepdim=True)).sqrt_()
     return sizes.view(values.shape).mul_(importance[:, None])
@@ -303,7 +303,7 @@ def search(kind: BlockType, values: Tensor, importance: Tensor) -> Scales:
     """
     nearest = Nearest(kind, values.device)
     x = values.unflatten(0, (-1, kind.group))
-    w = error_weights(kind, values, importance).view(x.shape)
+    w = error_weights(kind, values, importance).unflatten(0, (-1, kind.group))
     scale, minimum, weight = _affine(kind, x, w) if kind.minima else _signed(kind, nearest, x, w)
     if kind.scales is None:  # a block is one group
         ones = torch.ones_like(scale)
@@ -325,7 +325,8 @@ def _affine(kind: BlockType, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tens
     """Return each group's best scale and minimum, and the weight of an error in the scale.
 
     Args:
-        x, w: (groups, group, outputs).
+        x: (groups, group, outputs).
+        w: the same, or one output for all.
     """
     high, low = kind.high, x.amin(1).clamp_(max=0)
     above, xw = x - low[:, None], x * w
