@@ -15,10 +15,8 @@ and head stay dense. Ways:
     both-0.01   feedback, scales weighted by 1 / U_jj^2, damping 0.01
     both        the same with damping 0.1; both-1: 1
     sweep       as both, with a sweep
-    default     `ggml` as calmix has it; default-even and default-large: the same where errors count
-                as in even, or in all types more in large weights
+    default     `ggml` as calmix has it
     diagonal    as both, with scales weighted by the sum of squares
-    even        as both, where an error counts as much in a small weight as in a large one
 
 Printed is KL(dense || quantised) in nats per token on four texts of the data folder that no source
 reads, with a 95 % interval over rows, and the processor's seconds. With `--blocks` nothing is run
@@ -54,7 +52,6 @@ from calmix.pruning.gram import Factor, Gram, relative_error
 from calmix.pruning.methods import Look
 from calmix.pruning.methods.ggml import Ggml
 from calmix.pruning.patterns import Blocks, Mixed, Recipe
-from calmix.pruning.solvers import ggml_scales
 from calmix.pruning.solvers.ggml_scales import fitting
 from calmix.pruning.solvers.ggml_types import TYPES
 from calmix.pruning.solvers.libggml import quantise
@@ -92,11 +89,8 @@ SOLVED = {
     "both": Ggml(damping=0.1, sweeps=0),
     "both-1": Ggml(damping=1, sweeps=0),
     "diagonal": Diagonal(damping=0.1, sweeps=0),
-    "even": Ggml(damping=0.1, sweeps=0),
     "sweep": Ggml(damping=0.1),
     "default": Ggml(),
-    "default-even": Ggml(),
-    "default-large": Ggml(),
 }
 WAYS = (*ROUNDED, *SOLVED)
 
@@ -142,19 +136,13 @@ def cells(result: dict[str, Any]) -> str:
     )
 
 
-COARSE = {"even": 0, "large": 256}  # levels up to which errors count more in large weights
-
-
 def apply(
     way: str, name: str, model: Any, ids: Tensor, squares: dict[str, Tensor], only: Sequence[str]
 ) -> None:
     """Quantise the matrices of a model's blocks, in place."""
     if way in SOLVED:
-        how: Any = "robust" if way.startswith("default") else "plain"
-        usual = ggml_scales.COARSE
-        ggml_scales.COARSE = COARSE.get(way.rpartition("-")[2], usual)
+        how: Any = "robust" if way == "default" else "plain"
         prune(model, ids, method=SOLVED[way], pattern=Blocks(name), statistics=how, only=only)
-        ggml_scales.COARSE = usual
         return
     for layer in find_blocks(model).select(only).layers:
         weight = layer.view()

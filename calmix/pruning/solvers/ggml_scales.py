@@ -2,8 +2,7 @@
 
 llama.cpp searches the scale (and minimum) of each group for the least squared error, weighted by
 the importance of each column (`make_qkx3_quants`, `make_qx_quants`). The same search runs here when
-`solve_columns` reaches a block, on the weights as corrected by then. In two bits an error also
-counts more in a large weight, as it does there in most types; in IQ4_NL this made KL larger.
+`solve_columns` reaches a block, on the weights as corrected by then.
 
 Arrays are transposed as in that loop: each column of all outputs is a contiguous row.
 """
@@ -37,7 +36,6 @@ ROUNDED_ROWS = 4096  # rounded plainly at a time
 # Types for rows that are not a multiple of 256. They are llama.cpp's, but for IQ4_NL in place of
 # Q4_0, of the same size.
 FALLBACKS = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
-COARSE = 4  # levels up to which large weights count more
 SWEEPS = 2  # over integers and steps, each chosen for the other
 
 
@@ -284,26 +282,15 @@ def _looked_up(table: Tensor, places: Tensor) -> Tensor:
     return table.index_select(0, places.flatten().int()).view(places.shape)
 
 
-def error_weights(kind: BlockType, values: Tensor, importance: Tensor) -> Tensor:
-    """Return the weight of each squared error: importance, (columns, 1), in types of few levels
-    times sqrt(w^2 + mean w^2), the mean over the block, (columns, outputs)."""
-    if (len(kind.codebook) or kind.high - kind.low + 1) > COARSE:
-        return importance[:, None]
-    squares = values.unflatten(0, (-1, kind.size)).square()
-    sizes = squares.add(squares.mean(1, keepdim=True)).sqrt_()
-    return sizes.view(values.shape).mul_(importance[:, None])
-
-
 def search(kind: BlockType, values: Tensor, importance: Tensor) -> Scales:
-    """Return the scales of blocks with about the least error, weighted by `error_weights`.
+    """Return the scales of blocks with about the least error.
 
     Args:
         values: (columns, outputs), the weights of whole blocks.
         importance: (columns,), weight of a squared error in each column.
     """
     nearest = Nearest(kind, values.device)
-    x = values.unflatten(0, (-1, kind.group))
-    w = error_weights(kind, values, importance).unflatten(0, (-1, kind.group))
+    x, w = values.unflatten(0, (-1, kind.group)), importance.view(-1, kind.group, 1)
     scale, minimum, weight = _affine(kind, x, w) if kind.minima else _signed(kind, nearest, x, w)
     if kind.scales is None:  # a block is one group
         ones = torch.ones_like(scale)
@@ -326,18 +313,18 @@ def _affine(kind: BlockType, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tens
 
     Args:
         x: (groups, group, outputs).
-        w: the same, or one output for all.
+        w: (groups, group, 1).
     """
     high, low = kind.high, x.amin(1).clamp_(max=0)
-    above, xw = x - low[:, None], x * w
+    above, xw, wt = x - low[:, None], x * w, w.transpose(1, 2)
     total, first, span = w.sum(1), xw.sum(1), above.amax(1)
     scale, minimum = span / high, -low
     best, weight = torch.full_like(scale, -torch.inf), torch.zeros_like(scale)
     for at in range(-SCALE_TRIES, SCALE_TRIES + 1):
         units = (high + APART * at) * inverse(span)
         level = torch.mul(above, units[:, None]).round_().clamp_(0, high)
-        one, cross = (w * level).sum(1), (xw * level).sum(1)
-        two = (w * level.square_()).sum(1)
+        one, cross = (wt @ level)[:, 0], (xw * level).sum(1)
+        two = (wt @ level.square_())[:, 0]
         determinant = total * two - one * one
         s = (total * cross - first * one) / determinant
         m = (two * first - one * cross) / determinant
@@ -353,14 +340,14 @@ def _signed(
     """Return the same with minima of zero: the largest weight gets the lowest level or beyond."""
     end, apart = (kind.codebook[0], 10 * APART) if kind.codebook else (kind.low, APART)
     largest = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
-    scale, xw = largest / end, x * w
+    scale, xw, wt = largest / end, x * w, w.transpose(1, 2)
     best, weight = torch.zeros_like(scale), torch.zeros_like(scale)
     tries = 0 if kind.high == 127 else SCALE_TRIES
     ends = [end + apart * at for at in range(-tries, tries + 1)]
     for one in [*ends, -end] if kind.codebook else ends:  # its ends are not alike
         units = one * inverse(largest)
         level = nearest.rounded(x * units[:, None])
-        cross, two = (xw * level).sum(1), (w * level.square()).sum(1)
+        cross, two = (xw * level).sum(1), (wt @ level.square())[:, 0]
         s = cross / two
         _keep(s * cross > best, (best, s * cross), (scale, s), (weight, two))
     return scale, torch.zeros_like(scale), weight
@@ -408,7 +395,8 @@ def _settle(kind: BlockType, nearest: Nearest, block: Scales, x: Tensor, w: Tens
         )
         one = Scales(block.step, block.least, scales, minima)
         scale, minimum = one.units()
-        error = _errors(kind, nearest, x, scale, minimum)[1].square_().mul_(w).sum(1)
+        error = _errors(kind, nearest, x, scale, minimum)[1].square_()
+        error = (w.transpose(1, 2) @ error)[:, 0]
         _keep(error < best, (best, error), (block.scales, scales), (block.minima, minima))
 
 
@@ -424,9 +412,9 @@ def _errors(
 def _refit(kind: BlockType, nearest: Nearest, block: Scales, x: Tensor, w: Tensor) -> None:
     """Replace the steps by those with the least error for the same levels and integers."""
     level = _errors(kind, nearest, x, *block.units())[0]
-    k, m, xw = block.scales, -block.minima, w * x
-    one, two, cross = (w * level).sum(1), (w * level.square()).sum(1), (xw * level).sum(1)
-    first, total = xw.sum(1), w.sum(1)
+    wt, k, m = w.transpose(1, 2), block.scales, -block.minima
+    one, two, cross = (wt @ level)[:, 0], (wt @ level.square())[:, 0], (w * x * level).sum(1)
+    first, total = (wt @ x)[:, 0], w.sum(1)
     sums = (k * k * two, k * m * one, m * m * total, k * cross, m * first)
     a, b, c, p, q = (_by_block(kind, one).sum(1) for one in sums)
     determinant = a * c - b * b
