@@ -16,7 +16,7 @@ from pathlib import Path
 from calmix.compression.card import read_card
 from calmix.compression.plan import target
 from calmix.files import size_text
-from calmix.report.words import p_value, with_span
+from calmix.words import p_value, with_span
 
 ROOT = Path(__file__).parents[1]
 IMAGES = ROOT / "docs" / "images"

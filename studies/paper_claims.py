@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from text_metrics import FEWEST_SETS, Correlation, correlate, information_of, rho
 
+from calmix import words
 from calmix.evaluation.measures import ALPHA, Array
 from calmix.options import RECOVERIES, Settings
-from calmix.report import words
 from calmix.study.analyse import Analysis, ConditionAnalysis, analyse
 from calmix.study.bootstrap import ROUNDING, Contrast, Interval, Joint, Testable, corrected
 from calmix.study.cells import TOTAL

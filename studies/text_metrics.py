@@ -32,13 +32,13 @@ import yaml
 from numpy.typing import NDArray
 from scipy.stats import rankdata
 
+from calmix import words
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.selfgen.ngrams import Ids, ngram_keys
 from calmix.evaluation.likelihood import perplexity_of_rows
 from calmix.evaluation.measures import ALPHA, Array
 from calmix.files import read_object
 from calmix.models.opening import open_model
-from calmix.report import words
 from calmix.study.bootstrap import ROUNDING, corrected
 from calmix.study.cells import Cells, shared, tables
 from calmix.study.results import Trial

@@ -116,7 +116,7 @@ def list_sources(
     dimension: str | None = option(None, "Only sources of this dimension, e.g. code."),
 ) -> None:
     """List the sources; files, folders and hub ids (owner/name) are sources too."""
-    from calmix.report import words
+    from calmix import words
 
     known = {**builtin_sources(), **own_sources(sources)}
     dimensions = {source.dimension for source in known.values()}

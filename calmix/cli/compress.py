@@ -67,6 +67,7 @@ def compress(
         read_prompts(options.prompts)
     check_apart(output, [options.model])
     check_foreign(output)
+    from calmix import words
     from calmix.compression.card import CARD_PAGE, read_card
     from calmix.compression.compress import begin, dry, make
     from calmix.compression.plan import (
@@ -78,7 +79,7 @@ def compress(
     from calmix.compression.recipe import with_recipe
     from calmix.compression.search import HELPS
     from calmix.deploy.speed import engine
-    from calmix.report import words
+    from calmix.evaluation.summary import against_itself
 
     if recipe is not None:
         options = with_recipe(options, recipe)
@@ -130,7 +131,7 @@ def compress(
         "behaviour": card.behaved.to_dict(),
     }
     print_json(result)
-    for text in (card.shortly, words.against_itself(card.behaved)):
+    for text in (card.shortly, against_itself(card.behaved)):
         if text:
             line(words.wrapped(text, rest="  "))
     for text in (card.split, *card.changed):
@@ -207,10 +208,10 @@ def check(
     No model is opened: it reads the scores that compress or evaluate --against wrote, and hashes
     the model that they are of.
     """
+    from calmix import words
     from calmix.compression.folder import BEHAVIOUR, COMPRESSED, PROMPTS, SCORES
     from calmix.compression.results import Results, read_compressed, recorded, result_in
     from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
-    from calmix.report import words
 
     if missing := [path for path in results if not path.exists()]:
         raise InputError(f"there is no file or folder {missing[0]}")

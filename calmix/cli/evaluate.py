@@ -118,7 +118,7 @@ def run(
     from calmix.calibration.distance_texts import parse_texts
     from calmix.evaluating import evaluate_against, named_or_scored
     from calmix.evaluation.comparison import scores_record
-    from calmix.report.answers import answers_page
+    from calmix.evaluation.summary import answers_page
 
     # All inputs are read and checked before anything is scored.
     large, own_texts = against and named_or_scored(against), parse_texts(text)
@@ -336,9 +336,10 @@ def compare(
             )
     if missing := next((path for path in map(user_path, scores) if not path.exists()), None):
         raise InputError(f"there is no file or folder {missing}")
+    from calmix import words
     from calmix.evaluation.comparison import Comparison, read_pairs
+    from calmix.evaluation.summary import against_itself, measuring, summary_lines
     from calmix.models.opening import size_of
-    from calmix.report import words
 
     for path in map(user_path, scores):
         name, files_of, model = _result(path)
@@ -359,16 +360,10 @@ def compare(
     print_json({one.name: one.to_dict() for one in comparisons})
     for one in comparisons:
         dense, small = one.pairs[-1]
-        does, command = one.behaviour, words.measuring(small.model, dense.model)
+        does, command = one.behaviour, measuring(small.model, dense.model)
         if does.answers is not None or one is comparisons[0]:
-            line(
-                words.wrapped(
-                    f"{one.name}: {words.summary_lines(does, None, command)[0]}", rest="  "
-                )
-            )
-    if ceiling := next(
-        filter(None, (words.against_itself(one.behaviour) for one in comparisons)), ""
-    ):
+            line(words.wrapped(f"{one.name}: {summary_lines(does, None, command)[0]}", rest="  "))
+    if ceiling := next(filter(None, (against_itself(one.behaviour) for one in comparisons)), ""):
         line(words.wrapped(ceiling))
     line("")
     _print_comparisons(comparisons)
@@ -378,8 +373,8 @@ def compare(
 
 def _print_choice(candidates: Sequence[Candidate], choice: Choice) -> None:
     """Print several models' answers, and which model to use."""
-    from calmix.report.answers import choice_text, model_rows
-    from calmix.report.words import wrapped
+    from calmix.evaluation.choosing import choice_text, model_rows
+    from calmix.words import wrapped
 
     dense, small = candidates[0].pair
     rows = model_rows(candidates, choice)
@@ -405,9 +400,10 @@ def _compare_models(
 ) -> None:
     """Score the first model and the others on a suite, and print which of them to use."""
     from calmix.evaluating import evaluate_against
+    from calmix.evaluation.choosing import choice_text, model_rows, short_names
     from calmix.evaluation.comparison import scores_record
+    from calmix.evaluation.summary import answers_page
     from calmix.models.opening import size_of
-    from calmix.report.answers import answers_page, choice_text, model_rows, short_names
 
     for path in filter(None, (output, page)):
         rows = [local_file(one.file).path for one in suite.tasks.values() if one.file]
@@ -490,16 +486,18 @@ def _result(path: Path) -> tuple[str, list[Path], Path | None]:
 def _print_comparisons(comparisons: Sequence[Comparison], *, alone: bool = False) -> None:
     """Print what models keep by ability, and their distance to the dense model; `alone` without
     what `evaluate` prints before."""
-    from calmix.report.words import comparison, distances
+    from calmix.evaluation.summary import comparison_row, distance_row
 
     by = comparisons[0].retention.measure
     if alone and by == PRIMARY:
         line(
-            ", ".join(f"{name}: {cell}" for name, cell in distances(comparisons[0]).items() if cell)
+            ", ".join(
+                f"{name}: {cell}" for name, cell in distance_row(comparisons[0]).items() if cell
+            )
         )
         line(BRACKETS)
         return
-    records = [comparison(one, by, alone) | distances(one) for one in comparisons]
+    records = [comparison_row(one, by, alone) | distance_row(one) for one in comparisons]
     labels = [
         label
         for label in dict.fromkeys(chain.from_iterable(records))
@@ -562,15 +560,8 @@ def _print(
 ) -> None:
     """Print scores and, with a dense model, what the model keeps of it."""
     from calmix.evaluation.comparison import Comparison
-    from calmix.report.words import (
-        ability_rows,
-        measuring,
-        number,
-        short,
-        summary_lines,
-        with_span,
-        wrapped,
-    )
+    from calmix.evaluation.summary import ability_rows, measuring, summary_lines
+    from calmix.words import number, short, with_span, wrapped
 
     title = f"suite {scores.suite['name']} version {scores.suite['version']}, {scores.dtype}"
     if dense is None:
@@ -642,10 +633,10 @@ def _print(
 
 def _print_answers(answers: Answers, scores: CapabilityScores) -> None:
     """Print what changed in the answers to a user's prompts."""
-    from calmix.report.answers import fault_rows, sentences
-    from calmix.report.words import wrapped
+    from calmix.evaluation.summary import answer_lines, fault_rows
+    from calmix.words import wrapped
 
-    for text in sentences(answers, scores.distance):
+    for text in answer_lines(answers, scores.distance):
         line(wrapped(text))
     line("")
     rows = _unmarked(fault_rows(answers))

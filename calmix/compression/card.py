@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from calmix import words
 from calmix.calibration.dataset import CalibrationSet, saved_set
 from calmix.compression.folder import BEHAVIOUR, PACK_FOLDER, PROMPTS
 from calmix.compression.plan import EFFORTS, CompressRequest, score_files, slices, target
@@ -25,17 +26,24 @@ from calmix.evaluation.behaviour import Behaviour, Pair, behaviour, likelihood
 from calmix.evaluation.retention import Retention, flips
 from calmix.evaluation.scores import load_pairs
 from calmix.evaluation.suites import load_suite, provenance
+from calmix.evaluation.summary import (
+    ability_rows,
+    answer_lines,
+    answers_page,
+    fault_rows,
+    measuring,
+    right_answers,
+    summary_lines,
+)
 from calmix.evaluation.tasks import all_items
 from calmix.files import size_text, user_path, write_json, write_text
 from calmix.manifest import GGUF, Input, lineage, read_record, read_sealed, record
 from calmix.models.hub import builtin_models
 from calmix.models.shards import weight_bytes
 from calmix.options import option_words
+from calmix.pages import Bar, Figure, render
 from calmix.progress import Progress
 from calmix.pruning.solvers.grids import SCALES_FOLDER
-from calmix.report import words
-from calmix.report.answers import answers_page, fault_rows, sentences
-from calmix.report.pages import Bar, Figure, render
 from calmix.sources.licences import NON_COMMERCIAL, use_of
 from calmix.sources.registry import builtin_sources
 
@@ -186,7 +194,7 @@ class Card:
     @cached_property
     def summary(self) -> list[str]:
         """The results in sentences, behaviour first."""
-        return words.summary_lines(self.behaved, self.kept, self.measure)
+        return summary_lines(self.behaved, self.kept, self.measure)
 
     @property
     def split(self) -> str:
@@ -214,7 +222,7 @@ class Card:
     def changed(self) -> list[str]:
         """What changed in the answers to the user's prompts, in sentences."""
         comparison, prompted = self._compared, self.prompted
-        return sentences(comparison, prompted[1].distance) if comparison and prompted else []
+        return answer_lines(comparison, prompted[1].distance) if comparison and prompted else []
 
     @property
     def faults(self) -> list[dict[str, Any]]:
@@ -226,7 +234,7 @@ class Card:
         """Right answers in one line."""
         if (all_ := self.behaved.answers) is None or not all_.dense:
             return "right answers: not measured" if all_ is None else self.summary[0]
-        return f"right answers: {words.right_answers(self.behaved)}"
+        return f"right answers: {right_answers(self.behaved)}"
 
     @property
     def sizes(self) -> str:
@@ -262,7 +270,7 @@ class Card:
             **request.how,
         }
         written = "-o", self.out / BEHAVIOUR, "--overwrite"
-        return words.measuring(self.model, request.model, *option_words(options), *written)
+        return measuring(self.model, request.model, *option_words(options), *written)
 
     @property
     def next(self) -> str:
@@ -348,7 +356,7 @@ class Card:
     @cached_property
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """The tables of generated answers, and of likelihood by dimension and by task."""
-        abilities = words.ability_rows(self.behaved)
+        abilities = ability_rows(self.behaved)
         if self.kept is None:
             return {"abilities": abilities, "dimensions": [], "tasks": []}
         dimensions = [

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+from calmix import words
 from calmix.evaluation.answers import Answers, compare_answers
-from calmix.evaluation.behaviour import Counted, Pair, columns, common_tasks, deficit, paired
+from calmix.evaluation.behaviour import (
+    Counted,
+    Pair,
+    columns,
+    common_tasks,
+    deficit,
+    paired,
+    proportion,
+    repeat_pairs,
+)
 from calmix.evaluation.retention import Estimate
 
 MARGIN = 0.05  # share of right answers by which a model may be worse
@@ -75,3 +87,89 @@ def choose_smallest(candidates: Sequence[Candidate], dense: str, margin: float) 
     sizes = {one.name: one.size for one in candidates if one.size is not None}
     near = [name for name in choice.near if name in sizes]
     return replace(choice, smallest=min(near, key=sizes.__getitem__, default=None))
+
+
+def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str, Any]]:
+    """Return the rows of the table of several models, the smallest first, and last the dense
+    model and its own repeat."""
+    rows = list[dict[str, Any]]()
+    timed = any(one.speed for one in candidates)  # servers are
+    pair = candidates[0].pair
+    dense = [Candidate("dense", (pair[0], pair[0]))]
+    repeated = [Candidate("dense, again", one) for one in repeat_pairs([pair])]
+    ordered = sorted(candidates, key=lambda one: one.size or math.inf)
+    for one in (*ordered, *dense, *repeated):
+        counts, changed, far = one.counted, one.answers, one.pair[1].distance
+        if one in dense:
+            good = words.with_span(proportion(counts.pruned, counts.asked))
+            best = {} if choice.best in choice.behind else {"#behind best": "0.0"}
+            rows.append({**dict.fromkeys(rows[0]), "model": one.name, "#good %": good, **best})
+            continue
+        rows.append(
+            {
+                "model": one.name,
+                "#MB": one.size and words.megabytes(one.size),
+                "#bits": one.bits and f"{one.bits:.2f}",
+                **({"#tokens/s": one.speed and f"{one.speed:.0f}"} if timed else {}),
+                "#good %": words.with_span(proportion(counts.pruned, counts.asked)),
+                "#lost": counts.lost,
+                "#gained": counts.gained,
+                "#p": words.p_value(counts.p),
+                "#behind best": "0.0"
+                if one.name == choice.best
+                else words.with_span(choice.behind.get(one.name)),
+                "#identical %": changed and words.with_span(changed.identical),
+                "#KL": far and words.number(far["total"]["kl_mean"]),
+            }
+        )
+    return rows
+
+
+def choice_text(candidates: Sequence[Candidate], choice: Choice) -> str:
+    """Return which model to use, and what that rests on."""
+    margin, best = f"{words.percent(choice.margin)} points", choice.best
+    sizes = {one.name: one.size for one in candidates if one.size is not None}
+    unknown = [one.name for one in candidates if one.name not in sizes]
+    if choice.smallest is None and choice.near:
+        text = (
+            f"Not worse than the best ({best}) by {margin} or more: {words.listed(choice.near)}. "
+        )
+        text += "Which is the smallest is not known."
+    elif choice.smallest is None:
+        nearest, apart = min(choice.behind.items(), key=lambda one: one[1].value or 0.0)
+        text = f"No model is shown to be within {margin} of the best ({best}). Nearest is "
+        text += f"{nearest}, {words.percent(apart.value)} behind, at most "
+        text += f"{words.percent(apart.high)}: use a larger one, or ask more prompts."
+    elif choice.smallest == best == min(sizes, key=lambda name: sizes[name]):
+        text = f"Use {best}: the best, and the smallest."
+    elif choice.smallest == best:
+        text = f"Use {best}: the best; no smaller one is shown to be within {margin} of it."
+        open_ = [
+            f"{name} ({words.with_span(apart)} behind)"
+            for name, apart in choice.behind.items()
+            if sizes.get(name, math.inf) < sizes[best] and (apart.low or 0.0) <= 0
+        ]
+        if open_:
+            text += f" Nor shown to be worse: {words.listed(open_)}; more prompts would tell."
+    else:
+        name = choice.smallest
+        text = f"Use {name}: the smallest that is not worse than the best ({best}) by {margin}"
+        text += f" or more; at most {words.percent(choice.behind[name].high)} behind."
+    if unknown:
+        text += f" Size unknown: {words.listed(unknown)}."
+    changed = candidates[0].answers
+    if changed is not None and changed.right is None:
+        text += " No prompt has an answer or a check, so this rests on faults alone."
+    return text
+
+
+def short_names(models: Sequence[str]) -> list[str]:
+    """Return names of models for columns: addresses of servers, and the shortest ends of paths that
+    tell them apart."""
+    for parts in range(1, max(map(len, models))):
+        names = [
+            one if "://" in one else "/".join(one.rstrip("/").split("/")[-parts:]) for one in models
+        ]
+        if len({*names}) == len(names):
+            return names
+    return [*models]

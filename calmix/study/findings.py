@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
+from calmix import words
 from calmix.evaluation.measures import ALPHA
-from calmix.report import words
 from calmix.study.analyse import Analysis, ConditionAnalysis
 from calmix.study.cells import TOTAL
 from calmix.study.declaration import Declaration, Declared, Key

@@ -8,16 +8,25 @@ from typing import Any
 
 import yaml
 
+from calmix import words
 from calmix.files import atomic_folder, write_json, write_text
 from calmix.options import Settings
-from calmix.report import words
-from calmix.report.pages import Bar, Figure, render
+from calmix.pages import Bar, Figure, render
 from calmix.study.analyse import Analysis, ConditionAnalysis
 from calmix.study.cells import TOTAL, WORST
 from calmix.study.findings import main_condition, summarise
 from calmix.study.results import StudyResults
 
 RANKED_ROWS = 8  # of a ranking in the summary
+STRATEGIES = {  # of making a calibration set; `--s-` before a key is a colour of the pages
+    "single": "single source",
+    "mix": "mix",
+    "self-cal": "Self-Cal",
+    "sgs": "SGS",
+    "igsp": "IGSP",
+    "self-written": "self-written",
+    "none": "no calibration",
+}
 
 
 def write_report(results: StudyResults, analysis: Analysis, folder: Path) -> None:
@@ -68,7 +77,7 @@ def ranking_figure(analysed: ConditionAnalysis) -> Figure:
             Bar(one.calibration, one.total, f"s-{one.strategy}", one.shrunken.value)
             for one in ranked
         ],
-        {name: f"s-{key}" for key, name in words.STRATEGIES.items() if key in strategies},
+        {name: f"s-{key}" for key, name in STRATEGIES.items() if key in strategies},
     )
 
 
@@ -78,7 +87,7 @@ def _tables(analysis: Analysis, analysed: ConditionAnalysis) -> dict[str, list[d
     ranking = [
         {
             "calibration set": one.calibration,
-            "made": w.STRATEGIES[one.strategy],
+            "made": STRATEGIES[one.strategy],
             "#seeds": one.total.draws,
             "#total %": w.with_span(one.total),
             "#accuracy %": w.percent(one.accuracy[TOTAL]),

@@ -10,6 +10,7 @@ import pytest
 from filelock import FileLock
 
 import calmix as api
+from calmix import words
 from calmix.calibration.request import parse_calibration
 from calmix.compression.card import read_card
 from calmix.compression.compress import Compressed
@@ -23,7 +24,6 @@ from calmix.evaluation.suites import choose, runnable
 from calmix.evaluation.tasks import load_items
 from calmix.files import write_json
 from calmix.manifest import sealed
-from calmix.report import words
 from calmix.sources.mixes import MIXES, parse_mix
 from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.compress.conftest import damage, interrupts, names

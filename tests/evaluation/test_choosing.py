@@ -6,8 +6,13 @@ from dataclasses import replace
 import pytest
 
 from calmix.evaluation.behaviour import deficit, paired
-from calmix.evaluation.choosing import Candidate, choose_smallest
-from calmix.report.answers import choice_text, model_rows, short_names
+from calmix.evaluation.choosing import (
+    Candidate,
+    choice_text,
+    choose_smallest,
+    model_rows,
+    short_names,
+)
 from tests.evaluation.helpers import scored
 from tests.evaluation.test_prompts import chats as chats
 from tests.evaluation.test_prompts import task, written

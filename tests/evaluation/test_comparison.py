@@ -5,10 +5,11 @@ from dataclasses import replace
 
 import pytest
 
+from calmix import words
 from calmix.evaluation.behaviour import behaviour
 from calmix.evaluation.comparison import Comparison
 from calmix.evaluation.scores import load_pair, load_scores, write_scores
-from calmix.report import words
+from calmix.evaluation.summary import ability_rows
 from tests.evaluation.helpers import bits, save_pair, scored, written
 
 RIGHT = [1] * 12 + [0] * 8
@@ -56,7 +57,7 @@ def test_figures_are_the_same_alone_and_compared(calmix, printed, tmp_path):
     wanted = words.with_span(after.retention(before, "right").of("code"))
     assert both["code"][0] == wanted == words.with_span(behaviour((before, after)).right.of("code"))
     assert wanted in calmix("evaluate", "rescore", one).ok().out
-    assert words.ability_rows(behaviour((before, after)))[0] == {
+    assert ability_rows(behaviour((before, after)))[0] == {
         "ability": "code",
         "#asked": 20,
         "#dense right": 12,
@@ -111,4 +112,4 @@ def test_ceiling_and_too_few_answers(printed, tmp_path):
     assert ended.out.count("The dense model against itself, in other batches: 91.7 [") == 1
     found = Comparison.of("a", [load_pair(files[0])])
     assert found.behaviour.right.total.value == found.behaviour.right.of("code").value
-    assert words.ability_rows(found.behaviour)[1]["#right %"] == words.TOO_FEW
+    assert ability_rows(found.behaviour)[1]["#right %"] == words.TOO_FEW

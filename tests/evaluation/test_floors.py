@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
+from calmix import words
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import Counted, behaviour, likelihood, proportion
 from calmix.evaluation.floors import (
@@ -21,7 +22,7 @@ from calmix.evaluation.floors import (
 )
 from calmix.evaluation.measures import parts
 from calmix.evaluation.retention import retention
-from calmix.report import words
+from calmix.evaluation.summary import summary_lines
 from tests.evaluation.helpers import accuracy, bits, scored, written
 
 
@@ -234,7 +235,7 @@ def test_answer_counts_and_worst_ability():
     ]
     assert found.right.total.value == pytest.approx(11 / 24)  # of two abilities with enough
     assert pruned.retention(dense, resamples=2000) == found.right
-    lines = words.summary_lines(found, likelihood(dense, pruned), "calmix x")
+    lines = summary_lines(found, likelihood(dense, pruned), "calmix x")
     first, kept, code, accurate = lines  # nothing here is scored by likelihood
     assert first == (
         f"Right answers: a loss is shown; {words.with_span(found.right.total)} % of the dense "
@@ -249,14 +250,14 @@ def test_answer_counts_and_worst_ability():
         "Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right (dense model: 100.0 %, chance: "
         "25.0 %); left out, because the dense model is at chance: coin."
     )
-    guesses = words.summary_lines(behaviour((scored(guessed), scored(guessed))), None, "x")
+    guesses = summary_lines(behaviour((scored(guessed), scored(guessed))), None, "x")
     assert guesses[1] == "Accuracy: the dense model is at chance (coin)."
     lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the unigram code
-    unlikely = words.summary_lines(found, likelihood(lost, lost), "x")
+    unlikely = summary_lines(found, likelihood(lost, lost), "x")
     assert unlikely[-1].startswith("Likelihood: the dense")
     silent = replace(found, answers=replace(found.answers, dense=0, kept=0))
-    assert words.summary_lines(silent, None, "")[0].startswith("The dense model gets none of 32")
-    formed = words.summary_lines(replace(found, form="worked examples"), None, "")[1]
+    assert summary_lines(silent, None, "")[0].startswith("The dense model gets none of 32")
+    formed = summary_lines(replace(found, form="worked examples"), None, "")[1]
     assert formed.endswith("Asked: 32 questions, all with worked examples.")
     with pytest.raises(InputError, match="in its chat template, the other with worked"):
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
@@ -282,9 +283,9 @@ def test_task_of_two_suites_counts_where_it_has_most_items():
     assert (alone.asked, alone.dense, alone.share) == (10, 8, proportion(6, 8))
     assert behaviour((few, few), (dense, pruned), (few, few)).answers == alone
     chosen = scored(accuracy([1.0] * 10, "quiz", "general"))
-    assert "were not measured" in words.summary_lines(behaviour((chosen, chosen)), None, "x")[0]
+    assert "were not measured" in summary_lines(behaviour((chosen, chosen)), None, "x")[0]
     none = scored(written("qa", "general", [0] * 10))
-    (said,) = words.summary_lines(behaviour((none, none)), None, "")
+    (said,) = summary_lines(behaviour((none, none)), None, "")
     assert said.startswith("The dense model gets none of 10 generated answers right")
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))
@@ -326,7 +327,7 @@ def test_dense_repeat():
     assert (found.choices, found.repeat) == (None, None)
     (line,) = [
         line
-        for line in words.summary_lines(behaviour((dense, pruned)), None, "")
+        for line in summary_lines(behaviour((dense, pruned)), None, "")
         if line.startswith("The dense model against itself, in other batches: 109.2 [")
     ]
     assert line.endswith("2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical.")

@@ -25,9 +25,9 @@ from calmix.evaluation.prompts import (
     valid_call,
 )
 from calmix.evaluation.suites import choose, prompt_suite
+from calmix.evaluation.summary import answer_lines, answers_page, fault_rows
 from calmix.evaluation.tasks import load_items
 from calmix.models.opening import open_model
-from calmix.report.answers import answers_page, fault_rows, sentences
 from tests.browser import needs_chromium, readable
 from tests.evaluation import helpers
 from tests.evaluation.helpers import save_pair, scored
@@ -253,7 +253,7 @@ def test_answers_are_compared_in_pairs():
     assert faults == {"text": (3, 0, 0), "end": (3, 1, 0), "json": (1, 1, 0)}
     assert found.again == {"text": 0.0, "end": 0.0}
     assert [row["fault"] for row in fault_rows(found)] == ["empty", "unfinished", "broken JSON"]
-    said = " ".join(sentences(found, small.distance))
+    said = " ".join(answer_lines(found, small.distance))
     assert "Identical answers: 1 of 3, 33.3 [" in said
     assert "(the dense model's own repeat: 66.7 %)" in said
     assert "KL on the dense model's answers: 0.500 nats per token [0.400, 0.600]" in said

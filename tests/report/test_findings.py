@@ -2,8 +2,8 @@
 
 import pytest
 
+from calmix import words
 from calmix.options import Settings
-from calmix.report import words
 from calmix.study.analyse import analyse
 from calmix.study.findings import summarise, which_is_best
 from calmix.study.page import pages

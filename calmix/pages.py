@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-from calmix.report import words
+from calmix import words
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def _values(bar: Bar) -> tuple[float | None, ...]:
 def render(name: str, **context: Any) -> str:
     """Return a filled-in template; in HTML everything is escaped."""
     templates = Environment(
-        loader=PackageLoader("calmix.report"),
+        loader=PackageLoader("calmix"),
         autoescape=select_autoescape(),
         undefined=StrictUndefined,
         trim_blocks=True,

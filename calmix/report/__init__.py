@@ -1,1 +1,0 @@
-"""Pages of studies and of compressed models: charts, tables and findings in plain words."""
