@@ -312,8 +312,8 @@ FOLDERS: dict[str, Check] = {
     "calibration set": _set,
 }
 # Kind and check of each folder, by the file that marks it.
-MARKED = {RESULTS[kind][0]: (kind, check) for kind, check in FOLDERS.items()}
-MARKED |= {
+MARKED = {
+    **{RESULTS[kind][0]: (kind, check) for kind, check in FOLDERS.items()},
     SEARCH: ("search for a size", _search),
     RECORD: ("unfinished work", _work),
 }

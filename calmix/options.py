@@ -386,7 +386,7 @@ class Compression(TextField, Target):
 METHOD = "sparsegpt"  # default of pruning
 BITS_METHOD = "ecq"  # default for bits without a sparsity
 COMPRESS_METHOD = "admm"  # ends in a refit of its own: docs/methods.md
-METHODS = "sparsegpt", "admm", "wanda", "ria", "magnitude", "gptq", "ecq", "ggml", "llama"
+BUILTIN_METHODS = "sparsegpt", "admm", "wanda", "ria", "magnitude", "gptq", "ecq", "ggml", "llama"
 NONE = "none"  # method of a request that only drops experts
 
 # Options of every pruning run, whose names no method's option may have.
@@ -455,7 +455,7 @@ def checked(model: type[Some], values: Mapping[str, Any]) -> Some:
 def check_method(text: str) -> None:
     """Refuse an unknown pruning method without importing any."""
     name = text.partition(",")[0].strip()
-    names = {*METHODS, *(one.name for one in entry_points(group="calmix.methods"))}
+    names = {*BUILTIN_METHODS, *(one.name for one in entry_points(group="calmix.methods"))}
     if name not in names and name != NONE:
         raise InputError(f"unknown method '{name}': {nearest(name, names)}")
 

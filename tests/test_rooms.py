@@ -59,6 +59,17 @@ def test_imports_follow_the_layers():
     assert not climbing
 
 
+def test_constants_have_one_name_and_one_meaning():
+    homes = {}
+    for path in (ROOT / "calmix").rglob("*.py"):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            targets = getattr(node, "targets", [getattr(node, "target", None)])
+            names = [one.id for one in targets if isinstance(one, ast.Name) and len(one.id) > 1]
+            for name in filter(str.isupper, names):
+                homes.setdefault(name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")
+    assert not {name: places for name, places in homes.items() if len(places) > 1}
+
+
 def test_architecture_page_names_files_that_exist():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rooms = ROOT / "calmix", ROOT / "tests"

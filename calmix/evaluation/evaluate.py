@@ -51,7 +51,7 @@ JUDGES: dict[str, Callable[[str, Any], bool]] = {
     "tool": same_call,
 }
 CHUNK = 128  # a user's prompts that are answered together, and that a kill may lose
-ANSWER_TOKENS = 128  # tokens of an answer on which the distance is measured
+DISTANCE_TOKENS = 128  # tokens of an answer on which the distance is measured
 THINKING = 1024  # tokens of an answer in which a model may think first
 CUE = "Answer:"  # replaces the question when answers are scored without it
 SCORER = 2  # raised when scores change, so that cached ones are not reused
@@ -265,7 +265,7 @@ def own_answers(
         known = {one.id: one for one in items[task.name]}
         for item, answer in zip(task.items, task.answers, strict=True):
             before = as_prompt(opened, known[item]).ids
-            ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:ANSWER_TOKENS]
+            ids = opened.tokenizer(answer, add_special_tokens=False)["input_ids"][:DISTANCE_TOKENS]
             if ids and before and len(before) + len(ids) <= (opened.context or math.inf):
                 texts[item], last[item] = torch.tensor([[*before, *ids]]), len(ids)
     return texts, last

@@ -26,8 +26,8 @@ from calmix.models.loading import check_length, to_continue
 from calmix.models.opening import OpenModel
 from calmix.precision import dtype_name
 
-HEAD_TOKENS = 512
-HEAD_TOKENS = 8  # tokens on which a head is compared with its model's forward pass
+HEAD_TOKENS = 512  # whose logits are in memory at once
+PROBE_TOKENS = 8  # tokens on which a head is compared with its model's forward pass
 AHEAD = 0.05  # of the logits' norm: later tokens change more in any known non-causal model
 
 Progress = Callable[[int, int], None]  # takes the number done and the total
@@ -84,11 +84,11 @@ def width(model: Any) -> int:
 def _output(model: Any, decoder: Any) -> Any:
     """Return a sample output of the decoder; a ModelError if logits depend on anything else."""
     size, device = model.get_input_embeddings().weight.shape[0], next(model.parameters()).device
-    ids = (torch.arange(HEAD_TOKENS, device=device) * 31 % size)[None]
+    ids = (torch.arange(PROBE_TOKENS, device=device) * 31 % size)[None]
     name = type(model).__name__
     try:
         wanted = model(input_ids=ids, use_cache=False).logits
-        few = model(input_ids=ids[:, : HEAD_TOKENS // 2], use_cache=False).logits
+        few = model(input_ids=ids[:, : PROBE_TOKENS // 2], use_cache=False).logits
         output = decoder(input_ids=ids, use_cache=False)
         logits = _own_logits(model, decoder, output, output[0])
     except Exception as error:  # models fail in their own ways

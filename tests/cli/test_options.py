@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from calmix.cli.root import VERBS
 from calmix.models.blocks import find_blocks, outer_layers
-from calmix.options import METHODS
+from calmix.options import BUILTIN_METHODS
 from calmix.pruning.methods import methods
 from calmix.pruning.solvers.ggml_types import TYPES
 from calmix.pruning.type_recipes import recipe_types
@@ -113,7 +113,7 @@ def test_unknown_names_are_refused_before_pytorch_is_imported():
         ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         assert (ended.returncode, ended.stdout) == (2, "False\n"), ended
         assert ended.stderr.startswith(f"error: unknown {name} 'nosuch'"), ended
-    assert set(METHODS) == {
+    assert set(BUILTIN_METHODS) == {
         name for name, kind in methods().items() if kind.__module__.startswith("calmix.")
     }
 
