@@ -16,7 +16,7 @@ FOOTER = (
     "the abilities of the mean; p: McNemar's exact test. Kept: of the dense model's right answers, "
     "the share that is still right. Brackets: 95 % intervals over items."
 )
-LIKELIHOOD = "Likelihood kept: 100 % = dense model, 0 = no task knowledge."
+LIKELIHOOD_NOTE = "Likelihood kept: 100 % = dense model, 0 = no task knowledge."
 TOO_FEW = "too few to tell"  # an ability in which the dense model gets few answers right
 MINUS = "\N{MINUS SIGN}"
 WIDTH = 80  # columns of a terminal

@@ -64,6 +64,7 @@ def test_constants_have_one_name_and_one_meaning():
     for path in (ROOT / "calmix").rglob("*.py"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             targets = getattr(node, "targets", [getattr(node, "target", None)])
+            targets = [part for one in targets for part in getattr(one, "elts", [one])]
             names = [one.id for one in targets if isinstance(one, ast.Name) and len(one.id) > 1]
             for name in filter(str.isupper, names):
                 homes.setdefault(name, []).append(f"{path.relative_to(ROOT)}:{node.lineno}")

@@ -23,7 +23,7 @@ from calmix.progress import Progress, duration
 from calmix.pruning.type_recipes import recipe_name
 
 KERNEL_NOTE = "kernels: for other levels than 4 and 8 bits vLLM needs a GPU"
-SPEED = (
+SPEED_NOTE = (
     "speed: at the end the dense model and the file are timed, which needs the memory of the dense "
     "model in transformers once more"
 )
@@ -101,7 +101,7 @@ def compress(
             wide_embeddings(request),
             KERNEL_NOTE if product == "vllm" and request.bits not in (None, 4, 8) else "",
             restricted_sources(request),
-            SPEED if product == "gguf" and engine() else "",
+            SPEED_NOTE if product == "gguf" and engine() else "",
         ):
             if text:
                 line(words.wrapped(text))

@@ -49,7 +49,7 @@ from calmix.sources.registry import builtin_sources
 
 SHOWN_CHANGES = 12  # lost and gained answers that the card shows
 WEIGHTS = ".safetensors"
-CARD_PAGE, ANSWERS_PAGE, README, MODELFILE, SPEED = (
+CARD_PAGE, ANSWERS_PAGE, README, MODELFILE, SPEED_FILE = (
     "card.html",
     "prompts.html",
     "README.md",
@@ -551,7 +551,7 @@ def write_card(out: Path, bar: Progress, page: Path | None = None) -> Card:
                 bar.note(f"speed was not measured: {error}")
             else:
                 model = Input(str(card.model), card.file["opened"])
-                write_json(out / SPEED, record("speed", inputs={"model": model}, **speeds))
+                write_json(out / SPEED_FILE, record("speed", inputs={"model": model}, **speeds))
                 card = replace(card, speeds=speeds)
     write_text(out / RECIPE, card.recipe)
     if card.prompted is not None:
@@ -570,7 +570,7 @@ def _bytes(model: Path, written: Mapping[str, Any]) -> int:
 
 def _speeds(out: Path, written: Mapping[str, Any]) -> dict[str, Any]:
     """Return the measured speed of a GGUF file; {} if it was not measured, or of another file."""
-    value = read_sealed(out / SPEED, "") if (out / SPEED).exists() else {}
+    value = read_sealed(out / SPEED_FILE, "") if (out / SPEED_FILE).exists() else {}
     return value if value and value["model"]["sha256"] == written.get("opened") else {}
 
 

@@ -16,7 +16,7 @@ from calmix.compression.estimate import StageCost, check_room, estimate
 from calmix.compression.folder import begun, check_foreign
 from calmix.compression.plan import check_request, wide_embeddings
 from calmix.compression.recipe import with_recipe
-from calmix.compression.run_stages import Run, Say, run_stages, stages
+from calmix.compression.run_stages import RunStage, SayStage, run_stages, stages
 from calmix.compression.search import Search
 from calmix.compression.stages import Draw, Prune, Stage
 from calmix.errors import NotKeptError
@@ -166,7 +166,7 @@ def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Search
 
 
 @contextmanager
-def _staged(most: int, shown: bool, warning: str = "") -> Iterator[tuple[Run, Say]]:
+def _staged(most: int, shown: bool, warning: str = "") -> Iterator[tuple[RunStage, SayStage]]:
     """Yield functions that run a stage and announce it, quantisation with a warning; there are at
     most `most`."""
 

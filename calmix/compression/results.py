@@ -14,6 +14,7 @@ from calmix.evaluation.scores import CapabilityScores
 from calmix.files import cached_sha256, user_path
 from calmix.manifest import (
     GGUF,
+    MANIFEST,
     Input,
     changed,
     check_inputs,
@@ -22,7 +23,6 @@ from calmix.manifest import (
     read_sealed,
     record_file,
 )
-from calmix.manifest import MANIFEST as CHECKPOINT
 from calmix.models.folder import combined, model_files
 from calmix.models.opening import resolve_model
 
@@ -88,7 +88,7 @@ class Results:
             if one.sha256 or Path(one.name).exists()
         }
         check_inputs(path, read_record(path), inputs, result.request, remedy)
-        if path.suffix == GGUF or (path / CHECKPOINT).exists():
+        if path.suffix == GGUF or (path / MANIFEST).exists():
             self.hashes(path)
 
     def check_all(self, results: Iterable[StageResult]) -> None:
@@ -117,7 +117,7 @@ class Results:
             return str(read_record(path)["opened"])
         if path.suffix == GGUF:
             self._hashed(path)  # by which its dequantised copy is found
-        record = read_record(path) if (path / CHECKPOINT).exists() else None
+        record = read_record(path) if (path / MANIFEST).exists() else None
         if record is not None and "opened" in record:
             self.hashes(path)
             return str(record["opened"])

@@ -39,8 +39,8 @@ from calmix.models.opening import forget, resolve_model
 from calmix.models.shards import weight_bytes
 from calmix.options import COMPRESS_METHOD
 
-Run = Callable[[Stage], None]
-Say = Callable[[Stage, bool], None]  # receives a stage, and whether its result existed
+RunStage = Callable[[Stage], None]
+SayStage = Callable[[Stage, bool], None]  # receives a stage, and whether its result existed
 
 
 def stages(request: CompressRequest, out: Path, existing: str | None = None) -> list[Stage]:
@@ -112,7 +112,9 @@ def scoring(
     return Stage(names.get(file, "evaluate behaviour"), score, leaves)
 
 
-def run_stages(request: CompressRequest, out: Path, run: Run, say: Say) -> dict[str, float]:
+def run_stages(
+    request: CompressRequest, out: Path, run: RunStage, say: SayStage
+) -> dict[str, float]:
     """Run the missing stages of OUT and return their seconds."""
     with alone(out, wait=False):
         listed, seconds = stages(request, out), dict[str, float]()
@@ -155,7 +157,9 @@ def _check_size(request: CompressRequest, path: Path) -> None:
         )
 
 
-def do(listed: Iterable[Stage], out: Path, run: Run, say: Say) -> Iterator[tuple[Stage, float]]:
+def do(
+    listed: Iterable[Stage], out: Path, run: RunStage, say: SayStage
+) -> Iterator[tuple[Stage, float]]:
     """Run the stages without a result and yield each with its seconds; before that, refuse a result
     that was not made by its stage from what lies there."""
     results, listed, ran = Results(), list(listed), False

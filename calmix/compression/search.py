@@ -195,7 +195,9 @@ class Search:
             ]
         return listed
 
-    def run(self, run: run_stages.Run, say: run_stages.Say, within: float = math.inf) -> None:
+    def run(
+        self, run: run_stages.RunStage, say: run_stages.SayStage, within: float = math.inf
+    ) -> None:
         """Build and test candidates until none is left between the smallest that passes and one
         that fails; move the smallest that passes to OUT/model, with its scores beside it.
 

@@ -80,7 +80,7 @@ ZSTANDARD_MAGIC = b"\x28\xb5\x2f\xfd"  # the first bytes of a zstandard frame
 CODES = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6, chain_log=6)
 
 Words = NDArray[Any]
-Parts = Mapping[str, Sequence[bytes]]  # of a tensor, by kind, one part per chunk
+StreamParts = Mapping[str, Sequence[bytes]]  # of a tensor, by kind, one part per chunk
 Progress = Callable[[int, int], None]
 T = TypeVar("T")
 
@@ -393,7 +393,7 @@ def _in_order(places: Mapping[str, Place]) -> list[tuple[str, Place]]:
 
 def _encoded(
     place: Place, grid: Grid | None, pool: ThreadPoolExecutor
-) -> tuple[dict[str, Any], Parts]:
+) -> tuple[dict[str, Any], StreamParts]:
     """Return a tensor's entry in the manifest, and its parts."""
     raw = np.fromfile(place.path, f"u{place.dtype.itemsize}", place.count, offset=place.start)
     if grid is not None and (levels := _encoded_levels(raw, place, grid, pool)) is not None:
@@ -406,7 +406,7 @@ def _encoded(
 
 def _encoded_levels(
     raw: Words, place: Place, grid: Grid, pool: ThreadPoolExecutor
-) -> tuple[dict[str, Any], Parts] | None:
+) -> tuple[dict[str, Any], StreamParts] | None:
     """Return a tensor as the levels of its grid, and the bits in which it differs from their
     values; None if too many weights do."""
 

@@ -40,7 +40,7 @@ LANGUAGES = {  # common words that identify a language
     "pt": "o os as um uma é de do da dos que em com por para no na ao se não são está céu",
 }
 FENCE = "```"
-LONGEST = 200  # words of a sentence that may name an answer
+SENTENCE_WORDS = 200  # words of a sentence that may name an answer
 FORMULA_LENGTH = 1000  # characters; longer ones are compared as they are
 CODE_BLOCK = re.compile(r"```[^\S\n]*[a-zA-Z0-9+]*\s*\n(.*?)(?:```|`{0,2}\Z)", re.DOTALL)
 ANSWER_IS = re.compile(
@@ -78,7 +78,7 @@ SIGNS = (
 PUNCTUATION = re.compile(rf"({SIGNS})|[{re.escape(string.punctuation)}]")
 # Beside a right phrase: words that may stand there, words that introduce it, and words that deny it
 # or make it one of several guesses.
-PLAIN, NAMING, DOUBT = (
+FILLERS, NAMING, DOUBT = (
     {*words.split()}
     for words in (
         "a an the this that these it its his her their of in on at by from with "
@@ -166,8 +166,8 @@ def named(sentence: str, phrase: str, terms: Sequence[str]) -> bool:
     sentence ("not", "or"), a list before the phrase, "to" and "number of" rule it out.
     """
     sentence = re.sub(r"\([^()]*\)", " ", sentence)
-    words, wanted, free = short_text(sentence).split(), phrase.split(), {*terms} | PLAIN
-    if len(words) > LONGEST:
+    words, wanted, free = short_text(sentence).split(), phrase.split(), {*terms} | FILLERS
+    if len(words) > SENTENCE_WORDS:
         return False
     parts = (len(short_text(part).split()) for part in re.split(r"[,;](?!\d)", sentence))
     commas = {*accumulate(parts)}

@@ -46,7 +46,6 @@ CHECK_KINDS = {  # how an answer is compared: the check of an `Ask`
     "tool": "tool",
 }
 MORE = "answer", "check", "tools", "max_tokens", "thinking"  # other fields of a row
-PLAIN = "{prompt}"  # an example in errors
 # Properties of an answer, and what an answer without one is called.
 FAULTS = {
     "text": "empty",
@@ -60,8 +59,10 @@ FAULTS = {
     "right": "wrong",
 }
 THOUGHT = "</think>"
-REPEATED, PERIOD = 120, 120  # characters of a loop, and of its period at most
-PYTHON = re.compile(r"```[^\S\n]*(?:python|py)[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+LOOP_CHARACTERS, LONGEST_PERIOD = 120, 120  # characters of a loop, and of its period at most
+PYTHON_BLOCK = re.compile(
+    r"```[^\S\n]*(?:python|py)[^\S\n]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE
+)
 CODE_SPAN = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 CALL = re.compile(r"<tool_call>(.*?)(?:</tool_call>|\Z)|\[TOOL_CALLS\](.*)", re.DOTALL)
 SCRIPTS = {  # ranges of letters that identify a language, or a group of them
@@ -326,8 +327,8 @@ def properties(prompt: Ask, answer: str, ended: bool, dense: str | None = None) 
         traits["language"] = language(text) in ("", spoken)
     if re.search(r"\bjson\b", question, re.IGNORECASE) or is_json(known):
         traits["json"] = is_json(text)
-    blocks = PYTHON.findall(text)
-    if blocks or PYTHON.search(known):
+    blocks = PYTHON_BLOCK.findall(text)
+    if blocks or PYTHON_BLOCK.search(known):
         traits["code"] = bool(blocks) and all(syntax(one) is not None for one in blocks)
     calls = tool_calls(text) if prompt.tools else []
     if calls or (prompt.tools and tool_calls(known)):
@@ -340,7 +341,7 @@ def body(answer: str) -> str:
     return answer.rpartition(THOUGHT)[2]
 
 
-def loops(row: Sequence[Any], size: int = REPEATED, most: int = PERIOD) -> bool:
+def loops(row: Sequence[Any], size: int = LOOP_CHARACTERS, most: int = LONGEST_PERIOD) -> bool:
     """Whether a text or row ends in a part of at most `most` characters that is repeated four times
     or more, over at least `size` characters."""
     for period in range(1, most + 1):

@@ -27,8 +27,8 @@ from pathlib import Path
 from calmix.errors import InputError
 from calmix.evaluation import judge
 
-READ_FILE, LIST = 4, 8  # access rights of Landlock
-LIBRARY, PYTHON = Path(os.__file__).parent.resolve(), Path(sys.executable).resolve()
+READ_FILE, LIST_FOLDER = 4, 8  # access rights of Landlock
+LIBRARY, INTERPRETER = Path(os.__file__).parent.resolve(), Path(sys.executable).resolve()
 PACKAGES = "*-packages"  # installed ones, beside the standard library
 LIBRARY_FOLDERS = [Path(path) for path in ("/lib", "/lib64", "/usr/lib", "/usr/lib64")]
 OTHERS = "/etc/ld.so.cache /usr/share/zoneinfo /System " + " ".join(
@@ -58,7 +58,7 @@ def failure(
     """
     prefix, ruleset, profile = _confinement()
     text = program.encode("utf-8", "surrogatepass")
-    command = [*prefix, str(PYTHON), "-B", "-s", "-S", "-P", judge.__file__]
+    command = [*prefix, str(INTERPRETER), "-B", "-s", "-S", "-P", judge.__file__]
     command += [str(seconds), str(len(text)), str(ruleset), profile]
     with tempfile.TemporaryFile(prefix="calmix-run-") as source:
         source.write(text + pickle.dumps((head, tests, [*names])))
@@ -119,7 +119,7 @@ def _confinement() -> tuple[list[str], int, str]:
             "Landlock is missing (it needs Linux 5.13 or later, and some containers block it): "
             "install bubblewrap"
         )
-    whole = [PYTHON, judge.__file__, *LIBRARY_FOLDERS, LIBRARY]
+    whole = [INTERPRETER, judge.__file__, *LIBRARY_FOLDERS, LIBRARY]
     whole += [path for path in paths if not {*path.parents} & {*LIBRARY_FOLDERS, LIBRARY}]
     binds = [("--ro-bind-try", str(path), str(path)) for path in whole]
     folders = [
@@ -142,13 +142,13 @@ def _confinement() -> tuple[list[str], int, str]:
 def _readable() -> dict[Path, int]:
     """Return the paths that a program may read, with Landlock's rights: the standard library
     without installed packages, and shared libraries."""
-    own, everything = Path(sys.base_prefix, "lib").resolve(), READ_FILE | LIST
+    own, everything = Path(sys.base_prefix, "lib").resolve(), READ_FILE | LIST_FOLDER
     inside = [path for folder in LIBRARY_FOLDERS if folder.is_dir() for path in folder.iterdir()]
     paths = [path for path in inside if not path.name.startswith("python")]
     paths += [path for path in LIBRARY.iterdir() if not path.match(PACKAGES)]
     paths += [*own.glob("*.so*"), *own.glob("*.dylib"), *map(Path, OTHERS.split())]
     rights = {path: everything if path.is_dir() else READ_FILE for path in paths if path.exists()}
-    return rights | {LIBRARY: LIST}
+    return rights | {LIBRARY: LIST_FOLDER}
 
 
 def _landlock(paths: dict[Path, int]) -> int:

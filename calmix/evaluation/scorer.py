@@ -74,7 +74,9 @@ class PackedRow:
 
 # Token ids of a sequence, the first position that is scored (at least 1), and its owner's number.
 Scored = tuple[list[int], int, int]
-Run = tuple[list[int], list[PackedRow]]  # a prefix, possibly empty, and the rows that follow it
+PackedRun = tuple[
+    list[int], list[PackedRow]
+]  # a prefix, possibly empty, and the rows that follow it
 
 
 class Scorer:
@@ -278,7 +280,7 @@ def batches(
         left = left[count:]
 
 
-def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
+def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[PackedRun]:
     """Pack sequences into runs of rows; each token to score occurs exactly once per sequence.
 
     A row exceeds `row_tokens` only if a single sequence does. The plan depends on the sequences,
@@ -316,7 +318,7 @@ def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[Run]:
             loose += range(low, high)  # a row or less: trees already share all tokens
         else:
             groups += [(range(a, b), most) for a, b, most in split(low, high, prefix)]
-    runs = list[Run]()
+    runs = list[PackedRun]()
     for members, most in groups + [(loose, 0)] * bool(loose):
         starts = [0, *(shared[b] - most if b == a + 1 else 0 for a, b in pairwise(members))]
         rows = trees([ordered[at] for at in members], starts, most, row_tokens)

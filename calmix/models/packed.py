@@ -33,8 +33,8 @@ QUANTIZATION_CONFIG, PACKED_METHOD, PACKED_FORMAT = (
 PACKED, SCALE, SHAPE, ZERO = (f"weight_{end}" for end in ("packed", "scale", "shape", "zero_point"))
 GROUP_INDEX = "weight_g_idx"  # the group of each input, if they are not in order
 # The same in GPTQ and AWQ.
-INTEGERS, SCALES, ZEROS, INDEX = "qweight", "scales", "qzeros", "g_idx"
-OF_A_MATRIX = PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX, INTEGERS, SCALES, ZEROS, INDEX
+INTEGERS, SCALES, ZEROS, GPTQ_INDEX = "qweight", "scales", "qzeros", "g_idx"
+OF_A_MATRIX = PACKED, SCALE, SHAPE, ZERO, GROUP_INDEX, INTEGERS, SCALES, ZEROS, GPTQ_INDEX
 AWQ_PLACES = 0, 4, 1, 5, 2, 6, 3, 7  # of eight outputs in a word
 
 
@@ -143,8 +143,8 @@ def _turned_weight(layer: str, stored: Mapping[str, Place], settings: Mapping[st
         if settings.get("checkpoint_format") != "gptq_v2":
             zero = (zero + 1) & (2**bits - 1)
     index = torch.arange(columns) // -(-columns // groups)
-    if layer + INDEX in stored:
-        index = read_tensor(stored[layer + INDEX]).long()
+    if layer + GPTQ_INDEX in stored:
+        index = read_tensor(stored[layer + GPTQ_INDEX]).long()
     if len(levels) != rows or not 0 <= index.min() <= index.max() < groups or len(index) != columns:
         raise ValueError(f"{tuple(words.shape)} words for {groups} groups of {rows} outputs")
     zero = zero.T.to(scale.dtype)[:, index]

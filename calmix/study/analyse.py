@@ -11,16 +11,17 @@ from calmix.evaluation.retention import retention
 from calmix.options import Measure, Settings
 from calmix.study.bootstrap import Joint, corrected, joints
 from calmix.study.cells import Cells, Condition, dimensions_of, left_out, measure_of
-from calmix.study.declaration import Declared, Key
+from calmix.study.declaration import Declared
 from calmix.study.differences import Difference, Gain, compare, gains
 from calmix.study.hypotheses import TestedComparison, judge
 from calmix.study.ranking import Ranked, leaders, rank
 from calmix.study.results import StudyResults
+from calmix.study.trials import Key
 
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-FOUND = ("ranking", "differences")
+PER_CONDITION = ("ranking", "differences")
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ class Analysis:
                     "best": [one.calibration for one in leaders(analysed.ranking)],
                     "tasks": [asdict(task) for task in analysed.cells.tasks],
                 }
-                | {name: [asdict(one) for one in getattr(analysed, name)] for name in FOUND}
+                | {name: [asdict(one) for one in getattr(analysed, name)] for name in PER_CONDITION}
                 for analysed in self.conditions
             ],
             "gains": [asdict(one) for one in self.gains],
@@ -141,7 +142,7 @@ class Analysis:
                 ]
         each = {
             name: [one for condition in data["conditions"] for one in condition[name]]
-            for name in FOUND
+            for name in PER_CONDITION
         }
         rows_of = {
             "comparisons": data["comparisons"],

@@ -29,21 +29,21 @@ from calmix.pruning.allocation import allocate
 from calmix.pruning.checkpoint import write_checkpoint
 from calmix.pruning.engine import Patterns, prune
 from calmix.pruning.report import PruneReport
+from calmix.pruning.work import CHECKPOINT
 from calmix.recovery.checkpoint import recover
 from calmix.study.results import Trial
 from calmix.study.spec import Study
-from calmix.study.store import RESULT, SCORES, Store
+from calmix.study.store import RESULT, TRIAL_SCORES, Store
 from calmix.study.trials import Key, Planned
 
 PRUNING, RECOVERY = "pruning.json", "recovery.json"
-CHECKPOINT = "checkpoint"
 TRIAL_FIELDS = ("id", "model", "calibration", "strategy", "pattern", "rows", "length", "seed")
 TASK_FIELDS = {
     "name": "task",
     "kept": "retention",
 }  # fields renamed in a trial's record of its tasks
 
-Stage = Callable[[str, int, int], None]  # name of the step, amount done, total amount
+Tick = Callable[[str, int, int], None]  # name of the step, amount done, total amount
 
 
 class Bench:
@@ -57,7 +57,7 @@ class Bench:
         # Key and report of the last pruning of the open model; None while its weights are dense.
         self._pruned: tuple[Key, PruneReport | Any] | None = None
 
-    def ready(self, label: str, stage: Stage) -> None:
+    def ready(self, label: str, stage: Tick) -> None:
         """Open and score the dense model of a label, unless it is ready."""
         if self._label == label:
             return
@@ -96,7 +96,7 @@ class Bench:
         entry = self.study.file.models[label]
         return open_model(entry.name, dtype=entry.dtype, **self.how)
 
-    def run(self, trial: Planned, stage: Stage, note: Callable[[str], None]) -> Trial:
+    def run(self, trial: Planned, stage: Tick, note: Callable[[str], None]) -> Trial:
         """Run one trial of the model made `ready`, write it to the store and return it."""
         seconds = dict[str, float]()
         began = at = time.perf_counter()
@@ -180,7 +180,7 @@ class Bench:
                 "dtype": scores.dtype,
                 "device": self.opened.model.device.type,
             }
-            scores.save(folder / SCORES)
+            scores.save(folder / TRIAL_SCORES)
             record = {"trial": outcome.model_dump(mode="json"), "run": run, "dense": self._key}
             write_json(folder / RESULT, record)
         return outcome
@@ -216,7 +216,7 @@ class Bench:
         return report
 
     def _calibration(
-        self, trial: Planned, stage: Stage, note: Callable[[str], None]
+        self, trial: Planned, stage: Tick, note: Callable[[str], None]
     ) -> CalibrationSet | None:
         """Return a trial's calibration set, from the store or made with the dense model."""
         if trial.calibration_id is None:

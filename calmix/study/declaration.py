@@ -18,10 +18,8 @@ from calmix.files import sha256_json
 from calmix.manifest import differences
 from calmix.options import Measure
 from calmix.study.spec import ASPECTS, WITHOUT, Amends, DeclaredComparison, Study
-from calmix.study.trials import Planned
+from calmix.study.trials import Key, Planned
 from calmix.yaml_files import locate, parse_yaml
-
-Key = tuple[Any, ...]  # of a trial (`Planned.key`)
 
 
 class Pair(BaseModel, frozen=True):

@@ -21,7 +21,7 @@ from calmix.study.ranking import lowest_of, shrink
 
 SINGLES = "mean of the single sources"
 BEST = "best single source, "
-Key = TypeVar("Key")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def every(joint: Joint, sets: Sequence[int], *, picked: bool = False) -> dict[st
     return {TOTAL: means[0], WORST: worst, **dict(zip(names[1:], means[1:], strict=True))}
 
 
-def between(left: Mapping[Key, Contrast], right: Mapping[Key, Contrast]) -> dict[Key, Contrast]:
+def between(left: Mapping[T, Contrast], right: Mapping[T, Contrast]) -> dict[T, Contrast]:
     """Return left - right for everything that has a value on both sides."""
     gaps = {key: mean - right[key] for key, mean in left.items() if key in right}
     return {key: gap for key, gap in gaps.items() if not math.isnan(gap.value)}

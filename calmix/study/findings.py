@@ -14,10 +14,11 @@ from calmix import words
 from calmix.evaluation.measures import ALPHA
 from calmix.study.analyse import Analysis, ConditionAnalysis
 from calmix.study.cells import TOTAL
-from calmix.study.declaration import Declaration, Declared, Key
+from calmix.study.declaration import Declaration, Declared
 from calmix.study.differences import Gain
 from calmix.study.hypotheses import TestedComparison
 from calmix.study.ranking import Ranked, leaders
+from calmix.study.trials import Key
 
 SEEDS = {
     "own": "items and seeds",

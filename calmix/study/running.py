@@ -51,11 +51,11 @@ from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
 OBJECT_STORE = 2**27  # bytes of Ray's object store; large data is passed in files
 
 Note = Callable[[str], None]
-Stage = Callable[[Planned, str, int, int], None]  # trial, name of the step, amount done, total
+TrialTick = Callable[[Planned, str, int, int], None]  # trial, name of the step, amount done, total
 # `finished` with the trial, `failed` with the error, or `elsewhere` with the process that runs it.
 Ended = tuple[str, Any]
 Ends = Iterator[tuple[Planned, Ended]]
-Execute = Callable[[Bench, Sequence[Planned], Stage, Note], Ends]
+Execute = Callable[[Bench, Sequence[Planned], TrialTick, Note], Ends]
 
 
 def ignored(*_: Any, **__: Any) -> None:
@@ -162,7 +162,7 @@ def chosen_trials(
     return chosen
 
 
-def run_locally(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note) -> Ends:
+def run_locally(bench: Bench, todo: Sequence[Planned], stage: TrialTick, note: Note) -> Ends:
     """Run trials one after another in this process, except those that another process runs."""
     check_memory(bench.study, todo, **bench.how)
     left, began = [], time.time()
@@ -175,7 +175,12 @@ def run_locally(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note)
 
 
 def run_one(
-    bench: Bench, trial: Planned, stage: Stage, note: Note, began: float = math.inf, wait: float = 0
+    bench: Bench,
+    trial: Planned,
+    stage: TrialTick,
+    note: Note,
+    began: float = math.inf,
+    wait: float = 0,
 ) -> Ended:
     """Run one trial under its lock, for which it waits so many seconds, and store its result or its
     error, unless another process has finished it, or has failed since a time."""
@@ -240,7 +245,7 @@ def on_ray(
                 "ray://HOST:PORT, or omit it to run on this machine"
             ) from error
 
-    def execute(bench: Bench, todo: Sequence[Planned], stage: Stage, note: Note) -> Ends:
+    def execute(bench: Bench, todo: Sequence[Planned], stage: TrialTick, note: Note) -> Ends:
         if not todo:
             return
         try:

@@ -87,7 +87,7 @@ class Model(Options):
 
 
 class _Draw(Options):
-    """How rows are drawn; `calmix.calibration.resolve` has the defaults."""
+    """How rows are drawn; `calmix.calibration.request` has the defaults."""
 
     rows: Count | None = None
     length: Count | None = None
@@ -116,7 +116,7 @@ class Calibration(_Draw):
 
     @property
     def written(self) -> str:
-        """The set as a specification for `calmix.calibration.resolve`."""
+        """The set as a specification for `calmix.calibration_set`."""
         if self.text is not None:
             return self.text
         if self.uniform is not None:

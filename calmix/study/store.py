@@ -42,7 +42,7 @@ from calmix.yaml_files import first_problem
 
 STORE_KIND, STORE_FORMAT = "study store", 2
 STORE_INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
-SCORES = "scores.json"
+TRIAL_SCORES = "scores.json"
 STORE_PARTS = ("trials", "calibration", "dense", "locks")
 BEAT, SILENCE = 10.0, 120.0  # seconds between renewals of a lock, and until it expires
 
@@ -168,7 +168,7 @@ class Store:
 
     def scores(self, entry: Entry) -> CapabilityScores:
         """Return the item-level scores and the distance of a finished trial."""
-        return load_scores(self.trial(entry.id) / SCORES)
+        return load_scores(self.trial(entry.id) / TRIAL_SCORES)
 
     def error(self, entry: Entry) -> str:
         """Return the error of a failed trial."""

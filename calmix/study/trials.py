@@ -53,7 +53,7 @@ class Planned:
     """One trial of a study's grid, with names from the study file.
 
     Attributes:
-        request: as from the command line; `request.drawn()` goes to `calmix.calibration.resolve`.
+        request: as from the command line; `request.drawn()` goes to `calmix.calibration_set`.
         rows, length, seed: of the calibration set, with defaults filled in; 0 without a set.
         parsed: how the calibration set is made.
         label: short description, unique within the study.

@@ -61,7 +61,7 @@ Pieces = Sequence[NDArray[Any]]
 
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 Count = Annotated[int, Field(ge=1)]
 Piece = Annotated[int | None, Field(ge=8)]
 Factor = Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -80,10 +80,10 @@ class Generator(Options):
 
     temperature: Positive | None = None
     top_k: Count | None = None
-    top_p: Share | None = None
+    top_p: Fraction | None = None
     repetition_penalty: Positive = 1.0
     piece: Piece = None
-    repeats: Share = 1.0
+    repeats: Fraction = 1.0
     batch: Count | None = None
 
     @property
@@ -132,7 +132,7 @@ class SelfWritten(Generator):
     name = "self-written"
 
     piece: Piece = 170
-    repeats: Share = 0.2
+    repeats: Fraction = 0.2
     prompts: Path | None = None
     chat: Annotated[float, Field(ge=0, lt=1)] = CHAT
 
@@ -161,7 +161,7 @@ class Chat(Generator):
 
     temperature: Positive | None = 0.8
     piece: Piece = 256
-    repeats: Share = 0.3
+    repeats: Fraction = 0.3
 
     def beginnings(self, tokenizer: Any, seed: int, own: Own) -> dict[str, Openers]:
         turns = chat_turns(tokenizer)
@@ -248,7 +248,7 @@ class Sgs(Generator):
 
     temperature: Positive | None = 0.6
     top_k: Count | None = 50
-    top_p: Share | None = 0.95
+    top_p: Fraction | None = 0.95
     repetition_penalty: Positive = 1.2
     seeds: str = "mix-clean"
     candidates: Factor = 1.25
@@ -297,7 +297,7 @@ def generate(
     """Make a calibration set of text that the dense model writes itself, in full rows. The seed
     determines every token; in half precision the batch size does too (see `write`).
 
-    `guard`, `own`, `writing` and `note` are as for `calmix.calibration.resolve`.
+    `guard`, `own`, `writing` and `note` are as for `calmix.calibration_set`.
     """
     per_row = max(1, round(length / generator.piece)) if generator.piece else 1
     size = math.ceil(length / per_row)

@@ -133,8 +133,8 @@ class Encoded:
         return self.data.unflatten(1, (-1, TYPES[self.name].bytes))
 
 
-Parts = list[Tensor]  # uint8 (rows, blocks, bytes), in the order of the file
-Layout = Callable[[Parts, Tensor, Tensor, Tensor], Parts]
+BlockBytes = list[Tensor]  # uint8 (rows, blocks, bytes), in the order of the file
+Layout = Callable[[BlockBytes, Tensor, Tensor, Tensor], BlockBytes]
 
 
 def _join(numbers: Tensor, bits: int) -> Tensor:
@@ -174,31 +174,31 @@ def _sixes(scales: Tensor, minima: Tensor) -> Tensor:
     return torch.cat(parts, -1).to(torch.uint8)
 
 
-def _q2_k(head: Parts, levels: Tensor, scales: Tensor, minima: Tensor) -> Parts:
+def _q2_k(head: BlockBytes, levels: Tensor, scales: Tensor, minima: Tensor) -> BlockBytes:
     return [(scales | (minima << 4)).to(torch.uint8), _pairs(levels), *head]
 
 
-def _q3_k(head: Parts, levels: Tensor, scales: Tensor, minima: Tensor) -> Parts:
+def _q3_k(head: BlockBytes, levels: Tensor, scales: Tensor, minima: Tensor) -> BlockBytes:
     levels, scales = levels + 4, scales + 32
     six = [_nibbles(scales, 2, 8), _join(_cut(scales >> 4, 4, 4), 2)]
     return [_flags(levels >> 2), _pairs(levels & 3), *six, *head]
 
 
-def _q4_k(head: Parts, levels: Tensor, scales: Tensor, minima: Tensor) -> Parts:
+def _q4_k(head: BlockBytes, levels: Tensor, scales: Tensor, minima: Tensor) -> BlockBytes:
     return [*head, _sixes(scales, minima), _nibbles(levels, 4, 2, 32)]
 
 
-def _q5_k(head: Parts, levels: Tensor, scales: Tensor, minima: Tensor) -> Parts:
+def _q5_k(head: BlockBytes, levels: Tensor, scales: Tensor, minima: Tensor) -> BlockBytes:
     flags = _flags(levels >> 4)
     return [*head, _sixes(scales, minima), flags, _nibbles(levels, 4, 2, 32)]
 
 
-def _q6_k(head: Parts, levels: Tensor, scales: Tensor, minima: Tensor) -> Parts:
+def _q6_k(head: BlockBytes, levels: Tensor, scales: Tensor, minima: Tensor) -> BlockBytes:
     levels = levels + 32
     return [_nibbles(levels, 2, 2, 64), _pairs(levels >> 4), scales.to(torch.uint8), *head]
 
 
-def _iq4_xs(head: Parts, levels: Tensor, scales: Tensor, minima: Tensor) -> Parts:
+def _iq4_xs(head: BlockBytes, levels: Tensor, scales: Tensor, minima: Tensor) -> BlockBytes:
     scales = scales + 32
     top = _join(_cut(scales >> 4, 2, 4).transpose(-1, -2), 2)
     low = _join(_cut(scales & 15, 4, 2).transpose(-1, -2), 4)
@@ -208,7 +208,7 @@ def _iq4_xs(head: Parts, levels: Tensor, scales: Tensor, minima: Tensor) -> Part
 def _small(low: int, high: bool = False) -> Layout:
     """Return the layout of a block of 32 levels of four or five bits."""
 
-    def layout(head: Parts, levels: Tensor, scales: Tensor, minima: Tensor) -> Parts:
+    def layout(head: BlockBytes, levels: Tensor, scales: Tensor, minima: Tensor) -> BlockBytes:
         levels = levels - low
         return [*head, *([_high(levels)] if high else []), _nibbles(levels, 2, 16)]
 
