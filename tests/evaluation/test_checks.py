@@ -102,6 +102,7 @@ A tool for nails is a -> hammer
 == claw hammer
 != tool that is used to hammer nails | hammer handle | drill, saw and hammer
 How many hours does it take? -> 5
+== 5 hours
 != 5 minutes
 How long does it take? -> 5
 == 5 minutes
