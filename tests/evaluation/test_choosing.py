@@ -5,14 +5,9 @@ from dataclasses import replace
 
 import pytest
 
+from calmix.evaluation import choosing
 from calmix.evaluation.behaviour import deficit, paired
-from calmix.evaluation.choosing import (
-    Candidate,
-    choice_text,
-    choose_smallest,
-    model_rows,
-    short_names,
-)
+from calmix.evaluation.choosing import Candidate, choice_text, choose_smallest, model_rows
 from tests.evaluation.helpers import scored
 from tests.evaluation.test_prompts import chats as chats
 from tests.evaluation.test_prompts import task, written
@@ -42,64 +37,72 @@ def candidate(name, kept, size):
     return Candidate(name, tuple(pair), size, size / 125)
 
 
+Q8, Q5, Q2 = (candidate(*of) for of in (("q8", 180, 800), ("q5", 178, 500), ("q2", 140, 200)))
+BEST = candidate("best", 190, 800)
+UNKNOWN = [replace(one, size=None) for one in (Q8, Q5)]
+CHOICES = {  # what is said, the margin, and the models
+    "Use q5: the smallest that is not worse than the best (dense) by 5.0": (0.05, Q8, Q5, Q2),
+    "Nearest is q8, 0.0 behind, at most 1.8: use a larger one": (0.001, Q8, Q5, Q2),
+    "Use best: the best; no smaller one is shown": (0.05, BEST, Q2),
+    "Nor shown to be worse: near (0.5": (0.001, BEST, candidate("near", 189, 200)),
+    "Use q2: the smallest that is not worse": (0.3, Q2),
+    "Use tiny: the best, and the smallest.": (0.05, Q8, candidate("tiny", 190, 200)),
+    "Size unknown: q8.": (0.05, UNKNOWN[0], Q5),
+    "Not worse than the best (dense) by 5.0 points or more: q8 and q5. Which is the smallest is "
+    "not known. Size unknown: q8 and q5.": (0.05, *UNKNOWN),
+}
+
+
+@pytest.mark.parametrize("says", CHOICES)
+def test_choices_in_words(says):
+    margin, *found = CHOICES[says]
+    text = choice_text(found, choose_smallest(found, "dense", margin))
+    assert says in text
+    assert "this rests on faults alone" in text
+
+
 def test_the_smallest_that_is_not_worse_by_the_margin():
-    found = [candidate("q8", 180, 800), candidate("q5", 178, 500), candidate("q2", 140, 200)]
+    found = [Q8, Q5, Q2]
     choice = choose_smallest(found, "dense", 0.05)
     assert (choice.best, choice.smallest) == ("dense", "q5")
     assert choice.behind["q2"].value == pytest.approx(0.2)
-    text = choice_text(found, choice)
-    assert text.startswith("Use q5: the smallest that is not worse than the best (dense) by 5.0")
-    assert "this rests on faults alone" in text
     rows = model_rows(found, choice)
     assert [row["model"] for row in rows] == ["q2", "q5", "q8", "dense"]
     assert (rows[-1]["#good %"].split()[0], rows[-1]["#behind best"]) == ("90.0", "0.0")
     assert (rows[0]["#bits"], rows[0]["#lost"], rows[1]["#lost"]) == ("1.60", 40, 2)
-    assert choose_smallest(found, "dense", 0.001).smallest is None
-    text = choice_text(found, choose_smallest(found, "dense", 0.001))
-    assert "Nearest is q8, 0.0 behind, at most 1.8: use a larger one" in text
-    better = [candidate("q8", 190, 800), candidate("q2", 140, 200)]
-    choice = choose_smallest(better, "dense", 0.05)
-    assert (choice.best, choice.smallest, choice.behind["q8"].high) == ("q8", "q8", 0.0)
-    assert choice_text(better, choice).startswith("Use q8: the best; no smaller one is shown")
-    close = [candidate("q8", 190, 800), candidate("q2", 189, 200)]
-    said = choice_text(close, choose_smallest(close, "dense", 0.001))
-    assert "Nor shown to be worse: q2 (0.5" in said
-    assert "behind); more prompts would tell." in said
-    smallest = choose_smallest(better[::-1][:1], "dense", 0.3)
-    assert choice_text(better[1:], smallest).startswith("Use q2: the smallest that is not worse")
-    small = [candidate("q8", 170, 800), candidate("q2", 190, 200)]
-    said = choice_text(small, choose_smallest(small, "dense", 0.05))
-    assert said.startswith("Use q2: the best, and the smallest.")
-    dense, small = found[0].pair
+    choice = choose_smallest([BEST, Q2], "dense", 0.05)
+    assert (choice.best, choice.smallest, choice.behind["best"].high) == ("best", "best", 0.0)
+
+
+def test_a_repeat_of_the_dense_model_is_a_row():
     other = task(["x"] * 200, [1] * 181 + [0] * 19, properties=({},) * 200)
-    twice = replace(found[0], pair=(replace(dense, repeat=(other,)), small))
-    again = model_rows([twice, found[1]], choice)[-1]
+    dense, small = Q8.pair
+    twice = [replace(Q8, pair=(replace(dense, repeat=(other,)), small))]
+    again = model_rows(twice, choose_smallest(twice, "dense", 0.05))[-1]
     assert (again["model"], again["#lost"], again["#gained"]) == ("dense, again", 0, 1)
     assert (again["#MB"], again["#behind best"]) == (None, "–")
-    unknown = [replace(found[0], size=None), found[1]]
-    assert "Size unknown: q8." in choice_text(unknown, choose_smallest(unknown, "dense", 0.05))
-    unknown = [replace(one, size=None) for one in found]
-    said = choice_text(unknown, choose_smallest(unknown, "dense", 0.05))
-    assert "Not worse than the best (dense) by 5.0 points or more: q8 and q5." in said
-    assert "Which is the smallest is not known. Size unknown: q8, q5 and q2." in said
 
 
 def test_names_are_the_shortest_ends_of_paths_that_differ():
-    assert short_names(["/m/dense", "out/a.gguf", "b.gguf"]) == ["dense", "a.gguf", "b.gguf"]
+    assert choosing.short_names(["/m/dense", "out/a.gguf", "b.gguf"]) == [
+        "dense",
+        "a.gguf",
+        "b.gguf",
+    ]
     same = ["builtin:x", "t1/model.gguf", "t2/model.gguf"]
-    assert short_names(same) == same
+    assert choosing.short_names(same) == same
     deep = ["a/t/model.gguf", "b/t/model.gguf"]
-    assert short_names([f"/z/{one}" for one in deep]) == deep
-    assert short_names(["out", "out/"]) == ["out", "out/"]
+    assert choosing.short_names([f"/z/{one}" for one in deep]) == deep
+    assert choosing.short_names(["out", "out/"]) == ["out", "out/"]
 
 
 def test_models_and_a_server_are_compared_in_one_command(chats, calmix, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     dense, small = chats
-    rows = [{"prompt": f"Say {n}.", "max_tokens": 4} for n in range(5)]
+    rows = ({"prompt": f"Say {n}.", "max_tokens": 4} for n in range(5))
     mine = written(tmp_path / "mine.jsonl", *rows)
     out, page = tmp_path / "out.json", tmp_path / "out.html"
-    with running(Fake((200, reply()))) as address:
+    with running(Fake(reply())) as address:
         run = ("compare", dense, small, address, "--prompts", mine, "-o", out, "--page", page)
         ended = calmix(*run).ok()
     assert max(map(len, ended.out.splitlines()[:10])) <= 80
@@ -109,23 +112,19 @@ def test_models_and_a_server_are_compared_in_one_command(chats, calmix, tmp_path
     assert "dense, again" in ended.out
     assert made["models"][small.name]["scores"]["distance"]["items"]
     assert made["models"][address]["scores"]["distance"] is None
-    assert "faults alone" in " ".join(ended.out.split())
     html = page.read_text(encoding="utf-8")
     assert html.count("<article") == 5
     assert html.count('class="box"') == 15
 
 
-MISTAKES = {
-    "a.json -o x.json": "--output needs --prompts or --suite",
-    "builtin:smollm2-135m --suite abilities": "name the dense model, then one or",
-    "a a --suite abilities": "each once",
-    "a b --suite offline": "has no generated answers: try abilities",
-    "a b --suite abilities --measure bits": "are for files",
-    "a b --suite abilities --page x.html": "leave it out with --suite",
-}
-
-
 def test_mistakes_are_known_before_any_work(calmix, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for arguments, says in MISTAKES.items():
+    for arguments, says in (
+        ("a.json -o x.json", "--output needs --prompts or --suite"),
+        ("builtin:smollm2-135m --suite abilities", "name the dense model, then one or"),
+        ("a a --suite abilities", "each once"),
+        ("a b --suite offline", "has no generated answers: try abilities"),
+        ("a b --suite abilities --measure bits", "are for files"),
+        ("a b --suite abilities --page x.html", "leave it out with --suite"),
+    ):
         assert says in calmix("compare", *arguments.split()).line

@@ -1,5 +1,6 @@
 """Floors: counts of items, syntax, bounds, and floors that cannot be proven."""
 
+import re
 from dataclasses import replace
 from functools import partial
 
@@ -7,7 +8,6 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from calmix import words
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import Counted, behaviour, likelihood, proportion
 from calmix.evaluation.floors import (
@@ -20,7 +20,6 @@ from calmix.evaluation.floors import (
     parse_floors,
     proven,
 )
-from calmix.evaluation.measures import parts
 from calmix.evaluation.retention import retention
 from calmix.evaluation.summary import summary_lines
 from tests.evaluation.helpers import accuracy, bits, scored, written
@@ -36,27 +35,19 @@ def judged(text, dense, pruned):
     return judge(parse_floors(text), [(dense, pruned)])
 
 
-FLOORS = {
-    "90%": {"": 0.9},
-    "code=0.9, general=80%": {"code": 0.9, "general": 0.8},
-    "0.8,code=0.9": {"": 0.8, "code": 0.9},
-}
-MISTAKES = {
-    "60": "60 is above 1: write 60% or 0.6",
-    "code=0": "between 0 and 1",
-    "nan": "between 0 and 1",
-    "much": "'much' is not a share",
-    "code=": "not of the form",
-    "=0.9": "not of the form",
-    "code=0.9,code=0.8": "code is given twice",
-    "0.9,0.8": "the floor of all abilities is given twice",
-}
-
-
 def test_floor_parsing():
-    for text, floors in FLOORS.items():
-        assert parse_floors(text) == pytest.approx(floors)
-    for text, says in MISTAKES.items():
+    assert parse_floors("90%") == {"": 0.9}
+    assert parse_floors("0.8,code=0.9, chat=70%") == {"": 0.8, "code": 0.9, "chat": 0.7}
+    for text, says in (
+        ("60", "60 is above 1: write 60% or 0.6"),
+        ("code=0", "between 0 and 1"),
+        ("nan", "between 0 and 1"),
+        ("much", "'much' is not a share"),
+        ("code=", "not of the form"),
+        ("=0.9", "not of the form"),
+        ("code=0.9,code=0.8", "code is given twice"),
+        ("0.9,0.8", "the floor of all abilities is given twice"),
+    ):
         with pytest.raises(InputError, match=says):
             parse_floors(text)
 
@@ -76,16 +67,16 @@ def test_exact_bounds_and_provable_floors():
 
 
 def test_measure_order_per_ability():
-    said = answered(100, 120), answered(100, 120, kept=97)
     chosen = [accuracy([1.0] * n + [0.0] * (300 - n), "quiz", "general") for n in (280, 275)]
     likely = [
         bits([0.5 + more * (n % 3) for n in range(100)], [2] * 100, "passages", "prose")
         for more in (0.0, 0.01)
     ]
     more = bits([0.5] * 60, [2] * 60, "answers", "code")  # in an ability that has answers too
-    dense = scored(said[0], chosen[0], likely[0], more)
-    pruned = scored(said[1], chosen[1], likely[1], more, not_run=("humaneval",))
-    result = judged("0.9", dense, pruned)
+    rare = replace(answered(1, 40), name="rare")  # one right answer is no signal
+    dense = scored(answered(100, 120), chosen[0], likely[0], more, rare)
+    pruned = answered(100, 120, kept=97), chosen[1], likely[1], more, rare
+    result = judged("0.9", dense, scored(*pruned, not_run=("humaneval",)))
     code, general, prose = result.tested
     assert (code.ability, code.measure, code.items) == ("code", "generated answers", 100)
     assert (code.kept, code.lost, code.gained) == (0.97, 3, 0)
@@ -99,50 +90,43 @@ def test_measure_order_per_ability():
     assert prose.kept == pytest.approx(kept.value)
     assert 0.9 < prose.bound <= 1 - 3 * (1 - lower_bound(100, 100)) < (kept.low or 0)
     assert result.passed
-    first, left_out = result.lines()
+    first, silent, not_run = result.lines()
     assert first.startswith(
         "Kept at 95 % confidence, at least: code 90 % (3 of 100 right answers lost, 0 gained), "
         "general 90 % (5 of 280 right choices lost, 0 gained, by accuracy above chance), prose 90 "
         "% (100 items by likelihood). This holds for items like these"
     )
-    assert "Not run: humaneval" in left_out
-    rare = replace(answered(1, 40), name="rare")  # one right answer is no signal
-    both = (replace(one, tasks=(*one.tasks, rare)) for one in (dense, pruned))
-    assert "Left out (no signal in the dense model): rare." in judged("0.9", *both).lines()
+    assert silent == "Left out (no signal in the dense model): rare."
+    assert "Not run: humaneval" in not_run
+
+
+def test_missed_floor_tells_how_many_items_are_enough():
+    dense, pruned = scored(answered(100, 120)), scored(answered(100, 120, kept=97))
     strict = judged("code=0.95", dense, pruned)
-    assert not strict.passed
-    assert [one.ability for one in strict.tested] == ["code"]
     assert strict.lines()[0].startswith(
         "Not kept at 95 % confidence: code keeps 97.0 % (3 of 100 right answers lost, 0 gained), "
         "proven 92.4 %, required 95 %: about 530 such items are enough. This"
     )
     (row,) = strict.to_dict()["tested"]
-    assert row["passed"] is strict.to_dict()["passed"] is False
-    assert row["text"] in strict.lines()[0]
+    assert row["passed"] is strict.to_dict()["passed"] is strict.passed is False
     for times, proven_then in ((3, False), (6, True)):
         both = (answered(100 * times, 600), answered(100 * times, 600, kept=97 * times))
         assert judged("0.95", *map(scored, both)).passed is proven_then
 
 
 def test_gains_offset_losses():
-    """The same file behind another engine loses a few answers and gains as many."""
-
-    def tested(floor, kept, gained):
-        """Of 77 right answers, the first four lost, and of 19 wrong ones so many gained."""
-        values = [0.0] * 4 + [1.0] * (kept + gained) + [0.0] * (96 - kept - gained)
-        pruned = scored(written("mine task", "mine", values))
-        (found,) = judged(floor, scored(answered(77, 100, "mine")), pruned).tested
-        return found
-
-    found = tested("0.9", 73, 4)
-    assert (found.kept, found.lost, found.gained) == (1.0, 4, 4)
-    assert lower_bound(73, 77) < 0.9 < found.bound < lower_bound(77, 77)
+    """Of 77 right answers the first four are lost, and of 23 wrong ones so many gained."""
+    found = {}
+    for gained in (0, 4, 23):
+        pruned = written("code task", "code", [0] * 4 + [1] * (73 + gained) + [0] * (23 - gained))
+        (found[gained],) = judged("0.5", scored(answered(77, 100)), scored(pruned)).tested
     # Losses alone give the exact bound, however many answers were wrong before and after.
-    assert tested("0.5", 73, 0).bound == pytest.approx(lower_bound(73, 77), abs=2e-3)
+    assert found[0].bound == pytest.approx(lower_bound(73, 77), abs=2e-3)
+    assert (found[4].kept, found[4].lost, found[4].gained) == (1.0, 4, 4)
+    assert found[0].bound < 0.9 < found[4].bound < found[23].bound
     # More gained than lost proves no more than nothing lost.
-    found = tested("0.5", 73, 23)
-    assert found.kept > 1
-    assert found.bound == found.provable == lower_bound(77, 77)
+    assert found[23].kept > 1
+    assert found[23].bound == found[23].provable == lower_bound(77, 77)
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0.15, 0.05), (0.3, 0.2)])
@@ -157,56 +141,65 @@ def test_bound_of_answers_lost_and_gained(lost, gained):
     assert np.median(ones) > 0.7 - lost + gained
 
 
-def test_bound_is_at_most_provable():
-    for task in (answered(40, 60), accuracy([1.0] * 50 + [0.0] * 10), bits([0.5] * 40, [2] * 40)):
-        one = scored(task)
-        (found,) = judged("0.5", one, one).tested
-        assert found.kept == 1
-        assert found.bound == pytest.approx(found.provable, abs=0.03)
-        assert 0.5 < found.bound <= found.provable < 1
-        assert judged(f"{found.provable - 0.03}", one, one).passed
+@pytest.mark.parametrize(
+    "task", [answered(40, 60), accuracy([1.0] * 50 + [0.0] * 10), bits([0.5] * 40, [2] * 40)]
+)
+def test_bound_is_at_most_provable(task):
+    (found,) = judged("0.5", scored(task), scored(task)).tested
+    assert found.kept == 1
+    assert found.bound == pytest.approx(found.provable, abs=0.03)
+    assert 0.5 < found.bound <= found.provable < 1
 
 
-def test_unprovable_floor_names_the_nearest():
-    guessed = accuracy([1.0, 0.0, 0.0, 0.0] * 10, "coin", "logic")
-    dense = scored(answered(12, 60), answered(90, 90, "chat"), answered(2, 60, "math"), guessed)
-    assert judged("0.75", dense, dense).untested == ("math", "logic")
-    none = scored(answered(90, 90, "chat"), answered(0, 60, "math"))
-    assert judged("0.9", none, none).untested == ("math",)
-    for text, said in (
+@pytest.mark.parametrize(
+    ("floors", "says"),
+    [
         ("cod=0.9", "names 'cod', which the scores lack: they have code, chat, math, logic"),
         ("math=0.9", "math=0.9: the dense model has no signal in math"),
         ("logic=0.9", "no signal in logic"),
-    ):
-        with pytest.raises(InputError, match=said):
-            judged(text, dense, dense)
-    for text, said in (
-        ("0.9", "code=0.9 needs 29 right answers and has 12, which can prove at most 0.77"),
-        ("code=0.95,chat=0.9", "code=0.95 needs 59 right answers and has 12, which can prove"),
-    ):
-        found = judged(text, dense, dense)
-        assert not found.passed
-        assert found.lines()[0].startswith(f"Not proven at 95 % confidence: {said}")
-        with pytest.raises(InputError, match=f"even if all is kept: {said}"):
-            check_provable(parse_floors(text), [dense], 0.95)
-    assert judged("0.9,code=0.77", dense, dense).passed  # as it says
-    check_provable(parse_floors("0.9,code=0.77"), [dense], 0.95)
-    with pytest.raises(InputError, match="not run without --allow-code-execution: mbpp"):
-        judged("sql=0.9", dense, replace(dense, not_run=("mbpp",)))
+        ("sql=0.9", "not run without --allow-code-execution: mbpp"),
+    ],
+)
+def test_floors_without_signal_are_refused(floors, says):
+    guessed = accuracy([1.0, 0.0, 0.0, 0.0] * 10, "coin", "logic")
+    tasks = answered(12, 60), answered(90, 90, "chat"), answered(2, 60, "math"), guessed
+    dense = scored(*tasks, not_run=("mbpp",))
+    assert judged("0.75", dense, dense).untested == ("math", "logic")
+    with pytest.raises(InputError, match=says):
+        judged(floors, dense, dense)
     with pytest.raises(InputError, match="no signal in any ability"):
         judged("0.9", scored(guessed), scored(guessed))
-    lost = bits([0.5] * 20, [2] * 20)
-    with pytest.raises(InputError, match=r"89 items and has 20, which can prove at most 0\.58:"):
-        check_provable({"": 0.9}, [scored(lost)], 0.95)
-    few = scored(bits([0.5] * 5, [2] * 5))  # of which none has to be lost
-    with pytest.raises(InputError, match=r"code=0\.9 needs 89 items and has 5, .* prove nothing:"):
-        check_provable({"": 0.9}, [few], 0.95)
-    strict = scored(accuracy([1.0] * 50 + [0.0] * 50))  # a right answer weighs 2: 25 above chance
-    (found,) = judged("0.8", strict, strict).tested
+
+
+TWICE = accuracy([1.0] * 50 + [0.0] * 50)  # a right answer weighs 2: 25 above chance
+
+
+@pytest.mark.parametrize(
+    ("floors", "task", "says"),
+    [
+        ("0.9", answered(12, 60), "code=0.9 needs 29 right answers and has 12, .* most 0.77"),
+        ("code=0.95", answered(12, 60), "code=0.95 needs 59 right answers and has 12"),
+        ("0.9", bits([0.5] * 20, [2] * 20), r"89 items and has 20, which can prove at most 0\.58:"),
+        ("0.9", bits([0.5] * 5, [2] * 5), r"code=0\.9 needs 89 items and has 5, .* nothing:"),
+        ("0.9", TWICE, f"needs {needed(0.95)} right choices and has 50"),
+    ],
+)
+def test_unprovable_floor_names_the_nearest(floors, task, says):
+    dense = scored(task, answered(90, 90, "chat"))
+    found = judged(floors, dense, dense)
+    assert not found.passed
+    assert re.match(f"Not proven at 95 % confidence: .*{says}", found.lines()[0])
+    with pytest.raises(InputError, match=f"even if all is kept: .*{says}"):
+        check_provable(parse_floors(floors), [dense], 0.95)
+
+
+def test_nearest_floor_is_provable():
+    dense = scored(answered(12, 60), answered(90, 90, "chat"))
+    assert judged("0.9,code=0.77", dense, dense).passed
+    check_provable(parse_floors("0.9,code=0.77"), [dense], 0.95)
+    (found,) = judged("0.8", scored(TWICE), scored(TWICE)).tested
     assert found.provable == pytest.approx(1 - 2 * (1 - lower_bound(50, 50)))
     assert found.needed == needed(0.9)
-    with pytest.raises(InputError, match=f"needs {needed(0.95)} right choices and has 50"):
-        check_provable({"": 0.9}, [strict], 0.95)
 
 
 def test_answer_counts_and_worst_ability():
@@ -235,32 +228,31 @@ def test_answer_counts_and_worst_ability():
     ]
     assert found.right.total.value == pytest.approx(11 / 24)  # of two abilities with enough
     assert pruned.retention(dense, resamples=2000) == found.right
-    lines = summary_lines(found, likelihood(dense, pruned), "calmix x")
-    first, kept, code, accurate = lines  # nothing here is scored by likelihood
-    assert first == (
-        f"Right answers: a loss is shown; {words.with_span(found.right.total)} % of the dense "
-        "model's (mean of 2 abilities; too few to tell: chat), 13 of 22 lost, 2 gained, p = 0.007."
-    )
-    assert kept == (
-        "Kept: 9 of 22 right answers, 40.9 [23.3, 61.3] %, least in math, 0 of 10. Asked: 32 "
-        "questions."
-    )
+    formed = replace(found, form="worked examples")
+    first, kept, code, accurate = summary_lines(formed, likelihood(dense, pruned), "")
+    assert first.startswith("Right answers: a loss is shown; 45.8 [")
+    assert "(mean of 2 abilities; too few to tell: chat), 13 of 22 lost, 2 gained, p = 0" in first
+    assert kept.startswith("Kept: 9 of 22 right answers, 40.9 [23.3, 61.3] %, least in math, 0 of")
+    assert kept.endswith("Asked: 32 questions, all with worked examples.")
     assert "not run (humaneval" in code
-    assert accurate == (
-        "Accuracy: 50.0 [29.9, 70.1] % of 20 choices are right (dense model: 100.0 %, chance: "
-        "25.0 %); left out, because the dense model is at chance: coin."
-    )
-    guesses = summary_lines(behaviour((scored(guessed), scored(guessed))), None, "x")
-    assert guesses[1] == "Accuracy: the dense model is at chance (coin)."
-    lost = scored(bits([3.0] * 9, [1] * 9))  # no better than the unigram code
-    unlikely = summary_lines(found, likelihood(lost, lost), "x")
-    assert unlikely[-1].startswith("Likelihood: the dense")
-    silent = replace(found, answers=replace(found.answers, dense=0, kept=0))
-    assert summary_lines(silent, None, "")[0].startswith("The dense model gets none of 32")
-    formed = summary_lines(replace(found, form="worked examples"), None, "")[1]
-    assert formed.endswith("Asked: 32 questions, all with worked examples.")
+    assert "50.0 [29.9, 70.1] % of 20 choices are right (dense model: 100.0 %, chance" in accurate
+    assert accurate.endswith("left out, because the dense model is at chance: coin.")
     with pytest.raises(InputError, match="in its chat template, the other with worked"):
         behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
+
+
+def test_summary_says_what_cannot_be_told():
+    guessed = scored(accuracy([1.0, 0.0] * 15, "coin", chance=0.5))
+    lost = scored(bits([3.0] * 9, [1] * 9))
+    none = scored(written("qa", "general", [0] * 10))
+    for scores, says in (
+        (guessed, "Generated answers were not measured; to measure them: calmix x"),
+        (guessed, "Accuracy: the dense model is at chance (coin)."),
+        (none, "The dense model gets none of 10 generated answers right: nothing can be kept."),
+        (lost, "Likelihood: the dense model is not above its baseline: nothing can be kept."),
+    ):
+        both = scores, scores
+        assert says in summary_lines(behaviour(both), likelihood(*both), "calmix x")
 
 
 def test_tasks_of_two_suites():
@@ -282,11 +274,6 @@ def test_task_of_two_suites_counts_where_it_has_most_items():
     alone = behaviour((dense, pruned)).answers
     assert (alone.asked, alone.dense, alone.share) == (10, 8, proportion(6, 8))
     assert behaviour((few, few), (dense, pruned), (few, few)).answers == alone
-    chosen = scored(accuracy([1.0] * 10, "quiz", "general"))
-    assert "were not measured" in summary_lines(behaviour((chosen, chosen)), None, "x")[0]
-    none = scored(written("qa", "general", [0] * 10))
-    (said,) = summary_lines(behaviour((none, none)), None, "")
-    assert said.startswith("The dense model gets none of 10 generated answers right")
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))
 
@@ -319,17 +306,13 @@ def test_dense_repeat():
         replace(one, values=(0.0, *one.values[1:18], 1.0, 1.0), answers=("other", *texts[1:]))
         for one in dense.tasks[:2]
     )
-    pruned = scored(*(replace(one, values=(0.0,) * 20) for one in dense.tasks))
-    dense = replace(dense, repeat=again)
-    found = behaviour((dense, pruned)).repeat
-    assert (found.answers.lost, found.answers.gained, found.answers.same) == (2, 4, 38 / 40)
-    assert found.right.total.value == pytest.approx((13 / 12 + 11 / 10) / 2)
-    assert (found.choices, found.repeat) == (None, None)
-    (line,) = [
-        line
-        for line in summary_lines(behaviour((dense, pruned)), None, "")
-        if line.startswith("The dense model against itself, in other batches: 109.2 [")
-    ]
+    found = behaviour((replace(dense, repeat=again), dense))
+    counts = found.repeat.answers
+    assert (counts.lost, counts.gained, counts.same) == (2, 4, 38 / 40)
+    assert found.repeat.right.total.value == pytest.approx((13 / 12 + 11 / 10) / 2)
+    assert (found.repeat.choices, found.repeat.repeat) == (None, None)
+    line = summary_lines(found, None, "")[1]
+    assert line.startswith("The dense model against itself, in other batches: 109.2 [")
     assert line.endswith("2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical.")
 
 
@@ -365,29 +348,24 @@ def test_likelihood_bound_on_skewed_losses(draw, times, items, tasks):
     assert np.median(bounds) > 0.7
 
 
-def test_bound_of_a_mean_is_exact_for_items_kept_or_lost():
-    for kept, of in ((20, 20), (45, 60), (3, 7), (290, 300)):
-        values = np.array([[1.0] * kept + [0.0] * (of - kept)])
-        (bound,) = lower_mean([(values, np.ones_like(values))], [np.ones(1)])
-        assert bound == pytest.approx(lower_bound(kept, of), abs=0.01)
+@pytest.mark.parametrize(("kept", "of"), [(20, 20), (45, 60), (3, 7), (290, 300)])
+def test_bound_of_a_mean_is_exact_for_items_kept_or_lost(kept, of):
+    values = np.array([[1.0] * kept + [0.0] * (of - kept)])
+    (bound,) = lower_mean([(values, np.ones_like(values))], [np.ones(1)])
+    assert bound == pytest.approx(lower_bound(kept, of), abs=0.01)
 
 
 def test_one_more_item_is_lost_where_it_does_most_harm():
     few, many = np.ones((1, 10)), np.ones((1, 1000))
-    one = np.ones(1)
-    (bound,) = lower_mean([(few, few), (many, many)], [one, one])
+    (bound,) = lower_mean([(few, few), (many, many)], [np.ones(1)] * 2)
     assert bound == pytest.approx(1 - (1 - lower_bound(10, 10)) / 2, abs=0.01)
-    assert bound == pytest.approx(lower_mean([(many, many), (few, few)], [one, one])[0], abs=0.01)
 
 
 def test_likelihood_floor_uses_the_bound():
     lost = np.random.default_rng(0).gamma(0.2, 0.4, 400)
     dense, pruned = (bits(list(one), [2] * 400) for one in (np.full(400, 0.5), 0.5 + lost))
     (found,) = judged("0.5", scored(dense), scored(pruned)).tested
-    made = parts(dense, pruned)
-    row = made.kept[None], made.whole[None]
-    assert found.bound == lower_mean([row], [most_lost(*row, 3)])
     assert 0.5 < found.bound < (retention([dense], [pruned], level=0.9).of("code").low or 0)
-    smooth = [scored(replace(one, primary="smoothed")) for one in (dense, dense)]
-    (found,) = judged("0.9", *smooth).tested  # no item can lose more than it has
+    smooth = scored(replace(dense, primary="smoothed"))
+    (found,) = judged("0.9", smooth, smooth).tested  # no item can lose more than it has
     assert (found.needed, found.provable) == (29, lower_bound(400, 400))

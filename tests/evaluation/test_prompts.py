@@ -8,29 +8,21 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
-from calmix.evaluation.answers import compare_answers, rows
+from calmix.evaluation import prompts
+from calmix.evaluation.answers import compare_answers
 from calmix.evaluation.distance import pooled
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, is_right, suite_asks
+from calmix.evaluation.floors import judge
 from calmix.evaluation.greedy import LOOP, PERIOD
 from calmix.evaluation.journal import Journal, journal_beside
-from calmix.evaluation.prompts import (
-    halves,
-    language,
-    loops,
-    parse_prompt,
-    properties,
-    read_prompts,
-    same_call,
-    tool_calls,
-    valid_call,
-)
+from calmix.evaluation.prompts import read_prompts
 from calmix.evaluation.suites import choose, prompt_suite
 from calmix.evaluation.summary import answer_lines, answers_page, fault_rows
 from calmix.evaluation.tasks import load_items
 from calmix.models.opening import open_model
 from tests.browser import needs_chromium, readable
 from tests.evaluation import helpers
-from tests.evaluation.helpers import save_pair, scored
+from tests.evaluation.helpers import scored
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 WEATHER = {
@@ -44,18 +36,9 @@ TOOLS = [{"type": "function", "function": WEATHER}]
 CALL = {"name": "weather", "arguments": {"city": "Rome"}}
 
 
-def asked(text="Say something.", **more):
-    return parse_prompt({"prompt": text, **more})
-
-
 def written(path, *some):
     path.write_text("".join(json.dumps(one) + "\n" for one in some), encoding="utf-8")
     return path
-
-
-def faulty(answer, prompt=None, ended=True, dense=None):
-    seen = properties(prompt or asked(), answer, ended, dense)
-    return [name for name, met in seen.items() if not met]
 
 
 def test_rows_are_read_in_every_form(tmp_path):
@@ -96,129 +79,124 @@ def test_rows_are_read_in_every_form(tmp_path):
     assert read_prompts(f"{table}@body")[0].question == "other"
 
 
-ROWS = [  # that cannot be asked, and the error
-    ({"prompt": " "}, "line 2: the prompt is empty: write"),
-    ({"messages": [{"role": "assistant", "content": "x"}]}, "line 2: the prompt is empty"),
-    ({"messages": [{"content": "x"}]}, "message 0 of 'messages' has no role"),
-    ({"prompt": ["x"]}, "'prompt' must be a text"),
-    ({"prompt": "x", "answr": 2}, "unknown field 'answr': did you mean answer?"),
-    ({"prompt": "x", "max_tokens": 0}, "'max_tokens' must be a whole number"),
-    ({"prompt": "x", "check": "contain", "answer": "y"}, "did you mean contains?"),
-    ({"prompt": "x", "check": "text"}, "the check 'text' needs an 'answer'"),
-    ({"prompt": "x", "check": {"line": 3}}, "unknown rule 'line': did you mean lines?"),
-    ({"prompt": "x", "check": {"words": "abc"}}, "'words' needs a whole number, not 'abc'"),
-    ({"prompt": "x", "check": {"language": "ja"}}, "unknown language 'ja': "),
-    ({"prompt": "x", "check": "number", "answer": "y"}, "must be a number, not 'y'"),
-    ({"prompt": "x", "tools": [{"title": "y"}]}, "a tool must be"),
-    ({"prompt": "x", "tools": TOOLS, "check": "tool", "answer": {}}, "must be a valid call"),
-    ({"prompt": "\ud800"}, "unpaired surrogate"),
-]
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"prompt": " "}, "line 2: the prompt is empty: write"),
+        ({"messages": [{"role": "assistant", "content": "x"}]}, "line 2: the prompt is empty"),
+        ({"messages": [{"content": "x"}]}, "message 0 of 'messages' has no role"),
+        ({"prompt": ["x"]}, "'prompt' must be a text"),
+        ({"prompt": "x", "answr": 2}, "unknown field 'answr': did you mean answer?"),
+        ({"prompt": "x", "max_tokens": 0}, "'max_tokens' must be a whole number"),
+        ({"prompt": "x", "check": "contain", "answer": "y"}, "did you mean contains?"),
+        ({"prompt": "x", "check": "text"}, "the check 'text' needs an 'answer'"),
+        ({"prompt": "x", "check": {"line": 3}}, "unknown rule 'line': did you mean lines?"),
+        ({"prompt": "x", "check": {"words": "abc"}}, "'words' needs a whole number, not 'abc'"),
+        ({"prompt": "x", "check": {"language": "ja"}}, "unknown language 'ja': "),
+        ({"prompt": "x", "check": "number", "answer": "y"}, "must be a number, not 'y'"),
+        ({"prompt": "x", "tools": [{"title": "y"}]}, "a tool must be"),
+        ({"prompt": "x", "tools": TOOLS, "check": "tool", "answer": {}}, "must be a valid call"),
+        ({"prompt": "\ud800"}, "unpaired surrogate"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_named(tmp_path, row, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        read_prompts(written(tmp_path / "mine.jsonl", {"prompt": "first"}, row))
 
 
-def test_a_row_that_cannot_be_asked_is_named(tmp_path):
-    for row, says in ROWS:
-        with pytest.raises(InputError, match=re.escape(says)):
-            read_prompts(written(tmp_path / "mine.jsonl", {"prompt": "first"}, row))
-
-
-def test_files_that_hold_no_prompts(tmp_path, calmix):
-    empty = written(tmp_path / "empty.jsonl")
-    for path, says in (
-        (empty, "has no prompts"),
-        (tmp_path, "is a folder: name a file of prompts"),
-        (tmp_path / "none.jsonl", "there is no file"),
-        (written(tmp_path / "mine.pdf"), "supported endings are"),
+def test_files_that_hold_no_prompts_and_options_without_effect(tmp_path, calmix):
+    mine = written(tmp_path / "mine.jsonl", {"prompt": "x", "text": "y"})
+    run = ("evaluate", "builtin:smollm2-135m", "--prompts")
+    for more, says in (
+        ((written(tmp_path / "empty.jsonl"),), "has no prompts"),
+        ((tmp_path / "none.jsonl",), "there is no file"),
+        ((written(tmp_path / "mine.pdf"),), "supported endings are"),
+        ((mine, "--suite", "smoke"), "leave one out"),
+        ((mine, "--page", tmp_path / "x.html"), "name both"),
+        ((mine, "--against", run[1], "--text", f"code={mine}"), "--text has no effect with"),
+        ((mine, "-o", mine, "--overwrite"), "is the input"),
     ):
-        assert says in calmix("evaluate", "builtin:smollm2-135m", "--prompts", path).line
-    mine = written(tmp_path / "mine.jsonl", {"prompt": "x"})
-    run = ("evaluate", "builtin:smollm2-135m", "--prompts", mine)
-    assert "leave one out" in calmix(*run, "--suite", "smoke").line
-    assert "name both" in calmix(*run, "--page", tmp_path / "x.html").line
+        assert says in calmix(*run, *more).line
     assert "has no effect" in calmix(*run[:2], "--test-half").line
-    text = written(tmp_path / "text.jsonl", {"text": "x"})
-    against = "--against", "builtin:smollm2-135m", "--text", f"code={text}"
-    assert "--text has no effect with --prompts" in calmix(*run, *against).line
-    assert "is the input" in calmix(*run, "-o", mine, "--overwrite").line
 
 
 def test_prompts_are_split_by_what_they_ask_whatever_else_is_there(tmp_path):
-    prompts = [asked(f"Question {n}?") for n in range(200)]
-    calibrate, test = halves(prompts)
+    path = written(tmp_path / "mine.jsonl", *({"prompt": f"Question {n}?"} for n in range(200)))
+    asked = read_prompts(path)
+    calibrate, test = prompts.halves(asked)
     assert len(calibrate) + len(test) == 200
     assert 70 < len(test) < 130
-    assert halves(prompts[50:])[1] == [one for one in test if one in prompts[50:]]
-    path = written(tmp_path / "mine.jsonl", *({"prompt": one.question} for one in prompts))
-    few = written(tmp_path / "few.jsonl", {"prompt": "x"})
-    with pytest.raises(InputError, match="1 prompts cannot be split"):
-        prompt_suite(few, test_half=True)
+    assert prompts.halves(asked[50:])[1] == [one for one in test if one in asked[50:]]
     suite = prompt_suite(path, test_half=True)
     assert load_items(suite.tasks["mine"]) == test
     assert suite.hash != prompt_suite(path).hash
+    with pytest.raises(InputError, match="1 prompts cannot be split"):
+        prompt_suite(written(path, {"prompt": "x"}), test_half=True)
+
+
+def faulty(answer, ended=True, dense=None, **more):
+    prompt = prompts.parse_prompt({"prompt": "Say something.", **more})
+    seen = prompts.properties(prompt, answer, ended, dense)
+    return [name for name, met in seen.items() if not met]
 
 
 def test_faults_that_need_no_right_answer():
     english = "The cat is in the house, and it is the one that was here for a while."
     french = "Le chat est dans la maison, et il est avec les chiens pour une heure."
     code = "Here it is:\n```python\ndef f(x):\n    return x\n```"
-    assert faulty(english) == []
-    assert faulty("  ") == ["text"]
+    thought = "<think>\nhm\n</think>\nYes."
+    assert faulty(english) == faulty(code) == faulty(thought) == []
+    assert faulty("  ") == faulty("<think>\nhm\n</think>\n") == ["text"]
     assert faulty(english, ended=False) == ["end"]
     assert faulty("I am a cat. " * 30, ended=False) == ["progress"]
-    assert faulty(french, dense=english) == ["language"]
+    assert faulty(french, dense=english) == faulty(english, dense=french) == ["language"]
     assert faulty("Oui.", dense=english) == []  # too short to tell
-    assert faulty(english, dense=french) == ["language"]
     assert faulty('{"a": 1', dense='{"a": 1}') == ["json"]
     assert faulty('```json\n{"a": 2}\n```', dense='{"a": 1}') == []
-    assert faulty("Sure: a is 1", asked("Return JSON.")) == ["json"]
-    assert faulty(code) == []
+    assert faulty("Sure: a is 1", prompt="Return JSON.") == ["json"]
     assert faulty(code.replace("return x", "return (x"), dense=code) == ["code"]
     assert faulty("I cannot.", dense=code) == ["code"]
-    thought = "<think>\nhm\n</think>\nYes."
-    assert faulty(thought) == []
-    assert faulty("<think>\nhm", asked(thinking=True), ended=False) == ["end", "thought"]
+    assert faulty("<think>\nhm", thinking=True, ended=False) == ["end", "thought"]
     assert faulty("<think>\nhm", dense=thought) == ["thought"]
-    assert faulty("<think>\nhm\n</think>\n") == ["text"]
 
 
 def test_calls_of_tools_are_valid_by_their_schema():
     call = f"<tool_call>\n{json.dumps(CALL)}\n</tool_call>"
-    tools = asked(tools=TOOLS)
-    assert faulty(call, tools) == []
-    assert faulty("It is sunny.", tools) == []
-    assert faulty("It is sunny.", tools, dense=call) == ["tool call"]
-    assert faulty(call.replace("weather", "wether"), tools) == ["tool call"]
-    assert faulty(call.replace('"Rome"', ""), tools) == ["tool call"]
-    assert tool_calls(json.dumps({"name": "f", "parameters": {}}))[0]["name"] == "f"
-    assert tool_calls(f"[TOOL_CALLS][{json.dumps(CALL)}]") == [CALL]
-    assert tool_calls('{"named": 1}') == tool_calls("none") == []
+    assert faulty(call, tools=TOOLS) == faulty("It is sunny.", tools=TOOLS) == []
+    assert faulty("It is sunny.", tools=TOOLS, dense=call) == ["tool call"]
+    assert faulty(call.replace("weather", "wether"), tools=TOOLS) == ["tool call"]
+    assert faulty(call.replace('"Rome"', ""), tools=TOOLS) == ["tool call"]
+    assert prompts.tool_calls(json.dumps({"name": "f", "parameters": {}}))[0]["name"] == "f"
+    assert prompts.tool_calls(f"[TOOL_CALLS][{json.dumps(CALL)}]") == [CALL]
+    assert prompts.tool_calls('{"named": 1}') == prompts.tool_calls("none") == []
     valid = [{"city": "Rome", "days": 2}, '{"city": "Rome"}']
     invalid = [{"city": "Rome", "days": True}, {"city": 3}, {"days": 2}, "Rome"]
     invalid.append({"city": "Rome", "country": "Italy"})
     for arguments in (*valid, *invalid):
-        good = valid_call({"name": "weather", "arguments": arguments}, TOOLS)
+        good = prompts.valid_call({"name": "weather", "arguments": arguments}, TOOLS)
         assert good is (arguments in valid), arguments
-    assert same_call(call.lower(), CALL)
-    assert not same_call(call + call, CALL)
-    assert not same_call(call.replace("Rome", "Paris"), CALL)
+    assert prompts.same_call(call.lower(), CALL)
+    assert not prompts.same_call(call + call, CALL)
+    assert not prompts.same_call(call.replace("Rome", "Paris"), CALL)
 
 
 def test_languages_and_loops():
-    texts = {
-        "ru": "Вода нужна всем людям",
-        "ja": "水は大切です",
-        "zh": "水很重要",
-        "ko": "물은 중요하다",
-    }
-    texts["de"] = "Die Katze ist in dem Haus und hat eine Maus"
-    assert {name: language(text) for name, text in texts.items()} == {name: name for name in texts}
-    assert [language(text) for text in ("`the a an the is are`", "ok", "")] == ["", "", ""]
-    assert loops("a" * 130)
-    assert loops("intro " + "and so it goes on, " * 8)
-    assert not loops("\n".join(f"{n}. item" for n in range(60)))
-    tokens = LOOP, PERIOD
-    assert loops([1, 2] + [7, 8, 9] * 22, *tokens)
-    assert not loops([7, 8, 9] * 20, *tokens)  # too short to be sure
-    assert not loops([*range(20)] * 5, *tokens)  # periods this long occur in lists of lines
+    for text, name in {
+        "Вода нужна всем людям": "ru",
+        "水は大切です": "ja",
+        "水很重要": "zh",
+        "물은 중요하다": "ko",
+        "Die Katze ist in dem Haus und hat eine Maus": "de",
+        "`the a an the is are`": "",
+        "ok": "",
+    }.items():
+        assert prompts.language(text) == name
+    assert prompts.loops("a" * 130)
+    assert prompts.loops("intro " + "and so it goes on, " * 8)
+    assert not prompts.loops("\n".join(f"{n}. item" for n in range(60)))
+    assert prompts.loops([1, 2] + [7, 8, 9] * 22, LOOP, PERIOD)
+    assert not prompts.loops([7, 8, 9] * 20, LOOP, PERIOD)  # too short to be sure
+    assert not prompts.loops([*range(20)] * 5, LOOP, PERIOD)  # such periods occur in lists
 
 
 def task(answers, kept, **more):
@@ -228,32 +206,29 @@ def task(answers, kept, **more):
     return replace(one, **texts, prompts=("<b>Why?</b>",) * len(answers), **more)
 
 
+@pytest.fixture
 def example():
     """Scores of a dense model with a repeat, and of a small one that lost an answer."""
     fine = {"text": True, "end": True}
     dense = task(["one two three", "b", "c"], [1, 1, 1], properties=(fine,) * 3)
     again = replace(dense, answers=("one two three", "b", "other"))
-    bad = {"text": True, "end": False}
-    small = task(
-        ["one two four", "b", "<i>c"], [1, 1, 0], properties=(fine, fine, bad | {"json": False})
-    )
-    before = replace(scored(dense), repeat=(again,))
+    seen = (fine, fine, {"text": True, "end": False, "json": False})
+    small = task(["one two four", "b", "<i>c"], [1, 1, 0], properties=seen)
     far = {"total": {"kl_mean": 0.5, "kl_low": 0.4, "kl_high": 0.6, "top1": 0.9}}
+    before = replace(scored(dense), repeat=(again,))
     return before, replace(scored(small), distance=far | {"items": {"0": 0.7}})
 
 
-def test_answers_are_compared_in_pairs():
-    dense, small = example()
-    found = compare_answers((dense, small))
+def test_answers_are_compared_in_pairs(example):
+    found = compare_answers(example)
     assert (found.asked, found.identical.value, found.repeat) == (3, 1 / 3, 2 / 3)
-    assert found.parted == 1
-    assert found.right is None
+    assert (found.parted, found.right) == (1, None)
     assert (found.sound.lost, found.sound.gained, found.sound.p) == (1, 0, 1.0)
     faults = {one.name: (one.asked, one.lost, one.gained) for one in found.faults}
     assert faults == {"text": (3, 0, 0), "end": (3, 1, 0), "json": (1, 1, 0)}
     assert found.again == {"text": 0.0, "end": 0.0}
     assert [row["fault"] for row in fault_rows(found)] == ["empty", "unfinished", "broken JSON"]
-    said = " ".join(answer_lines(found, small.distance))
+    said = " ".join(answer_lines(found, example[1].distance))
     assert "Identical answers: 1 of 3, 33.3 [" in said
     assert "(the dense model's own repeat: 66.7 %)" in said
     assert "KL on the dense model's answers: 0.500 nats per token [0.400, 0.600]" in said
@@ -261,29 +236,27 @@ def test_answers_are_compared_in_pairs():
     assert compare_answers((scored(), scored())) is None
 
 
-def test_the_page_shows_the_worst_first_and_escapes_what_models_write():
-    dense, small = example()
-    assert [row.answers[0] for row in rows([(dense, small)])] == ["c", "one two three", "b"]
-    page = answers_page({"small": (dense, small)})
+def test_the_page_shows_the_worst_first_and_escapes_what_models_write(example):
+    page = answers_page({"small": example})
     assert "<b>Why" not in page
     assert "&lt;b&gt;Why?" in page
-    assert "<mark>&lt;i&gt;c</mark>" in page
-    assert "one two <mark>four</mark>" in page
-    assert '<span class="fault">unfinished</span>' in page
-    assert page.index("&lt;i&gt;c") < page.index("one two")
-    assert "KL 0.700" in page
+    worst, changed, same = page.split("<article")[1:]
+    assert "<mark>&lt;i&gt;c</mark>" in worst
+    assert '<span class="fault">unfinished</span>' in worst
+    assert "one two <mark>four</mark>" in changed
+    assert "KL 0.700" in changed
+    assert "<mark>" not in same
 
 
 @needs_chromium
-def test_the_page_can_be_read_on_a_telephone(page, tmp_path):
-    dense, small = example()
-    (only,) = small.tasks
-    long = replace(only, answers=("x" * 900, "```\n" + "y" * 300, "c"))
+def test_the_page_can_be_read_on_a_telephone(page, example, tmp_path):
+    dense, small = example
+    long = replace(small.tasks[0], answers=("x" * 900, "```\n" + "y" * 300, "c"))
     name = "http://localhost:8080/v1#a-model-with-a-long-name"
-    pairs = {name: (dense, replace(small, tasks=(long,)))}
     row = {"model": "small", "#MB": "30", "#good %": "33.3 [6.1, 79.2]", "#behind best": None}
+    text = answers_page({name: (dense, replace(small, tasks=(long,)))}, [row], "Use small.")
     path = tmp_path / "page.html"
-    path.write_text(answers_page(pairs, [row], "Use small."), encoding="utf-8")
+    path.write_text(text, encoding="utf-8")
     readable(page, path, figures=0, texts=20)
 
 
@@ -315,23 +288,17 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
 
 def test_one_prompt_has_no_interval_of_its_distance():
     row = {"tokens": 4, **dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "top1"), 0.5)}
-    one, two = (
-        pooled({"dimensions": {str(n): row | {"kl_mean": 0.5 + n} for n in range(count)}}, "mine")
-        for count in (1, 2)
-    )
-    assert (one["total"]["kl_low"], one["total"]["kl_high"]) == (None, None)
-    assert two["total"]["kl_low"] < two["total"]["kl_mean"] == 1.0 < two["total"]["kl_high"]
+    rows = {"0": row, "1": row | {"kl_mean": 1.5}}
+    one = pooled({"dimensions": {"0": row}}, "mine")["total"]
+    two = pooled({"dimensions": rows}, "mine")["total"]
+    assert (one["kl_low"], one["kl_high"]) == (None, None)
+    assert two["kl_low"] < two["kl_mean"] == 1.0 < two["kl_high"]
 
 
-def test_the_gate_has_an_exit_code(calmix, tmp_path):
-    fine = {"properties": ({"text": True},) * 60}
-    dense = scored(task(["x"] * 60, [1] * 60, **fine))
-    for kept, code in ((60, 0), (50, 1)):
-        small = scored(task(["x"] * 60, [1] * kept + [0] * (60 - kept), **fine))
-        path = save_pair(tmp_path / "scores.json", dense, small)
-        ended = calmix("check", path, "--keep-at-least", "mine=0.95")
-        assert (ended.code, "not kept" in ended.out) == (code, bool(code))
-        assert "of 60 good answers lost" in " ".join(ended.out.split())  # none has a check
+def test_answers_without_a_check_are_good_ones():
+    dense, small = (task(["x"] * 9, kept, properties=({},) * 9) for kept in ([1] * 9, [0] * 9))
+    result = judge({"": 0.5}, [(scored(dense), scored(small))])
+    assert "9 of 9 good answers lost" in result.lines()[0]
 
 
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
@@ -380,23 +347,18 @@ def test_the_command_compares_prints_and_gates(chats, calmix, tmp_path):
     out, page = tmp_path / "out.json", tmp_path / "out.html"
     run = ("evaluate", small, "--against", dense, "--prompts", mine)
     ended = calmix(*run, "-o", out, "--page", page).ok()
-    printed = ended.out
     assert "KL" not in ended.err
-    assert "Identical answers: 0 of 6" in printed
-    assert "KL on the dense model's answers:" in printed
+    assert "Identical answers: 0 of 6" in ended.out
+    assert "KL on the dense model's answers:" in ended.out
     made = json.loads(out.read_text(encoding="utf-8"))
-    assert len(made["scores"]["distance"]["items"]) == 6
     assert made["prompts"]["faults"][0]["name"] == "text"
     assert page.read_text(encoding="utf-8").count("<article") == 6
-    assert json.loads(calmix("compare", out, "--json").ok().out)
     assert "has no signal" in calmix("check", out, "--keep-at-least", "mine=0.95").line
     written(mine, {"prompt": "word " * 2000})
-    said = calmix(*run).line
-    assert "the prompt that begins 'word word" in said
-    assert "tokens, and the context of" in said
+    assert re.search("begins 'word word.* tokens, and the context of", calmix(*run).line)
     written(mine, {"prompt": "x", "tools": [WEATHER]})
     assert "has no tools, which the prompt that begins 'x' gives" in calmix(*run).line
-    tokenizer = tiny_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer = tiny_tokenizer(CHAT)
     tokenizer.add_tokens(["another"])
     tokenizer.save_pretrained(small)
     written(mine, {"prompt": "Say x.", "max_tokens": 4})

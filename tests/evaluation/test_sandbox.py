@@ -1,6 +1,5 @@
 """Generated programs: what a right one may do, that anything else fails, and that none gets out."""
 
-import contextlib
 import io
 import os
 import pickle
@@ -13,6 +12,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from calmix.errors import InputError
@@ -22,18 +22,21 @@ from tests.evaluation import attempts
 
 ROOT = Path(__file__).parents[2]
 LINUX = sys.platform == "linux"
+needs_linux = pytest.mark.skipif(not LINUX, reason="the attempts are those of Linux")
 
-FORKS = "import os\nwhile True:\n  try:\n    os.fork()\n  except OSError:\n    pass"
-IMPORTS = "import bz2, fractions, os, sys\nprint('x')\nassert sys.dont_write_bytecode\n"
-PROCESS = "start a process"
+FINE = """
+import bz2, fractions, os, sys
+print('x')
+assert sys.dont_write_bytecode and not sys.flags.hash_randomization
+assert 'SECRET_OF_THE_USER' not in os.environ
+"""
 
 
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        (IMPORTS + "assert 'SECRET_OF_THE_USER' not in os.environ", None),
-        (FORKS, PROCESS),
-        ("import os\nos.kill(os.getppid(), 0)", PROCESS),
+        (FINE, None),
+        ("import os\nos.fork()", "start a process"),
         ("bytearray(1 << 30)", "MemoryError"),
         ("try:\n    open('out.txt', 'w')\nexcept BaseException:\n    pass", "write a file"),
         ("import socket\nsocket.create_connection(('127.0.0.1', 80))", "use the network"),
@@ -51,11 +54,6 @@ def test_only_right_programs_pass(source, reason, monkeypatch):
     assert bool(found) == (reason is not None)
     assert (reason or "") in found
     assert "\n" not in found
-
-
-def test_set_order_is_fixed():
-    source = "raise ValueError(''.join({*'abcdefghij'}))"
-    assert failure(source, seconds=60) == failure(source, seconds=60)
 
 
 def test_no_leftovers_and_bounded_output(tmp_path, monkeypatch):
@@ -81,9 +79,6 @@ class Stack:
 def largest(x: List[int]) -> Optional[int]: return max(x)
 def substituted(x): return re.sub('a', 'b', x), math.pi > 3
 def depth(n): return n and 1 + depth(n - 1)
-def looped(n):
-    for i in range(n): pass
-    return i
 if __name__ == '__main__': ran = 1
 def as_main(): return ran
 def data():
@@ -109,7 +104,6 @@ RIGHT = [
     "largest([1, 3]) == 3",
     "substituted('aa') == ('bb', True)",
     "depth(9_000) == 9_000",
-    "looped(4_000_000) > 9",
     "as_main() == 1",
     "data() == [None, True, 2**70, -.5, 1j, 'ä\\ud800', b'x', {1: {2}}, (1, 2), {'a': 2}, .5,"
     " datetime.date(2024, 2, 29)]",
@@ -145,12 +139,12 @@ def test_answers_that_are_not_data_are_refused():
             judge.AnswerUnpickler(io.BytesIO(f"c{name}\n.".encode())).load()
 
 
-@pytest.mark.skipif(not LINUX, reason="the attempts are those of Linux")
+@needs_linux
 def test_escape_attempts_fail():
     assert attempts.survey() == ""
 
 
-@pytest.mark.skipif(not LINUX, reason="the attempts are those of Linux")
+@needs_linux
 @pytest.mark.parametrize("name", attempts.FORGERIES)
 def test_forgeries_fail(name):
     reason = attempts.forgery(name)
@@ -159,19 +153,11 @@ def test_forgeries_fail(name):
     assert not reason.startswith(errors)
 
 
-def readable_python():
-    """Another Python, which everyone may read, or None."""
-    for name in ("/usr/bin/python3", "/usr/local/bin/python3"):
-        new = "import sys; sys.exit(sys.version_info < (3, 11))"
-        if Path(name).exists() and not subprocess.run([name, "-c", new], check=False).returncode:
-            return name
-    return None
-
-
 @pytest.mark.skipif(not LINUX or os.geteuid() != 0, reason="only root can become another user")
 def test_escape_attempts_fail_as_another_user():
-    python = readable_python()
-    if python is None or not shutil.which("setpriv"):
+    python = shutil.which("python3", path="/usr/bin:/usr/local/bin")  # everyone may read it
+    new = "import sys; assert sys.version_info >= (3, 11)"
+    if not shutil.which("setpriv") or subprocess.run([python or "false", "-c", new]).returncode:
         pytest.skip("no other Python, or no setpriv")
     nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
     files = ("errors.py", "evaluation/judge.py", "evaluation/sandbox.py")
@@ -211,16 +197,14 @@ def test_bubblewrap_replaces_landlock(without_landlock):
 def test_no_program_runs_unconfined(without_landlock, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: None)
     monkeypatch.setattr(sys, "platform", "linux")
-    with pytest.raises(
-        InputError, match=r"Landlock is missing .* install bubblewrap; or leave out"
-    ):
+    with pytest.raises(InputError, match=r"Landlock is missing .* bubblewrap; or leave out"):
         failure("")
     monkeypatch.setattr(sys, "platform", "freebsd14")
     with pytest.raises(InputError, match="only on Linux and macOS"):
         failure("")
 
 
-@pytest.mark.skipif(not LINUX, reason="a ruleset of Linux")
+@needs_linux
 def test_failed_confinement_is_an_error(monkeypatch):
     monkeypatch.setattr(sandbox, "_confinement", lambda: ([], 0, ""))  # no ruleset
     with pytest.raises(InputError, match="cannot be run here: syscall 446: "):
@@ -246,56 +230,35 @@ def filtered(machine, number, *arguments, architecture=None):
 
 
 @pytest.mark.parametrize(
-    ("machine", "calls"),  # read, openat, clone, kill, tgkill, prlimit64, fcntl
+    ("machine", "calls"),
     [("x86_64", (0, 257, 56, 62, 234, 302, 72)), ("aarch64", (63, 56, 220, 129, 131, 261, 25))],
 )
 def test_seccomp_filter_allows_computation(machine, calls):
-    reading, opening, cloning, killing, raising, limiting, control = calls
-    at = 100
-    actions = {
-        (reading,): "allow",
-        (opening, at, 0, os.O_CLOEXEC): "allow",
-        (opening, at, 0, os.O_WRONLY): "kill",
-        (cloning,): "kill",
-        (killing,): "kill",
-        (raising, 7): "allow",
-        (raising, 8): "kill",
-        (limiting, 0): "allow",
-        (limiting, 8): "kill",
-        (control, 3, 3): "allow",
-        (control, 3, 8): "kill",
-        (434,): "error",
-    }
-    assert {call: filtered(machine, *call) for call in actions} == actions
-    assert filtered(machine, reading, architecture=1) == "kill"
+    read, openat, clone, kill, tgkill, prlimit64, fcntl = calls
+    for action, *tried in (
+        ("allow", (read,), (openat, 100, 0, os.O_CLOEXEC), (tgkill, 7), (prlimit64, 0)),
+        ("allow", (fcntl, 3, 3)),
+        ("kill", (openat, 100, 0, os.O_WRONLY), (clone,), (kill,), (tgkill, 8), (prlimit64, 8)),
+        ("kill", (fcntl, 3, 8)),
+        ("error", (434,)),
+    ):
+        assert [filtered(machine, *call) for call in tried] == [action] * len(tried)
+    assert filtered(machine, read, architecture=1) == "kill"
     with pytest.raises(OSError, match="the processor sparc is none of x86_64"):
         judge.filter_program("sparc", 1)
 
 
-@pytest.mark.skipif(not LINUX, reason="macOS has no signal at a parent's end")
-def test_program_dies_with_calmix(tmp_path):
+@needs_linux
+def test_program_dies_with_calmix():
     """Also where calmix is killed."""
     code = "from calmix.evaluation.sandbox import failure; failure('while True: pass', seconds=300)"
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT) as calmix:
         try:
-            running = wait(lambda: [one for one in children(calmix.pid) if children(one)])
-            judges = running + [two for one in running for two in children(one)]
+            judges = []
+            while len(judges) < 2 or judges[1].cpu_times().user < 0.2:  # until the program runs
+                assert calmix.poll() is None
+                time.sleep(0.05)
+                judges = psutil.Process(calmix.pid).children(recursive=True)
         finally:
             calmix.kill()
-    assert len(judges) == 2
-    wait(lambda: not any(Path(f"/proc/{one}").exists() for one in judges))
-
-
-def children(pid):
-    with contextlib.suppress(OSError):
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-        return [int(one) for one in text.split()]
-    return []
-
-
-def wait(condition):
-    for _ in range(2400):
-        if value := condition():
-            return value
-        time.sleep(0.05)
-    raise AssertionError("still waiting after 120 s")
+    assert psutil.wait_procs(judges, timeout=120)[1] == []

