@@ -32,17 +32,16 @@ def a_run(method, propagation="sequential", pattern=HALF, paused=None):
 
 
 def one_block(kind, **how):
-    """Return a model of one block without data."""
     config = tiny_config(kind)
     config.num_hidden_layers = 1
     return empty_model(config, **how)
 
 
-def by_block(kind, make, micro_tokens=64, change=lambda model: None, more=()):
+def by_block(kind, make, micro_tokens, change=lambda model: None, device="cuda"):
     """Run; return how often numbers are read in each block, what else is read, and copies; `copies`
     before the first one are the ids of the few tokens that are observed, and of micro-batches."""
     marks = []
-    with tracing(*more) as traced:
+    with tracing(device) as traced:
         run = make(empty_model(tiny_config(kind), change=change))
 
         def mark(*_):
@@ -93,7 +92,6 @@ def test_reads_do_not_grow_with_rows(case):
 def test_device_sums_in_fixed_order(monkeypatch, kind):
     """ADMM carries the last bit of a sum into the mask."""
     ordered = []
-
     for owner, name in ((Calls, "record"), (Gram, "add"), (Admm, "solve"), (Batch, "run")):
         act = getattr(owner, name)
 
@@ -109,20 +107,17 @@ def test_device_sums_in_fixed_order(monkeypatch, kind):
         return add(self, *given)
 
     monkeypatch.setattr(torch.Tensor, "scatter_add_", adding)
-    with tracing(None) as traced:
+    with tracing("cpu") as traced:
         model = one_block(kind)
         ids, plain = torch.zeros(5, 32, dtype=torch.int64), {"statistics": "plain"}
         prune(model, ids, method=QUICK, pattern=HALF, **plain)  # nothing traced has a gradient
-    assert ordered[1:]
+    assert len(ordered) > 1
     assert all(ordered[1:])  # the first are the few tokens that blocks are observed on
     assert "kthvalue" not in traced.operations
     assert not torch.are_deterministic_algorithms_enabled()
     ordered.clear()
     prune(tiny_model(kind), tiny_ids(), method=QUICK, pattern=HALF)
     assert not any(ordered)
-
-
-# Mixtures of experts
 
 
 def as_slices(model):
@@ -147,7 +142,7 @@ def as_slices(model):
 @pytest.mark.parametrize("case", [("wanda", "sequential"), (QUICK, "block")])
 def test_experts_reads(case):
     """A module that sends tokens to experts asks which; ours ask if experts see the same tokens."""
-    run, blocks = by_block("mixtral", a_run(*case), 64, as_slices, [None])
+    run, blocks = by_block("mixtral", a_run(*case), 64, as_slices, "cpu")
     for numbers, reads, copies in blocks:
         assert reads.pop("where") > 0
         assert reads.pop("nonzero") > 0
@@ -172,7 +167,7 @@ def test_experts_reads(case):
 def test_no_float64_on_mps(kind, make):
     """Nor is it made there on the way: the tracer refuses it, as they do."""
     change = as_slices if kind == "mixtral" else lambda model: None
-    with tracing(None) as traced:
+    with tracing("cpu") as traced:
         model = one_block(kind, device="mps", change=change)
         run_through(make(model), torch.zeros(5, 32, dtype=torch.int64))
         assert traced.operations

@@ -1,7 +1,5 @@
-"""Recovery, scoring, distance and generation on a simulated device.
-
-Gradients are given, not computed: a CPU build keeps no graph of what another device does.
-"""
+"""Recovery, distance and generation on a simulated device: gradients are given, not computed, as a
+CPU build keeps no graph of what another device does."""
 
 from types import SimpleNamespace
 
@@ -21,14 +19,6 @@ from tests.device.traced import empty_model, tracing
 from tests.tiny import VOCABULARY, quick, tiny_config
 
 CUDA = torch.device("cuda")
-
-
-def masters_of(model, names):
-    """Of parameters stored on the CPU, the first of which is quantised."""
-    own = {name: model.get_parameter(name).requires_grad_() for name in names}
-    stored = {name: value.detach().cpu() for name, value in own.items()}.__getitem__
-    grids = {names[0]: Grid(torch.ones(1, 1), 4.0)}
-    return Masters(own, stored, [name for name in names if "proj" in name], grids, stored, {})
 
 
 @pytest.fixture
@@ -51,7 +41,7 @@ def gradients(monkeypatch):
 
 @pytest.mark.parametrize("kind", quick(["llama"], ["gemma3_text"]))
 def test_block_recovery_reads_once_per_step(kind, gradients):
-    with tracing(None) as traced:
+    with tracing("cpu") as traced:
         model = empty_model(tiny_config(kind))
         found = find_blocks(model)
         opened = SimpleNamespace(model=model, blocks=found, device=CUDA)
@@ -59,20 +49,16 @@ def test_block_recovery_reads_once_per_step(kind, gradients):
         stream = Stream(opened, {}, ids, [[0], [1], [2], [3]])
         targets = {n: torch.randn(1, 16, 32, device=CUDA) for n in range(4)}
         names = [n for n, _ in model.named_parameters() if n.startswith(f"{found.name}.0.")]
-        masters = masters_of(model, names)
+        own = {name: model.get_parameter(name).requires_grad_() for name in names}
+        stored = {name: value.detach().cpu() for name, value in own.items()}.__getitem__
+        grids, sparse = {names[0]: Grid(torch.ones(1, 1), 4.0)}, [n for n in names if "proj" in n]
+        masters = Masters(own, stored, sparse, grids, stored, {})
         gradients += masters.parameters.values()
         traced.reads.clear()
         traced.copies.clear()
+        request = recover_request(calibration="", method="blocks", epochs=2, lr=1e-3)
         with reproducible(torch.device("cpu")):
-            tune(
-                stream,
-                0,
-                masters,
-                targets,
-                [[0, 1]] * 2,
-                [2, 3],
-                recover_request(calibration="", method="blocks", epochs=2, lr=1e-3),
-            )
+            tune(stream, 0, masters, targets, [[0, 1]] * 2, [2, 3], request)
         assert all(value.device.type == "cuda" for value in masters.values.values())
     assert traced.reads == {"_local_scalar_dense": 5}  # two steps, and three readings
     assert not traced.copies
@@ -90,7 +76,7 @@ def test_head_on_another_device(gradients, monkeypatch):
 
     monkeypatch.setattr(torch.autograd, "grad", gradient)
     first, second = torch.device("cuda", 0), torch.device("cuda", 1)
-    with tracing(None):
+    with tracing("cpu"):
         weight = torch.randn(VOCABULARY, 32, device=second)
         heads = [
             lambda states: functional.linear(states.to(second), weight),
@@ -110,7 +96,7 @@ CUT = {"top_k": 5, "top_p": 0.9, "repetition_penalty": 1.2}
 def test_generation_step_reads_once(kind, cut):
     """Where float64 is not known, tokens are drawn on the CPU."""
     request = WriteRequest([[[3, 4]], [[5]]], 6, [1.0, 0.9], seed=0, **cut)
-    with tracing(None) as traced:
+    with tracing("cpu") as traced:
         sampler = Sampler(request, range(2), [2], torch.device(kind), lambda *of: None)
         ids = torch.ones(2, 1, dtype=torch.int64, device=kind)
         for _ in range(3):

@@ -1,9 +1,9 @@
 """Pruning from disk to disk on a simulated device: what is copied, and when it is read."""
 
 from collections import Counter
-from concurrent.futures import Future
 from contextlib import nullcontext
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -21,25 +21,15 @@ from tests.tiny import VOCABULARY, quick
 BATCHES, ROWS, LENGTH = 3, 2, 32
 
 
-class Inline:
-    """An executor that runs tasks immediately in this thread."""
-
-    def submit(self, act, *given):
-        done = Future()
-        done.set_result(act(*given))
-        return done
-
-    def shutdown(self, **_):
-        pass
-
-
 @pytest.fixture
 def numberless(monkeypatch, tiny_folder):
     """Let files give and take tensors without numbers; return the model on its device."""
     streamed = StreamedModel(str(tiny_folder))
     streamed._pool.shutdown()
-    streamed._pool, streamed.device = Inline(), torch.device("cuda", 1)
-    waited = []
+    streamed.device = torch.device("cuda", 1)
+    streamed._pool = Mock()  # which works at once, in this thread
+    streamed._pool.submit = lambda act, *given: Mock(result=Mock(return_value=act(*given)))
+    pinned, waited = [], []
     streamed._queue = SimpleNamespace(device=streamed.device, record_event=lambda: "copied")
     now = SimpleNamespace(wait_event=waited.append)
     monkeypatch.setattr(torch.cuda, "stream", lambda queue: nullcontext())
@@ -57,7 +47,6 @@ def numberless(monkeypatch, tiny_folder):
             tensor.to("cpu")
 
     empty = torch.empty
-    pinned = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: (pinned.append(1), self)[1])
     monkeypatch.setattr(StreamedModel, "read", read)
     monkeypatch.setattr(WorkFolder, "save", written)

