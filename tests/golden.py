@@ -146,39 +146,31 @@ def exported():
     results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        model, text = str(tiny_gguf(folder / "tiny.gguf")), tiny_text(folder / "text.txt")
-        drawn = {"calibration": str(text), "rows": 6, "length": 32, "leakage": "off"}
-        ways = {
-            "gguf": {"method": "ggml,type=Q4_K"},
-            "compressed-tensors": {"method": "gptq,group=32", "bits": 4},
-            "pack": {"bits": 2.8},
-        }
-        for kind, asked in ways.items():
+        model, text = str(tiny_gguf(folder / "tiny.gguf")), str(tiny_text(folder / "text.txt"))
+        size = {"rows": 6, "length": 32, "leakage": "off"}
+
+        def quantised(kind, **asked):
             made = folder / f"quantised-{kind}"
-            prune_checkpoint(model, made, prune_request(**asked, **drawn))
-            out = folder / kind
-            if kind == "gguf":
-                gguf.export(str(made), out.with_suffix(".gguf"))
-                parts = GGUFReader(out.with_suffix(".gguf")).tensors
-                tensors = {one.name: one.data.tobytes() for one in parts}
-            else:
-                write = pack.pack if kind == "pack" else compressed_tensors.export
-                write(str(made), out)
-                files = [one for one in out.rglob("*") if one.suffix == ".safetensors"]
-                read = {str(one.relative_to(out)): load_file(one) for one in files}
-                tensors = {
-                    f"{file} {key}": value.view(torch.uint8).numpy().tobytes()
-                    for file, each in read.items()
-                    for key, value in each.items()
-                }
-            results[kind] = _hashed(tensors)
-        opened = calmix.open_model(model)
-        calmix.calibration_set(str(text), opened, rows=6, length=32, leakage="off").save(
-            folder / "set"
-        )
+            prune_checkpoint(model, made, prune_request(calibration=text, **size, **asked))
+            return str(made)
+
+        gguf.export(quantised("gguf", method="ggml,type=Q4_K"), folder / "gguf.gguf")
+        ints = quantised("compressed-tensors", method="gptq,group=32", bits=4)
+        compressed_tensors.export(ints, folder / "compressed-tensors")
+        pack.pack(quantised("pack", bits=2.8), folder / "pack")
+        drawn = calmix.calibration_set(text, calmix.open_model(model), **size)
+        drawn.save(folder / "set")
         gguf.export_imatrix(folder / "set", model, folder / "imatrix.gguf")
-        parts = GGUFReader(folder / "imatrix.gguf").tensors
-        results["imatrix"] = _hashed({one.name: one.data.tobytes() for one in parts})
+        for kind in ("gguf", "imatrix"):
+            parts = GGUFReader(folder / f"{kind}.gguf").tensors
+            results[kind] = _hashed({one.name: one.data.tobytes() for one in parts})
+        for kind in ("compressed-tensors", "pack"):
+            tensors = {}
+            for file in (folder / kind).rglob("*.safetensors"):
+                for key, value in load_file(file).items():
+                    name = f"{file.relative_to(folder / kind)} {key}"
+                    tensors[name] = value.view(torch.uint8).numpy().tobytes()
+            results[kind] = _hashed(tensors)
     return results
 
 
@@ -224,13 +216,12 @@ def main():
             stored |= {"machines": stored.get("machines", {}) | {name: machine}, name: data}
             print(f"{name}: {len(data)} written")
             continue
-        keys = [k for k in {**stored[name], **data} if not same(stored[name].get(k), data.get(k))]
+        old = stored[name]
+        keys = [key for key in {**old, **data} if not same(old.get(key), data.get(key))]
         different += len(keys)
         for key in keys[:20]:
-            print(
-                f"{name}: {key}: {str(stored[name].get(key))[:200]} -> {str(data.get(key))[:200]}"
-            )
-        print(f"{name}: {len(data) - len(keys)} of {len(stored[name])} the same")
+            print(f"{name}: {key}: {str(old.get(key))[:200]} -> {str(data.get(key))[:200]}")
+        print(f"{name}: {len(data) - len(keys)} of {len(old)} the same")
     if options.write:
         text = json.dumps(stored, separators=(",", ":"), sort_keys=True)
         FILE.write_bytes(gzip.compress(text.encode(), 9, mtime=0))

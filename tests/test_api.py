@@ -49,8 +49,9 @@ def test_readme_example(tmp_path, text_file):
     with pytest.raises(calmix.CalmixError, match=r"name a \.json or \.csv file"):
         report.save(tmp_path / "report.xlsx")
     scores("m", 0.5).save(tmp_path / "scores.csv")
-    assert "," in (tmp_path / "scores.csv").read_text().splitlines()[0]
-    assert "{" not in (tmp_path / "scores.csv").read_text()
+    text = (tmp_path / "scores.csv").read_text()
+    assert "," in text.splitlines()[0]
+    assert "{" not in text
     retained = scores("m", 0.5).retention(scores("d", 0.1), resamples=10)
     assert repr(retained).startswith("<Retention: ")
     assert list(retained.to_pandas()["dimension"])[-1] == "total"
@@ -65,16 +66,13 @@ def test_path_arguments(tmp_path):
 
 def test_evaluate_against_a_dense_model_or_its_scores(tmp_path):
     dense, small = (save_tiny_model(tmp_path / str(seed), seed=seed) for seed in (0, 1))
-    (tmp_path / "rows.jsonl").write_text(
-        '{"question": "a b", "choices": [" c", " d"], "answer": 0}\n' * 30, encoding="utf-8"
-    )
-    suite = tmp_path / "suite.yaml"
-    (tmp_path / "programs.jsonl").write_text(
-        '{"head": "double(x)", "question": "returns x.", "tests": ["double(4) == 8"]}\n', "utf-8"
-    )
-    programs = "programs: {file: programs.jsonl, kind: programs}"
-    task = f"{{general: {{rows: {{file: rows.jsonl, kind: choices}}, {programs}}}}}"
-    suite.write_text(f"{{name: s, version: 1, description: d, dimensions: {task}}}", "utf-8")
+    choices = {"question": "a b", "choices": [" c", " d"], "answer": 0}
+    programs = {"head": "double(x)", "question": "returns x.", "tests": ["double(4) == 8"]}
+    (tmp_path / "choices.jsonl").write_text(f"{json.dumps(choices)}\n" * 30)
+    (tmp_path / "programs.jsonl").write_text(json.dumps(programs))
+    tasks = {kind: {"file": f"{kind}.jsonl", "kind": kind} for kind in ("choices", "programs")}
+    whole = {"name": "s", "version": 1, "description": "d", "dimensions": {"general": tasks}}
+    (suite := tmp_path / "suite.yaml").write_text(json.dumps(whole))
     compared = calmix.evaluate(small, suite, against=dense)
     scored = calmix.evaluate(small, suite, against=calmix.evaluate(dense, suite))
     assert compared.retention.total == scored.retention.total

@@ -18,13 +18,11 @@ from calmix.errors import InputError, ModelError, SourceError
 from calmix.files import write_json
 from calmix.inspecting import inspect
 from calmix.models import chat_template
-from calmix.models.folder import check_folder, weight_files
+from calmix.models.folder import check_folder
 from calmix.models.opening import resolve_model
 from calmix.sources.local import LocalFile
 from calmix.study.store import open_store
 from tests.tiny import tiny_gguf, tiny_tokenizer
-
-DEEP = "[" * 20_000
 
 
 def bomb(levels=9, width=9):
@@ -45,15 +43,14 @@ def prune(calmix, model):
     return calmix("prune", model, *options)
 
 
-TAGS = ("a: 2001-99-99", "a: !!str [b]", "a: !!int ''", "a: !!bool maybe", "a: !!timestamp x")
 TEXTS = (
+    *("a: 2001-99-99", "a: !!str [b]", "a: !!int ''", "a: !!bool maybe", "a: !!timestamp x"),
     "a: &a [*a]",
-    f"a: {DEEP[:600]}",
+    f"a: {'[' * 600}",
     "a: 1\n" * 200_000,
     'a: "\\ud800"',
     "a: !!python/object/apply:os.system ['touch harm']",
     "<<: &m [{a: 1}, *m]",
-    *TAGS,
     bomb(),
 )
 
@@ -87,9 +84,7 @@ def test_weight_files_outside_the_folder(calmix, tmp_path, model):
     index = model / "model.safetensors.index.json"
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), 3, "a\0b", ".."):
         index.write_text(json.dumps({"weight_map": {"lm_head.weight": name}}))
-        with pytest.raises(ModelError):
-            weight_files(model)
-        assert prune(calmix, model).line
+        assert "which is not a file in its folder" in prune(calmix, model).line
     assert (tmp_path / "outside.safetensors").read_bytes() == before
     assert not (tmp_path / "out").exists()
 
@@ -105,12 +100,12 @@ def test_oversized_configuration_is_refused(calmix, tmp_path, model):
 def test_model_code_does_not_run(calmix, tmp_path, model):
     harm = tmp_path / "harm"
     (model / "evil.py").write_text(f"import pathlib\npathlib.Path({str(harm)!r}).touch()\n")
-    for name, where in (("config.json", "AutoConfig"), ("tokenizer_config.json", "AutoTokenizer")):
-        path = model / name
-        value = json.loads(path.read_text())
-        reference = "evil.Evil" if where == "AutoConfig" else ["evil.Evil", "evil.Evil"]
-        auto = {where: reference, "AutoModelForCausalLM": "evil.Evil"}
-        path.write_text(json.dumps(value | {"auto_map": auto, "model_type": "evil"}))
+    for name, auto in (
+        ("config.json", {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}),
+        ("tokenizer_config.json", {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}),
+    ):
+        value = json.loads((model / name).read_text()) | {"auto_map": auto, "model_type": "evil"}
+        (model / name).write_text(json.dumps(value))
     assert prune(calmix, model).line
     assert calmix("calibrate", "python-docs", "-m", model, "-o", tmp_path / "set").code == 2
     assert not harm.exists()
@@ -158,9 +153,8 @@ def sixty_times(body):
 def test_chat_template_limits(calmix, tmp_path, monkeypatch, model):
     monkeypatch.setattr(chat_template, "SECONDS", 0.3)
     monkeypatch.setattr(chat_template, "TEMPLATE_MEMORY", 2**26)
-    chats = [{"messages": [{"role": "user", "content": "Hi"}]}] * 9
     path = tmp_path / "chats.jsonl"
-    path.write_text("\n".join(map(json.dumps, chats)))
+    path.write_text('{"messages": [{"role": "user", "content": "Hi"}]}\n' * 9)
     small = ("--rows", 1, "--length", 32, "--leakage", "off")
     for template in (
         "{{ 'a' * 10000000000000 }}",
@@ -199,21 +193,17 @@ def store(path, **changes):
 
 
 def test_links_in_a_model_folder(calmix, tmp_path, model):
-    secret, link = tmp_path / "id_rsa", model / "NOTICE"
+    secret, link, deep = tmp_path / "id_rsa", model / "NOTICE", model / "code/deep/NOTICE"
     secret.write_text("secret")
-    for target in (secret, "../id_rsa", tmp_path / "nowhere", "/proc/self/environ", tmp_path):
-        link.symlink_to(target)
+    deep.parent.mkdir(parents=True)
+    outside = secret, "../id_rsa", tmp_path / "nowhere", "/proc/self/environ", tmp_path
+    for place, target in [*((link, target) for target in outside), (deep, secret)]:
+        place.symlink_to(target)
         assert "NOTICE is a link out of its folder" in prune(calmix, model).line
         with pytest.raises(InputError, match="is a link out of its folder"):
             pack(model, tmp_path / "out")
-        link.unlink()
-    (model / "code").mkdir()
-    for name, target in {"code/deep.py": secret, "tokenizer_extra": "code/deep.py"}.items():
-        (model / name).symlink_to(target)
-    assert "is a link out of its folder" in prune(calmix, model).line
+        place.unlink()
     assert not (tmp_path / "out").exists()
-    for name in ("code/deep.py", "tokenizer_extra"):
-        (model / name).unlink()
     link.symlink_to("config.json")
     prune(calmix, model).ok()
     assert (tmp_path / "out/NOTICE").read_bytes() == (model / "config.json").read_bytes()
@@ -243,10 +233,9 @@ def test_links_in_sets_packs_and_text(tmp_path, tiny_folder):
     texts.mkdir()
     secret.write_text("secret " * 50)
     (texts / "a.txt").write_text("alpha " * 50)
-    drawn_set = calibration_set(
-        str(texts), open_tokenizer(str(tiny_folder)), rows=2, length=8, leakage="off"
-    )
-    saved, packed = drawn_set.save(tmp_path / "set"), tmp_path / "pack"
+    opened, packed = open_tokenizer(str(tiny_folder)), tmp_path / "pack"
+    drawn = calibration_set(str(texts), opened, rows=2, length=8, leakage="off")
+    saved = drawn.save(tmp_path / "set")
     pack(tiny_folder, packed)
     for folder in (saved, packed):
         (folder / "link").symlink_to(secret)
@@ -295,10 +284,6 @@ def test_names_are_not_markup(calmix, tmp_path):
     assert "[/bold][red]x" in ended.out
     assert "\x1b[2J" not in ended.out
     assert ":smile:" in ended.out
-    ended = calmix("calibrate", "show", "[/bold]\x1b[2J")
-    assert "\x1b" not in ended.line
-    folder = tmp_path / "[bold]"
-    folder.mkdir()
-    (folder / "t.txt").write_text("alpha " * 400)
-    ended = calmix("calibrate", "show", folder / "t.txt").ok()
-    assert "[bold]" in ended.out
+    assert "\x1b" not in calmix("calibrate", "show", "[/bold]\x1b[2J").line
+    (path := tmp_path / "[bold].txt").write_text("alpha " * 400)
+    assert "[bold]" in calmix("calibrate", "show", path).ok().out

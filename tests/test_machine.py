@@ -1,7 +1,7 @@
 """Memory and cores are limited by the process's control groups."""
 
 import os
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -58,9 +58,7 @@ def test_container_and_host_limits(groups, own, files, limited):
 
 def test_device_memory(monkeypatch):
     values = {"mem_get_info": (50, 200), "memory_allocated": 30, "memory_reserved": 70}
-    backend = SimpleNamespace(
-        **{key: lambda _, value=value: value for key, value in values.items()}
-    )
+    backend = Mock(**{f"{key}.return_value": value for key, value in values.items()})
     monkeypatch.setattr(torch, "get_device_module", lambda device: backend)
     assert memory.device_memory(torch.device("cuda", 1)) == (30, 90, 200)
     stored, free, total = memory.device_memory(torch.device("cpu"))
@@ -76,7 +74,7 @@ def test_thread_count_in_a_container(groups, monkeypatch, asked, threads):
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
     now = [8]
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
-    monkeypatch.setattr(torch, "get_num_threads", lambda: now[0])
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: now.__setitem__(0, count))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: now[-1])
+    monkeypatch.setattr(torch, "set_num_threads", now.append)
     opening.device_of("cpu")
-    assert now == [threads]
+    assert now[-1] == threads

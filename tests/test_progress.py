@@ -1,5 +1,7 @@
 """Progress: one line whose share never falls, in a terminal, a notebook or a file."""
 
+from unittest.mock import Mock
+
 import pytest
 
 from calmix import progress
@@ -26,18 +28,14 @@ def now(monkeypatch):
 def test_progress_share(drawn):
     with Progress() as bar:
         show = bar.of("scoring")
-        show(0, 0)
-        for done, total in ((0, 10), (10, 10), (10, 30), (20, 30), (30, 30)):
+        for done, total in ((0, 0), (0, 10), (10, 10), (10, 30), (20, 30), (30, 30)):
             show(done, total)
-        each = bar.each("drawing")
-        each("news")
-    shares = [share for _, share, _ in drawn]
-    assert shares[0] is None
-    assert shares[-1] is None
-    known = shares[1:-1]
-    assert known == sorted(known)
-    assert known[0] == 0
-    assert drawn[-1][0] == "drawing news"
+        bar.each("drawing")("news")
+    first, *shares = [share for text, share, _ in drawn if text == "scoring"]
+    assert first is None
+    assert shares == sorted(shares)
+    assert shares[0] == 0
+    assert drawn[-1] == ("drawing news", None, "")
 
 
 def test_stage_lines(drawn, now):
@@ -53,13 +51,11 @@ def test_stage_lines(drawn, now):
                 now[0] += 60
                 show(2, 4)
             bar.begin("recover")
-    assert drawn[:4] == [
+    assert drawn[:7] == [
         ("1/3 draw", None, ""),
         ("2/3 prune", None, ""),
         ("2/3 prune: pruning blocks", 0.0, ""),
         ("2/3 prune: pruning blocks", 0.5, "60 s left"),
-    ]
-    assert drawn[4:7] == [
         ("3/3 recover", None, ""),
         ("3/3 recover: pruning blocks", 0.0, ""),
         ("3/3 recover: pruning blocks", 0.5, "60 s left"),
@@ -84,18 +80,12 @@ def test_progress_without_a_terminal(capsys, now):
 
 
 def test_progress_in_a_notebook(monkeypatch):
-    cells = []
-
-    class ZMQInteractiveShell:
-        pass
-
-    class Cell:
-        def update(self, data, raw):
-            cells.append(data)
-
-    monkeypatch.setattr("builtins.get_ipython", ZMQInteractiveShell, raising=False)
-    monkeypatch.setattr("IPython.display.display", lambda *a, **k: Cell())
+    cell = Mock()
+    shell = type("ZMQInteractiveShell", (), {})
+    monkeypatch.setattr("builtins.get_ipython", shell, raising=False)
+    monkeypatch.setattr("IPython.display.display", Mock(return_value=cell))
     with Progress() as bar:
         bar.of("scoring <m>")(1, 4)
-    assert cells[0]["text/html"].startswith("scoring &lt;m&gt; <progress value='0.250'>")
-    assert cells[-1] == {"text/plain": ""}
+    first, last = (call.args[0] for call in cell.update.call_args_list)
+    assert first["text/html"].startswith("scoring &lt;m&gt; <progress value='0.250'>")
+    assert last == {"text/plain": ""}

@@ -62,7 +62,6 @@ SIZES = {
     VOCABULARY: "vocab_size",
 }
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}
-DEEPSEEK = {"num_key_value_heads": 4}  # every head has keys of its own
 GEMMA4 = {  # the last two blocks read keys and values of the first two
     "layer_types": ["sliding_attention", "full_attention"] * 2,
     "num_kv_shared_layers": 2,
@@ -73,8 +72,9 @@ OWN = {
     "gpt_neox": {"tie_word_embeddings": False},
     "gpt2": GPT2,
     "gpt_bigcode": GPT2,
-    "deepseek_v3": DEEPSEEK,
-    "deepseek_v32": DEEPSEEK,
+    # Every head has keys of its own.
+    "deepseek_v3": {"num_key_value_heads": 4},
+    "deepseek_v32": {"num_key_value_heads": 4},
     "bloom": {"n_layer": 2, "n_head": 4},
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
     "gemma4_text": GEMMA4,
@@ -95,10 +95,8 @@ OWN = {
 def tiny_config(kind):
     """Return a configuration of width 32 with two blocks (four where kinds alternate)."""
     wanted = {name: size for size, names in SIZES.items() for name in names.split()}
-    wanted["tie_word_embeddings"] = True
-    if kind.startswith("gemma"):
-        wanted["num_hidden_layers"] = 4
-    wanted |= OWN.get(kind, {})
+    wanted |= {"num_hidden_layers": 4} if kind.startswith("gemma") else {}
+    wanted |= {"tie_word_embeddings": True} | OWN.get(kind, {})
     if "n_positions" in wanted:
         wanted = {k: v for k, v in wanted.items() if not k.startswith(("num_", "hidden", "max_"))}
     known = inspect.signature(type(AutoConfig.for_model(kind)).__init__).parameters
@@ -130,11 +128,8 @@ def _made(kind, seed, settings):
 
 def quick(chosen, others):
     """Return parameters of a test: the chosen ones, and the others for `make test-long` alone."""
-    chosen = list(chosen)
-    return [
-        *chosen,
-        *(pytest.param(one, marks=pytest.mark.long) for one in others if one not in chosen),
-    ]
+    rest = [one for one in others if one not in chosen]
+    return [*chosen, *(pytest.param(one, marks=pytest.mark.long) for one in rest)]
 
 
 def tiny_ids(rows=12, length=32, seed=1):
@@ -196,8 +191,7 @@ def tiny_text(path):
 
 
 def tiny_gguf(path, context=None, **rope):
-    """Write the tiny llama as GGUF, in float32, with a byte-level vocabulary; `rope` are factors of
-    its positions."""
+    """Write the tiny llama as GGUF in float32; `rope` are factors of its positions."""
     from gguf import MODEL_ARCH, GGUFWriter, TokenType, get_tensor_name_map
 
     config, model = tiny_config("llama"), tiny_model("llama")
@@ -215,8 +209,7 @@ def tiny_gguf(path, context=None, **rope):
         writer.add_float32(f"llama.rope.scaling.{key}", value)
     writer.add_vocab_size(config.vocab_size)
     vocabulary = tiny_tokenizer().get_vocab()
-    tokens = [token for token, _ in sorted(vocabulary.items(), key=lambda pair: pair[1])]
-    tokens += ["ab", "bc"]
+    tokens = [*sorted(vocabulary, key=vocabulary.get), "ab", "bc"]
     tokens += [f"<unused{n}>" for n in range(config.vocab_size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens)

@@ -12,14 +12,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import typer
-import yaml
 
 import calmix
 from calmix.cli import app
 from calmix.deploy.pack import pack
 from calmix.evaluation.scores import CapabilityScores
 from tests.conftest import write_text_file
-from tests.study.conftest import REAL_SUITE
+from tests.study.conftest import write_study
 from tests.synthetic import Plan, save, study
 from tests.tiny import save_tiny_model
 
@@ -147,14 +146,15 @@ def files(tmp_path_factory):
         "other": save_tiny_model(at / "models" / "other"),
         "text": write_text_file(at / "text.txt"),
         "blank": at / "blank.txt",
-        **{name: at / name for name in ("set", "pack", "binary", "empty", "notes")},
-        **{name: at / f"{name}.yaml" for name in ("suite", "study")},
+        **{name: at / name for name in ("set", "pack", "binary", "empty", "notes", "results")},
         **{name: at / f"{name}.json" for name in ("scores", "half", "x/half", "foreign", "quiz")},
     }
     actual["binary"].write_bytes(bytes(range(256)))
     actual["empty"].mkdir()
     actual["notes"].mkdir()
     (actual["notes"] / "one.txt").write_text("What is up?")
+    actual["study"] = write_study(at / "study", actual["other"])
+    actual["suite"] = actual["study"].with_name("suite.yaml")
     opened = calmix.open_model(str(actual["other"]))
     drawn = calmix.calibration_set(str(actual["text"]), opened, rows=4, length=32, leakage="off")
     drawn.save(actual["set"])
@@ -163,18 +163,10 @@ def files(tmp_path_factory):
     opened.tokenizer.save_pretrained(actual["model"])
     pack(actual["model"], actual["pack"])
     (at / "file").touch()
-    actual["suite"].write_text(REAL_SUITE)
-    request = {
-        "name": "s",
-        "models": {"m": str(actual["model"])},
-        "suite": str(actual["suite"]),
-        "calibrations": {"a": str(actual["text"])},
-        "methods": {"wanda": [0.5]},
-        "keep_checkpoints": True,
-    }
-    actual["study"].write_text(yaml.safe_dump(request))
+    with actual["study"].open("a") as file:
+        file.write("keep_checkpoints: true\n")
     results = study(Plan(sources=("news", "books"), seeds=(0, 1)))
-    actual["results"] = save(results, at / "results")
+    save(results, actual["results"])
     (tasks,) = results.dense.values()
     whole = CapabilityScores("m", "f", "float32", dict(results.suite) | {"hash": "h"}, tasks)
     actual["x/half"].parent.mkdir()
@@ -192,9 +184,9 @@ def parameters(verb):
     return list(command.get_params(command.make_context(verb, [], resilient_parsing=True)))
 
 
-def right(verb, files):
-    """Return the arguments of a correct call."""
-    return [word.format(out=files["text"].parent / "out", **files) for word in VERBS[verb].split()]
+def filled(words, files):
+    """Return arguments with the paths of files."""
+    return words.format(out=files["text"].parent / "out", **files).split()
 
 
 def without(words, names):
@@ -205,7 +197,7 @@ def without(words, names):
 
 def mistakes(verb, files):
     """Yield wrong arguments, and words one of which must be in the error."""
-    words, params = right(verb, files), parameters(verb)
+    words, params = filled(VERBS[verb], files), parameters(verb)
     yield [*words, "--no-such-option"], "--no-such-option"
     if not any(param.nargs == -1 for param in params):
         yield [*words, "one-too-many"], "one-too-many"
@@ -269,8 +261,8 @@ def wrong_outputs(verb, words, files):
 
 
 @pytest.fixture
-def idle(monkeypatch, tmp_path):
-    """An empty cache, with downloads, computation and sampling disabled."""
+def idle(monkeypatch, tmp_path, files):
+    """Downloads, computation and sampling are disabled, and neither inputs nor cache may change."""
 
     def worked(*args, **more):
         raise AssertionError("work was done before the mistake was found")
@@ -286,7 +278,11 @@ def idle(monkeypatch, tmp_path):
         monkeypatch.setattr(name, worked)
     monkeypatch.setenv("CALMIX_CACHE", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    return tmp_path
+    root = files["text"].parent
+    before = tree(root)
+    yield
+    assert tree(root) == before
+    assert not list(tmp_path.iterdir())
 
 
 def tree(folder):
@@ -298,44 +294,35 @@ def test_error_cases_cover_all_commands(files):
     assert sum(len(list(mistakes(verb, files))) for verb in VERBS) > 800
 
 
+@pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("verb", VERBS)
-def test_each_error_is_one_line(calmix, files, idle, verb):
-    root = files["text"].parent
-    before = tree(root)
+def test_each_error_is_one_line(calmix, files, verb):
     for words, *named in mistakes(verb, files):
         ended = calmix(*verb.split(), *words)
         assert any(word.lower() in ended.line.lower() for word in named), (words, ended)
         assert verb == "doctor inspect" or not ended.out, words  # it reports damage
-        assert tree(root) == before, words
-        assert not list(idle.iterdir()), words
 
 
+@pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("words", SAID)
-def test_error_messages(calmix, files, idle, words):
-    before = tree(files["text"].parent)
-    inputs = [word.format(out=files["text"].parent / "out", **files) for word in words.split()]
-    assert SAID[words] in calmix(*inputs).line
-    assert tree(files["text"].parent) == before
+def test_error_messages(calmix, files, words):
+    assert SAID[words] in calmix(*filled(words, files)).line
 
 
-def test_a_missing_extra_is_reported_before_the_work(calmix, files, idle, monkeypatch):
-    for name in ("ray", "reasoning_gym"):
-        monkeypatch.setitem(sys.modules, name, None)
-    for extra, verb, more in (
-        ("ray", "study run", ("--executor", "ray")),
-        ("reasoning", "prune", ("--calibration", "algebra")),
+@pytest.mark.usefixtures("idle")
+def test_a_missing_extra_is_reported_before_the_work(calmix, files, monkeypatch):
+    for extra, package, words in (
+        ("ray", "ray", "study run {study} -o {out} --executor ray"),
+        ("reasoning", "reasoning_gym", HALF.replace("{text}", "algebra")),
     ):
-        words = [*right(verb, files), *more]
-        assert f"pip install 'calmix[{extra}]'" in calmix(*verb.split(), *words).line
-    assert not list(idle.iterdir())
+        monkeypatch.setitem(sys.modules, package, None)
+        assert f"pip install 'calmix[{extra}]'" in calmix(*filled(words, files)).line
 
 
+@pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("verb", DISK)
-def test_a_full_disk_is_reported_before_the_work(calmix, files, idle, monkeypatch, verb):
-    usage = SimpleNamespace(free=1000)
-    monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    before = tree(files["text"].parent)
-    ended = calmix(*verb.split(), *right(verb, files))
-    assert (ended.code, ended.out) == (2, "")
+def test_a_full_disk_is_reported_before_the_work(calmix, files, monkeypatch, verb):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    ended = calmix(*verb.split(), *filled(VERBS[verb], files))
     assert "error: no space left for" in ended.line
-    assert tree(files["text"].parent).keys() == before.keys()
+    assert ended.out == ""

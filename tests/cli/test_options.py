@@ -18,6 +18,8 @@ from calmix.pruning.solvers.ggml_types import TYPES
 from calmix.pruning.type_recipes import recipe_types
 from tests.cli.test_mistakes import COMMANDS
 
+MAIN = "from calmix.cli import main; main()"
+
 
 def test_shell_completion(calmix, monkeypatch):
     monkeypatch.setenv("_CALMIX_COMPLETE", "complete_bash")
@@ -47,7 +49,7 @@ def test_closed_pipe_is_not_a_failed_check(tmp_path):
 
 def test_environment_defaults(calmix, monkeypatch):
     names = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY", "GOMP_SPINCOUNT")
-    for option, message in (
+    for option, values in (
         ({}, ("64", "64", "2000")),
         ({"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "9", "GOMP_SPINCOUNT": "7"}, ("9", "64", "7")),
         ({"OMP_WAIT_POLICY": "passive"}, ("64", "64", None)),
@@ -59,21 +61,13 @@ def test_environment_defaults(calmix, monkeypatch):
         for name, value in ({"MPLBACKEND": "module://nowhere.backend_inline"} | option).items():
             monkeypatch.setenv(name, value)
         assert calmix("--version").out == f"calmix {importlib.metadata.version('calmix')}\n"
-        assert tuple(map(os.environ.get, names)) == message
+        assert tuple(map(os.environ.get, names)) == values
         assert os.environ["MPLBACKEND"] == "agg"
 
 
 def test_help_flags(calmix):
-    for words in (
-        "-h",
-        "help",
-        "help report",
-        "report -h",
-        "doctor help",
-        "report --help-all",
-        "study plan --help-all",
-        "--help-all",
-    ):
+    short = ("-h", "help", "help report", "report -h", "doctor help")
+    for words in (*short, "--help-all", "report --help-all", "study plan --help-all"):
         assert calmix(*words.split()).ok().out.startswith("Usage: calmix"), words
     assert "[0]" in calmix("calibrate", "draw", "--help").out.partition("--seed")[2][:60]
 
@@ -90,32 +84,34 @@ def test_help_is_short(calmix):
     assert options < set(re.findall(r"--[\w-]+", calmix("prune", "--help-all").out))
 
 
+def imported(code, *arguments):
+    """Run code in a new process, and return it and which of three large packages it imported."""
+    code += "\nfinally: print(*sorted({'pydantic', 'rich', 'torch'} & set(sys.modules)))"
+    command = [sys.executable, "-c", f"import sys\ntry: {code}", *arguments]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    return ended, set(ended.stdout.splitlines()[-1].split())
+
+
 def test_help_imports_no_command():
-    code = "import sys; from calmix.cli import main; sys.argv = ['calmix', '--help']\n"
-    code += "try: main()\nfinally: print({'rich', 'pydantic', 'torch'} & set(sys.modules))"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.stdout.endswith("--effort quick\nset()\n"), ended
-    modules = sorted({module for module, _ in VERBS.values()})  # help of a verb needs no torch
-    code = f"import sys, calmix.cli.{', calmix.cli.'.join(modules)}; print('torch' in sys.modules)"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert ended.stdout == "False\n", ended
+    ended, packages = imported(MAIN, "--help")
+    assert ended.stdout.startswith("Usage: calmix")
+    assert packages == set()
+    modules = {module for module, _ in VERBS.values()}  # help of a verb needs no torch
+    ended, packages = imported(f"import calmix.cli.{', calmix.cli.'.join(modules)}")
+    assert (ended.returncode, "torch" in packages) == (0, False), ended
 
 
 def test_unknown_names_are_refused_before_pytorch_is_imported():
-    prune = ["prune", "builtin:smollm2-135m", "-o", "x", "--sparsity", "0.5"]
-    for words, name in (
-        ([*prune, "--calibration", "stories:1,nosuch:1"], "source"),
-        ([*prune, "--method", "nosuch,steps=3"], "method"),
+    prune = ("prune", "builtin:smollm2-135m", "-o", "x", "--sparsity", "0.5")
+    for name, more in (
+        ("source", ("--calibration", "stories:1,nosuch:1")),
+        ("method", ("--method", "nosuch,steps=3")),
     ):
-        code = "import sys; from calmix.cli import main\n"
-        code += f"sys.argv = ['calmix', *{words}]\n"
-        code += "try: main()\nfinally: print('torch' in sys.modules)"
-        ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-        assert (ended.returncode, ended.stdout) == (2, "False\n"), ended
+        ended, packages = imported(MAIN, *prune, *more)
         assert ended.stderr.startswith(f"error: unknown {name} 'nosuch'"), ended
-    assert set(BUILTIN_METHODS) == {
-        name for name, kind in methods().items() if kind.__module__.startswith("calmix.")
-    }
+        assert "torch" not in packages
+    own = {name for name, kind in methods().items() if kind.__module__.startswith("calmix.")}
+    assert set(BUILTIN_METHODS) == own
 
 
 def test_help_is_not_truncated(calmix, monkeypatch):
@@ -138,13 +134,13 @@ def test_sizes_by_type(calmix):
     config = Qwen2Config(**shape, **heads, tie_word_embeddings=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    blocks = find_blocks(model)
+    blocks, outer = find_blocks(model), outer_layers(model)
     matrices = {one.name: one.shape for one in blocks.layers}
-    matrices |= {name: weight.shape for name, weight in outer_layers(model).items()}
+    matrices |= {name: weight.shape for name, weight in outer.items()}
     vectors = model.num_parameters() - sum(map(math.prod, matrices.values()))
     listed = re.findall(r"^ +(\w+) +([\d.]+) GB", calmix("compress", "--help").out, re.M)
     assert len(listed) == 8
     for name, size in listed:
-        types = recipe_types(name, model.config, blocks, outer_layers(model))
+        types = recipe_types(name, config, blocks, outer)
         bits = sum(math.prod(matrices[one]) * TYPES[kind].bits for one, kind in types.items())
         assert f"{(bits / 8 + 4 * vectors) / 1e9:.2f}" == size

@@ -4,6 +4,7 @@ import json
 import random
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -96,41 +97,32 @@ def tiny_study(tmp_path, tiny_folder, monkeypatch):
 def run(path, store, heard=lambda text: None, **options):
     """Run a study; return the labels of trials run, errors by label, and all messages."""
     notes, shown = [], []
-    run_study(
+    _, left = run_study(
         load_study(path),
         store,
         note=lambda text: (heard(text), notes.append(text)),
         show=lambda text, share: shown.append(text),
         **options,
     )
-    ended = [one.groups() for text in notes if (one := re.match(r"\d+/\d+ (.*?): (.*)", text))]
-    failed = {
-        label: said.removeprefix("failed: ") for label, said in ended if said.startswith("failed: ")
-    }
-    labels = [label for label, _ in ended]
-    return SimpleNamespace(notes=notes, shown=shown, ran=labels, errors=failed)
+    ended = [one[1] for text in notes if (one := re.match(r"\d+/\d+ (.*?): ", text))]
+    errors = {label: said for label, (how, said) in left.items() if how == "failed"}
+    return SimpleNamespace(notes=notes, shown=shown, ran=ended, errors=errors)
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory, tiny_folder):
     """A study, what writes others beside it, its store after a run, the trials that ran, and the
-    sets and models that were made."""
-    folder, created = tmp_path_factory.mktemp("ran"), []
+    calls that made sets and scores."""
+    folder = tmp_path_factory.mktemp("ran")
+    sets, scores = Mock(wraps=calibration_set), Mock(wraps=evaluate)
     with pytest.MonkeyPatch.context() as patch:
         write = writer(folder, tiny_folder, patch)
         path, store = write(), folder / "store"
-
-        def counted(act, name):
-            def run(*rest, **options):
-                created.append(name if options.get("cache") else act.__name__)
-                return act(*rest, **options)
-
-            return run
-
-        patch.setattr(bench, "calibration_set", counted(calibration_set, ""))
-        patch.setattr(bench, "evaluate", counted(evaluate, "dense"))
+        patch.setattr(bench, "calibration_set", sets)
+        patch.setattr(bench, "evaluate", scores)
         labels = run(path, store, only=["mix wanda*"]).ran + run(path, store).ran
-        yield SimpleNamespace(path=path, store=store, labels=labels, created=created, write=write)
+        calls = {"sets": sets.mock_calls, "scores": scores.mock_calls}
+        yield SimpleNamespace(path=path, store=store, labels=labels, write=write, **calls)
 
 
 def outcomes(store):

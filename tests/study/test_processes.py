@@ -5,6 +5,7 @@ import signal
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
@@ -80,9 +81,8 @@ def test_ray_gives_the_same_results_after_worker_loss(undisturbed, tmp_path, mon
 
 def test_trial_too_large_for_the_cluster_is_refused():
     nodes = [{"CPU": 8, "memory": 40e9, "GPU": 2}, {"CPU": 32, "memory": 25e9}]
-    needs = {"CPU": 1, "GPU": 0, "memory": 12e9}
-    check_room(nodes, needs, "a")
-    check_room(nodes, {**needs, "GPU": 0.5, "memory": 30e9}, "a")
+    check_room(nodes, {"CPU": 1, "GPU": 0.5, "memory": 30e9}, "a")
+    check_room(nodes, {"CPU": 32, "GPU": 0, "memory": 12e9}, "a")
     line = r"no machine of the cluster has 9 CPUs, 0 GPUs and 30 GB of memory, which a needs: "
     with pytest.raises(InputError, match=line):
         check_room(nodes, {"CPU": 9, "GPU": 0, "memory": 30e9}, "a")
@@ -97,24 +97,18 @@ def test_worker_waits_for_an_expiring_lock(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(("device", "wanted"), [("auto", 1.0), ("cpu", 0.0)])
 def test_gpu_reservation(monkeypatch, device, wanted):
-    def remote(**options):
-        raise LookupError(options["num_gpus"])
-
     resources = {"CPU": 8, "GPU": 2, "memory": 40e9}
-    ray = SimpleNamespace(
-        init=lambda **_: None,
-        shutdown=lambda: None,
-        remote=remote,
-        nodes=lambda: [{"Alive": True, "Resources": resources}],
-    )
+    ray = Mock(**{"nodes.return_value": [{"Alive": True, "Resources": resources}]})
+    ray.remote.side_effect = InterruptedError
     monkeypatch.setitem(sys.modules, "ray", ray)
     monkeypatch.setattr(running, "largest", lambda *_, **how: ("a", 1e9))
-    study = SimpleNamespace(file=SimpleNamespace(models={"m": SimpleNamespace(name="m")}))
     monkeypatch.setattr(running, "resolve_model", Path)
     monkeypatch.setattr(running, "weight_bytes", lambda _: 1)
-    bench = SimpleNamespace(study=study, how={"device": device})
-    with pytest.raises(LookupError, match=f"^{wanted}$"):
-        next(on_ray()(bench, ["trial"], lambda *_: None, lambda _: None))
+    models = {"m": SimpleNamespace(name="m")}
+    bench = Mock(**{"study.file.models": models}, how={"device": device})
+    with pytest.raises(InterruptedError):
+        next(on_ray()(bench, ["trial"], Mock(), Mock()))
+    assert ray.remote.call_args.kwargs["num_gpus"] == wanted
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "nowhere", "host:x"])
