@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from calmix.errors import InputError
-from calmix.evaluation.floors import judge
+from calmix.evaluation.floors import check_floors
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.scores import CapabilityScores, load_pairs
 
@@ -56,7 +56,7 @@ def trips(
         before = sampled(dense, tasks, places)
         after = sampled(replace(dense, repeat=()), other, places)
         try:
-            tripped += not judge({"": floor}, [(before, after)]).passed
+            tripped += not check_floors({"": floor}, [(before, after)]).passed
         except InputError:
             silent += 1
     return tripped / runs, silent / runs

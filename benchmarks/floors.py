@@ -40,7 +40,7 @@ from calmix.evaluation.floors import (
     LOST,
     MEASURES,
     TestedFloor,
-    judge,
+    check_floors,
     lower_bound,
     lower_mean,
     most_lost,
@@ -90,7 +90,7 @@ def pair(dense: Scores, pruned: Scores) -> Pair:
 def tested(dense: Scores, pruned: Scores) -> dict[str, TestedFloor]:
     """Every ability that can be tested, by its name."""
     try:
-        found = judge({"": 1e-6}, [pair(dense, pruned)]).tested
+        found = check_floors({"": 1e-6}, [pair(dense, pruned)]).tested
     except InputError:  # no signal in any
         return {}
     return {one.ability: one for one in found}

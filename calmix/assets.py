@@ -62,7 +62,7 @@ def assets() -> dict[str, Asset]:
     return {name: Asset(name=name, **fields) for name, fields in packaged("assets.yaml").items()}
 
 
-def needed() -> list[str]:
+def default_assets() -> list[str]:
     """Return the names of the assets that are installed or fetched by default."""
     return [one.name for one in assets().values() if not one.on_request or one.path.is_file()]
 

@@ -11,7 +11,7 @@ from calmix.calibration.distance_texts import texts_for
 from calmix.errors import InputError
 from calmix.evaluation.comparison import Comparison
 from calmix.evaluation.distance import distance as measure_distance
-from calmix.evaluation.distance import pooled, reference
+from calmix.evaluation.distance import pool_distances, reference
 from calmix.evaluation.evaluate import can_think, how_asked, own_answers
 from calmix.evaluation.evaluate import evaluate as score_alone
 from calmix.evaluation.journal import Journal
@@ -198,6 +198,6 @@ def evaluate_against(
             dense=lambda: open_model(str(original), **opening),
             progress=bar.of("distance to the dense model"),
         )
-        apart = pooled(apart, next(iter(suite.dimensions))) if on_answers else apart
+        apart = pool_distances(apart, next(iter(suite.dimensions))) if on_answers else apart
     scores = replace(score(small, against is None), distance=apart, not_run=tuple(left_out))
     return scores, dense

@@ -45,7 +45,7 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def half(
+def half_progress(
     progress: Callable[[int, int], None], number: int, whole: int = 0
 ) -> Callable[[int, int], None]:
     """Return the progress of the first or second (0 or 1) of two passes, each of `whole` steps, by

@@ -42,6 +42,6 @@ class Shown:
         return asdict(self)
 
 
-def percent(value: float | None) -> float | None:
+def rounded_percent(value: float | None) -> float | None:
     """Return a share in per cent, to a tenth."""
     return None if value is None else round(100 * value, 1)

@@ -19,7 +19,7 @@ import math
 from itertools import combinations
 from pathlib import Path
 
-from calmix.evaluation.behaviour import counted
+from calmix.evaluation.behaviour import count_items
 from calmix.evaluation.retention import retention
 from calmix.files import sha256_file
 from calmix.study.results import StudyResults, Trial
@@ -39,7 +39,7 @@ def facts(results: StudyResults, trial: Trial) -> tuple[float, float, float] | N
     None if one was not measured."""
     tasks = zip(results.paired[trial.id], results.scores[trial.id], strict=True)
     written = [both for both in tasks if both[0].written]
-    counts = counted("all", written)
+    counts = count_items("all", written)
     kl = (trial.distance or {}).get("total", {}).get("kl_mean")
     if counts is None or kl is None or (kept := counts.share.value) is None:
         return None

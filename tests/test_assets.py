@@ -100,12 +100,12 @@ def test_optional_asset_shows_its_licence(fake, calmix, monkeypatch):
     (row,) = json.loads(calmix("doctor", "assets", "--json").out)
     assert (row["name"], row["state"], row["licence"]) == ("thing", "missing", "Terms")
     assert "its licence: Terms" in calmix("doctor", "assets", "thing", "--install").err
-    assert assets.needed() == ["thing"]
+    assert assets.default_assets() == ["thing"]
 
 
 @pytest.mark.real
 def test_real_archives_match_their_hashes():
-    known = sorted(map(assets.get_asset, assets.needed()), key=lambda asset: asset.size)
+    known = sorted(map(assets.get_asset, assets.default_assets()), key=lambda asset: asset.size)
     assert all(asset.path.stat().st_size == asset.size for asset in known)
     for asset in known if os.environ.get("CALMIX_LONG") else known[:1]:  # each as it is opened
         assert assets.install(asset.name) == asset.path

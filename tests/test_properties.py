@@ -15,7 +15,7 @@ from scipy import stats
 from calmix.calibration.build import pack_concat, pack_window, rows_per_source
 from calmix.calibration.selfgen.ngrams import aggregation, ngram_keys, row_aggregation
 from calmix.evaluation.measures import Parts
-from calmix.evaluation.retention import estimate, item_weights, nan_mean, resampled
+from calmix.evaluation.retention import interval, item_weights, nan_mean, resampled
 from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import METHODS, get_method
 from calmix.pruning.patterns import SemiStructured, Unstructured
@@ -221,10 +221,10 @@ def test_nan_means():
 
 @given(draws=st.lists(st.floats(-3, 3), max_size=40), lost=st.integers(0, 3))
 def test_estimate_interval(draws, lost):
-    actual = estimate(np.array([0.7, *draws, *[math.nan] * lost]))
+    actual = interval(np.array([0.7, *draws, *[math.nan] * lost]))
     assert actual.value == 0.7
     if draws:
         assert [actual.low, actual.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]))
     else:
         assert (actual.low, actual.high) == (None, None)
-    assert estimate(np.array([math.nan, *draws])).value is None
+    assert interval(np.array([math.nan, *draws])).value is None

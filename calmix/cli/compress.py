@@ -211,7 +211,14 @@ def check(
     from calmix import words
     from calmix.compression.folder import BEHAVIOUR, COMPRESSED, PROMPTS, SCORES
     from calmix.compression.results import Results, read_compressed, recorded, result_in
-    from calmix.evaluation.floors import CONFIDENCE, FILE, judge, parse_floors, proven, record
+    from calmix.evaluation.floors import (
+        CONFIDENCE,
+        FILE,
+        check_floors,
+        parse_floors,
+        proven,
+        record,
+    )
 
     if missing := [path for path in results if not path.exists()]:
         raise InputError(f"there is no file or folder {missing[0]}")
@@ -242,7 +249,7 @@ def check(
                 f"only the scores of {scores.model} were checked: its files are not here, or not "
                 "written by calmix"
             )
-    check = judge(floors, pairs, confidence or request.get("confidence") or CONFIDENCE)
+    check = check_floors(floors, pairs, confidence or request.get("confidence") or CONFIDENCE)
     content = record(check, floors, pairs)
     if path is not None:
         write_json(path, content)

@@ -136,7 +136,7 @@ def archives(
     install: bool = option(False, "Download them to the cache."),
 ) -> None:
     """Check the data archives in the cache by hash, or download them."""
-    chosen = names or (assets.needed() if install else list(assets.assets()))
+    chosen = names or (assets.default_assets() if install else list(assets.assets()))
     if install:
         for name in chosen:
             line(f"{name}: {assets.install(name)}")

@@ -59,7 +59,7 @@ def plan(
     """Print what a study declares, its trials, memory and disk, or every mistake with its line."""
     from calmix.study import trials
     from calmix.study.declaration import declaration
-    from calmix.study.estimate import estimate
+    from calmix.study.estimate import study_cost
     from calmix.study.spec import check_study
 
     file, problems = check_study(study)
@@ -68,8 +68,8 @@ def plan(
         for problem in problems:
             line(problem)
         raise InputError(f"{study} has {len(problems)} mistake{'s' * (len(problems) > 1)}")
-    declared = declaration(file, trials.plan(file))
-    costs = estimate(file, device, trust_remote_code=trust_remote_code)
+    declared = declaration(file, trials.planned_trials(file))
+    costs = study_cost(file, device, trust_remote_code=trust_remote_code)
     print_json({"study": file.file.name, "declaration": declared.hash, **costs})
     rows = [
         {

@@ -12,7 +12,7 @@ from typing import Any
 
 from calmix.calibration.dataset import saved_set
 from calmix.compression.card import CARD_PAGE, Card, read_card
-from calmix.compression.estimate import StageCost, check_room, estimate
+from calmix.compression.estimate import StageCost, check_room, stage_costs
 from calmix.compression.folder import begun, check_foreign
 from calmix.compression.plan import check_request, wide_embeddings
 from calmix.compression.recipe import with_recipe
@@ -25,7 +25,7 @@ from calmix.evaluation.suites import suite_file
 from calmix.files import check_apart, check_output_folder, check_unlocked
 from calmix.options import Compression, checked
 from calmix.progress import Progress
-from calmix.shown import Shown, percent
+from calmix.shown import Shown, rounded_percent
 
 
 @dataclass(frozen=True, repr=False)
@@ -75,7 +75,7 @@ class Compressed(Shown):
             "likelihood kept": likelihood.estimates if likelihood else {},
         }
         return [
-            {"measure": measure, "dimension": name, "%": percent(one.value), **bounds(one)}
+            {"measure": measure, "dimension": name, "%": rounded_percent(one.value), **bounds(one)}
             for measure, estimates in tables.items()
             for name, one in estimates.items()
         ]
@@ -146,7 +146,7 @@ def dry(search: Search) -> list[StageCost]:
         if isinstance(one, Draw) and not one.written and one.request.files:
             with Progress() as bar:
                 replace(one, draw={**one.draw, "leakage": "off"}).drawn(bar)
-    return estimate(request, listed)
+    return stage_costs(request, listed)
 
 
 def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Search, dict[str, float]]:

@@ -46,7 +46,7 @@ class StageCost:
     tensors: int | None = None
 
 
-def estimate(request: CompressRequest, listed: Sequence[Stage]) -> list[StageCost]:
+def stage_costs(request: CompressRequest, listed: Sequence[Stage]) -> list[StageCost]:
     """Return the cost of each stage of a compression on this machine."""
     model = empty_model(request.model, "auto", request.device, request.trust_remote_code)
     rows, length = _drawn(request)

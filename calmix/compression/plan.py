@@ -20,7 +20,7 @@ from calmix.compression.folder import BEHAVIOUR, PROMPTS, SCORES
 from calmix.deploy.compressed_tensors import group_for
 from calmix.deploy.gguf import check_export, layout_of, layout_sha256, overhead
 from calmix.errors import InputError, nearest
-from calmix.evaluation.floors import CONFIDENCE, needed, parse_floors
+from calmix.evaluation.floors import CONFIDENCE, items_needed, parse_floors
 from calmix.evaluation.suites import Suite, choose, prompt_suite, runnable, suite_file
 from calmix.evaluation.tasks import suite_items
 from calmix.files import cached_sha256, sha256_file, size_text, user_path
@@ -630,7 +630,7 @@ def _check_floors(options: Target) -> None:
             raise InputError(
                 f"{start}whose tasks are not run: pass --allow-code-execution or a larger --effort"
             )
-        least = needed(floor, test_level(options))
+        least = items_needed(floor, test_level(options))
         if name in rows and rows[name] < least:
             raise InputError(
                 f"--keep-at-least {name}={floor:g} needs {least} items that the dense model gets "

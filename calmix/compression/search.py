@@ -137,7 +137,7 @@ class Search:
     def provable(self) -> str:
         """Return a sentence that says how many right answers of the dense model the floors need."""
         counts = ", ".join(
-            f"{floors.needed(floor, self.level)} {f'in {name}' if name else 'in each ability'}"
+            f"{floors.items_needed(floor, self.level)} in {name or 'each ability'}"
             for name, floor in self.floors.items()
         )
         return f"to prove the floors, the dense model must get right at least: {counts}"
@@ -235,7 +235,7 @@ class Search:
             [(one, load_scores(folder / file)) for one, file in zip(dense, self.files, strict=True)]
             for folder in folders
         ]
-        checks = [floors.judge(self.floors, some, self.level) for some in pairs]
+        checks = [floors.check_floors(self.floors, some, self.level) for some in pairs]
         checks = [replace(one, confidence=self.confidence) for one in checks]
         if all(one.passed for one in checks):
             checks = [replace(one, draws=len(checks)) for one in checks]

@@ -14,8 +14,8 @@ from typing import Any
 from calmix.evaluation.behaviour import (
     Counted,
     Pair,
-    columns,
     common_tasks,
+    item_pairs,
     paired,
     proportion,
     repeat_pairs,
@@ -62,8 +62,8 @@ def compare_answers(pair: Pair) -> Answers | None:
     tasks, again = common_tasks([pair], "prompts"), common_tasks(repeat_pairs([pair]), "prompts")
     if not tasks:
         return None
-    texts, second = columns(tasks, "answers"), columns(again, "answers")
-    checked, values = columns(tasks, "properties"), columns(tasks, "values")
+    texts, second = item_pairs(tasks, "answers"), item_pairs(again, "answers")
+    checked, values = item_pairs(tasks, "properties"), item_pairs(tasks, "values")
     sound = [both for both, (one, _) in zip(values, checked, strict=True) if "right" not in one]
     apart = [shared_start([one.split(), other.split()]) for one, other in texts if one != other]
     counts = [_counted(name, tasks) for name in FAULTS]
@@ -118,7 +118,7 @@ def _counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     """Count the answers that have a property, of those where one of the two is expected to."""
     values = [
         (one.get(name, True), other.get(name, True))
-        for one, other in columns(tasks, "properties")
+        for one, other in item_pairs(tasks, "properties")
         if name in one or name in other
     ]
     return paired(name, values) if values else None

@@ -121,7 +121,7 @@ class Behaviour:
     def counts(self) -> Counted | None:
         """Answers of the judged abilities, which the primary measure is the mean of; of all
         abilities if none is."""
-        return pooled(self.judged) or self.answers
+        return add_counts(self.judged) or self.answers
 
     @property
     def worst(self) -> Counted | None:
@@ -154,13 +154,14 @@ def behaviour(*pairs: Pair) -> Behaviour:
     above_chance = [both for both in chosen if has_signal(both[0], "accuracy")]
     abilities, again = dict.fromkeys(dense.dimension for dense, _ in written), repeat_pairs(pairs)
     counts = (
-        counted(name, [both for both in written if both[0].dimension == name]) for name in abilities
+        count_items(name, [both for both in written if both[0].dimension == name])
+        for name in abilities
     )
     return Behaviour(
         retention(*zip(*written, strict=True), measure=PRIMARY) if written else None,
-        counted("all", written),
+        count_items("all", written),
         tuple(one for one in counts if one),
-        counted("choices", above_chance),
+        count_items("choices", above_chance),
         tuple(both[0].name for both in chosen if both not in above_chance),
         not_run(pairs),
         next((pruned.form for _, pruned in pairs if pruned.form), ""),
@@ -205,15 +206,15 @@ def common_tasks(pairs: Sequence[Pair], field: str) -> list[TaskPair]:
     return [*pairs_by_kind.values()]
 
 
-def columns(tasks: Sequence[TaskPair], field: str) -> list[tuple[Any, Any]]:
+def item_pairs(tasks: Sequence[TaskPair], field: str) -> list[tuple[Any, Any]]:
     """Return a field of both models' items, in pairs, without tasks where either lacks it."""
     both = ((getattr(one, field), getattr(two, field)) for one, two in tasks)
     return [*chain.from_iterable(zip(*rows, strict=True) for rows in both if all(rows))]
 
 
-def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
+def count_items(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     """Count the items of several tasks together; None if there are none."""
-    items, texts = columns(tasks, "values"), columns(tasks, "answers")
+    items, texts = item_pairs(tasks, "values"), item_pairs(tasks, "answers")
     if not items:
         return None
     chance = math.fsum(before.chance * len(before.items) for before, _ in tasks) / len(items)
@@ -221,7 +222,7 @@ def counted(name: str, tasks: Sequence[TaskPair]) -> Counted | None:
     return replace(paired(name, items), chance=chance, identical=identical)
 
 
-def pooled(counts: Sequence[Counted]) -> Counted | None:
+def add_counts(counts: Sequence[Counted]) -> Counted | None:
     """Add up the counts of several abilities; None if there are none."""
     if not counts:
         return None

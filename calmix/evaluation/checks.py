@@ -2,7 +2,7 @@
 
 An answer ends at its own mark, and what follows does not count: a program at the fence that closes
 its code block, a string at its closing quotation mark, a short answer after its first sentence, a
-number after the first sentence with "answer is". `finished` says which cut answers are judged.
+number after the first sentence with "answer is". `judgeable_part` says what is judged of a cut one.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ FILLERS, NAMING, DOUBT = (
 )
 
 
-def finished(answer: str, check: str) -> str:
+def judgeable_part(answer: str, check: str) -> str:
     """Return the part of a cut answer that may be judged, or "".
 
     An answer that reached the token limit or ran into a loop counts only up to its own mark: the
@@ -98,7 +98,7 @@ def finished(answer: str, check: str) -> str:
     sentence of a short answer or of the first one with "answer is", the last complete box. Without
     its mark it is wrong. Requests have rules for the whole reply, so a cut reply is wrong.
     """
-    line, text = first_line(answer), answer.strip()
+    line, text = first_answer_line(answer), answer.strip()
     if check == "program":
         return "".join(answer.rpartition(FENCE)[:2])
     if check in ("number", "result"):
@@ -121,7 +121,7 @@ def short_text(text: str) -> str:
     return " ".join(re.sub(r"\b(a|an|the)\s+(?=\S)", " ", known).split()) or text.strip()
 
 
-def first_line(text: str) -> str:
+def first_answer_line(text: str) -> str:
     """Return the first line of an answer, without a leading `Answer:`."""
     line = next((line for line in text.strip().splitlines() if line.strip()), "").strip()
     return re.sub(r"^\W*(final )?answer\W{0,2}:[\s*_`]*", "", line, flags=re.IGNORECASE)
@@ -135,7 +135,7 @@ def sentences(line: str) -> list[str]:
 def short_match(answer: str, right: Sequence[str], question: str = "") -> bool:
     """Whether the first line or sentence of an answer is a right one after normalisation, or its
     first sentence names one (`named`). It may add a unit, unless the question names another."""
-    line, words = first_line(answer), short_text(question).split()
+    line, words = first_answer_line(answer), short_text(question).split()
     units = {unit_of(word) for word in words if len(word) > 2} - {""} or {*UNITS}
     statements = {short_text(one) for one in sentences(line)} - {""}
     if _same(statements, right, {*units, *OPTIONAL}):
@@ -201,14 +201,14 @@ def own_match(answer: str, right: Sequence[str]) -> bool:
         )
         for text in (answer, *right)
     )
-    stated = short_text(first_line(answer))
+    stated = short_text(first_answer_line(answer))
     return bool(stated) and _same({stated}, known)
 
 
 def same_text(answer: str, right: Sequence[str]) -> bool:
     """Whether the first line of an answer is exactly a right one, up to quotation marks and one
     full stop, or its first sentence or quotation is."""
-    line = first_line(answer).removeprefix("you ")
+    line = first_answer_line(answer).removeprefix("you ")
     known = {_listed(one.strip(QUOTES)) for one in right}
     if (quoted := QUOTED.search(line)) and not line.startswith("["):
         if _listed(quoted[2]) in known and not re.match(r"\W*or\b", line[quoted.end() :]):

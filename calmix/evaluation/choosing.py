@@ -12,9 +12,9 @@ from calmix.evaluation.answers import Answers, compare_answers
 from calmix.evaluation.behaviour import (
     Counted,
     Pair,
-    columns,
     common_tasks,
     deficit,
+    item_pairs,
     paired,
     proportion,
     repeat_pairs,
@@ -39,7 +39,7 @@ class Candidate:
     def values(self) -> list[tuple[float, float]]:
         """Whether each answer of the dense model and its own counts: is right, or without a check
         has no fault."""
-        return columns(common_tasks([self.pair], "written"), "values")
+        return item_pairs(common_tasks([self.pair], "written"), "values")
 
     @property
     def counted(self) -> Counted:
@@ -99,7 +99,7 @@ def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str
     repeated = [Candidate("dense, again", one) for one in repeat_pairs([pair])]
     ordered = sorted(candidates, key=lambda one: one.size or math.inf)
     for one in (*ordered, *dense, *repeated):
-        counts, changed, far = one.counted, one.answers, one.pair[1].distance
+        counts, changed, distance = one.counted, one.answers, one.pair[1].distance
         if one in dense:
             good = words.with_span(proportion(counts.pruned, counts.asked))
             best = {} if choice.best in choice.behind else {"#behind best": "0.0"}
@@ -119,7 +119,7 @@ def model_rows(candidates: Sequence[Candidate], choice: Choice) -> list[dict[str
                 if one.name == choice.best
                 else words.with_span(choice.behind.get(one.name)),
                 "#identical %": changed and words.with_span(changed.identical),
-                "#KL": far and words.number(far["total"]["kl_mean"]),
+                "#KL": distance and words.number(distance["total"]["kl_mean"]),
             }
         )
     return rows

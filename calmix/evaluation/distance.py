@@ -25,7 +25,7 @@ from calmix.errors import DiskError, InputError, ModelError
 from calmix.evaluation import likelihood, retention
 from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import Array
-from calmix.evaluation.retention import estimate, item_weights
+from calmix.evaluation.retention import interval, item_weights
 from calmix.files import write_bytes
 from calmix.memory import LOGIT_POSITIONS
 from calmix.models.opening import OpenModel
@@ -180,7 +180,7 @@ def distance(
     }
 
 
-def pooled(distances: Mapping[str, Any], name: str) -> dict[str, Any]:
+def pool_distances(distances: Mapping[str, Any], name: str) -> dict[str, Any]:
     """Return a record of `distance` on answers, one per item, as that of one dimension: means over
     items, with an interval by bootstrap over items, if there are several. The mean KL of each item
     stays in `items`."""
@@ -206,7 +206,7 @@ def logit_pairs(
 
 
 def _record(tokens: int, kl: Array, others: Sequence[Any]) -> dict[str, Any]:
-    mean = estimate(kl)
+    mean = interval(kl)
     return {
         "tokens": tokens,
         "kl_mean": mean.value,

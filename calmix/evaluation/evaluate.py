@@ -39,7 +39,7 @@ from calmix.manifest import deciding_versions
 from calmix.models.chat import end_tokens, in_chat, rendered
 from calmix.models.opening import OpenModel, open_model
 from calmix.precision import dtype_name
-from calmix.progress import half
+from calmix.progress import half_progress
 
 ANSWER = 24  # cost of a generated answer, in likelihood requests
 JUDGES: dict[str, Callable[[str, Any], bool]] = {
@@ -113,7 +113,7 @@ def evaluate(
     repeat = repeat and chosen.asks
     first, second = progress, progress
     if repeat and progress is not None:
-        first, second = half(progress, 0), half(progress, 1)
+        first, second = half_progress(progress, 0), half_progress(progress, 1)
     scores = _scored(model, chosen, baselines=baselines, dense=dense, progress=first, **how)
     if repeat:
         written = choose(chosen, tasks=[name for name, one in chosen.tasks.items() if one.writes])
@@ -452,12 +452,12 @@ def takes_tools(tokenizer: Any) -> bool:
 
 
 def is_right(item: Ask, answer: str, ended: bool = True) -> bool:
-    """Whether an answer is right. Of one that was cut, only the part that `checks.finished` returns
-    counts; an empty one is wrong. Programs run in the sandbox."""
+    """Whether an answer is right. Of one that was cut, only its `checks.judgeable_part` counts; an
+    empty one is wrong. Programs run in the sandbox."""
     if item.thinking and not ended and THOUGHT not in answer:
         return False
     answer = body(answer) if item.own or item.thinking else answer
-    answer = answer if ended else checks.finished(answer, item.check)
+    answer = answer if ended else checks.judgeable_part(answer, item.check)
     if not answer.strip() or not item.check:
         return False
     if item.check == "text":

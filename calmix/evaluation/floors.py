@@ -212,7 +212,7 @@ def parse_floors(text: str) -> dict[str, float]:
     return floors
 
 
-def needed(floor: float, confidence: float = CONFIDENCE) -> int:
+def items_needed(floor: float, confidence: float = CONFIDENCE) -> int:
     """Return how many right answers prove a floor if all of them are kept."""
     return math.ceil(math.log(1 - confidence) / math.log(floor) - 1e-9)
 
@@ -271,7 +271,7 @@ def most_lost(retained: Array, whole: Array, times: float = 1.0) -> Array:
     return np.maximum(times * whole.mean(1), (whole - retained).max(1))
 
 
-def judge(
+def check_floors(
     floors: Mapping[str, float], pairs: Sequence[Pair], confidence: float = CONFIDENCE
 ) -> CheckResult:
     """Test whether a pruned model keeps the floors of `parse_floors`.
@@ -314,7 +314,7 @@ def check_provable(
 ) -> None:
     """Raise an `InputError` if the dense model has too few items to prove a floor even if all are
     kept."""
-    tested = judge(floors, [(one, one) for one in dense], confidence).tested
+    tested = check_floors(floors, [(one, one) for one in dense], confidence).tested
     if few := [one.lack for one in tested if one.too_few]:
         raise InputError(
             f"{FLAG} cannot be proven at {100 * confidence:g} % confidence even if all is kept: "
@@ -349,7 +349,7 @@ def _judged(
         pooled = np.hstack([np.stack([one.kept, one.whole]) for one in scored])
         (retained, whole), equal = np.unique(pooled, axis=1, return_counts=True)
         rows, many, most = [(retained[None], whole[None])], [equal.astype(float)], [np.ones(1)]
-        count = behaviour.paired(ability, behaviour.columns(pairs, "values"))
+        count = behaviour.paired(ability, behaviour.item_pairs(pairs, "values"))
         items, changed = count.dense, {"lost": count.lost, "gained": count.gained}
         each = items / float(whole @ equal)
         own = chain.from_iterable(dense.properties for dense, _ in pairs if dense.prompts)
@@ -369,7 +369,7 @@ def _judged(
         measure,
         floor,
         items,
-        needed(max(1 - (1 - floor) / each, 1e-9), confidence),
+        items_needed(max(1 - (1 - floor) / each, 1e-9), confidence),
         best,
         float(np.mean(shares)),
         low,

@@ -161,13 +161,13 @@ def judged(pairs: Sequence[TaskPair], measure: Ratio) -> list[TaskPair]:
     answered = [both for both in pairs if both[0].values and both[1].values]
     if measure == "right":
         sides = zip(*(both for both in answered if both[0].written), strict=True)
-        return [*zip(*map(pooled, sides), strict=True)]
+        return [*zip(*map(pool_tasks, sides), strict=True)]
     if measure in ("accuracy", "flips"):
         return answered
     return [both for both in pairs if both[0].metric not in WRITTEN or both in answered]
 
 
-def pooled(tasks: Sequence[TaskScores]) -> list[TaskScores]:
+def pool_tasks(tasks: Sequence[TaskScores]) -> list[TaskScores]:
     """Return one task per ability, which holds the right and wrong answers of all its tasks."""
     members: dict[str, list[TaskScores]] = {}
     for task in tasks:

@@ -21,7 +21,7 @@ from calmix.errors import InputError
 from calmix.evaluation import measures
 from calmix.evaluation.measures import Array, Parts, Ratio, TaskPair, TaskScores, parts
 from calmix.evaluation.suites import Score
-from calmix.shown import Shown, percent
+from calmix.shown import Shown, rounded_percent
 
 RESAMPLES = 2000
 LEVEL = 0.95
@@ -38,7 +38,7 @@ class Estimate:
 
 def bounds(one: Estimate) -> dict[str, float | None]:
     """Return the ends of an interval in per cent, as columns of a table."""
-    return {"from": percent(one.low), "to": percent(one.high)}
+    return {"from": rounded_percent(one.low), "to": rounded_percent(one.high)}
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Retention(Shown):
     seed: int
 
     def _line(self) -> str:
-        value = f"{percent(self.total.value)} %"
+        value = f"{rounded_percent(self.total.value)} %"
         if self.measure == "right":
             return f"right answers: {value} of the dense model's, worst {self.worst}"
         named = {"kept": "answers", "accuracy": "accuracy"}
@@ -101,7 +101,7 @@ class Retention(Shown):
     def _rows(self) -> list[dict[str, Any]]:
         label = "right %" if self.measure == "right" else "kept %"
         return [
-            {"dimension": name, label: percent(one.value), **bounds(one)}
+            {"dimension": name, label: rounded_percent(one.value), **bounds(one)}
             for name, one in self.estimates.items()
         ]
 
@@ -152,7 +152,7 @@ def retention(
                 after.accuracy,
                 measures.noise(scored.whole),
                 signal,
-                estimate(point, level, counts[before.name]),
+                interval(point, level, counts[before.name]),
             )
         )
     weights = measures.task_weights([before for before, _ in pairs], measure)
@@ -161,12 +161,12 @@ def retention(
     total, *rolled = rolled_up(points.T, weights, of, names).T
     for name, point in zip(names, rolled, strict=False):
         members = [task for task in tasks if task.dimension == name]
-        kept = estimate(point, level, sum(counts[one.name] for one in members))
+        kept = interval(point, level, sum(counts[one.name] for one in members))
         silent = tuple(task.name for task in members if not task.signal)
         dimensions.append(DimensionRetention(name, len(members), silent, kept))
     known = {one.name: one.kept.value for one in dimensions if one.kept.value is not None}
     worst = min(known, key=lambda name: known[name], default=None)
-    whole = estimate(total, level, sum(counts[one.name] for one in tasks if one.signal))
+    whole = interval(total, level, sum(counts[one.name] for one in tasks if one.signal))
     return Retention(measure, tuple(tasks), tuple(dimensions), whole, worst, resamples, seed)
 
 
@@ -241,7 +241,7 @@ def resampled(task: str, scored: Parts, *, resamples: int, seed: int) -> Array:
     return np.append(scored.retention, ratios)
 
 
-def estimate(point: Array, level: float = LEVEL, right: float = 0) -> Estimate:
+def interval(point: Array, level: float = LEVEL, right: float = 0) -> Estimate:
     """Return the first value with the central `level` of the resamples that follow it.
 
     If all are equal, because no answer changed or none is left, the bootstrap says nothing: then

@@ -151,7 +151,7 @@ class Scorer:
     def _hidden(self, scored: list[Scored]) -> Iterator[tuple[list[PackedRow], Tensor]]:
         """Yield batches of rows and the last hidden states of their nodes."""
         short = [one for one in scored if len(one[0]) - 1 <= self.window]
-        for prefix, beside in plan(short, row_tokens=ROW_TOKENS):
+        for prefix, beside in packed_runs(short, row_tokens=ROW_TOKENS):
             cache = prefix_cache(self._decoder, prefix) if prefix else None
             run = partial(self._run_packed, cache=cache, prefix=len(prefix))
             yield from batches(beside, self.batch_tokens, run)
@@ -280,7 +280,7 @@ def batches(
         left = left[count:]
 
 
-def plan(sequences: Iterable[Scored], *, row_tokens: int) -> list[PackedRun]:
+def packed_runs(sequences: Iterable[Scored], *, row_tokens: int) -> list[PackedRun]:
     """Pack sequences into runs of rows; each token to score occurs exactly once per sequence.
 
     A row exceeds `row_tokens` only if a single sequence does. The plan depends on the sequences,

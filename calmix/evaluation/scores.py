@@ -17,7 +17,7 @@ from calmix.evaluation.suites import Suite
 from calmix.files import read_object, write_text
 from calmix.manifest import SEAL, check_seal, sealed
 from calmix.options import Measure
-from calmix.shown import Shown, percent
+from calmix.shown import Shown, rounded_percent
 from calmix.yaml_files import first_problem
 
 SCORED_BYTES = 160.0  # bytes of a scored item on disk, of the dense and the smaller model
@@ -91,7 +91,7 @@ class CapabilityScores(Shown):
                 "items": one.items,
                 "scored by": one.score,
                 "score": one.dense,
-                "accuracy %": percent(one.dense_accuracy),
+                "accuracy %": rounded_percent(one.dense_accuracy),
             }
             for one in retained.tasks
         ]

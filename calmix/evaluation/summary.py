@@ -155,11 +155,11 @@ def comparison_row(one: Comparison, by: str, alone: bool = False) -> dict[str, A
 def distance_row(one: Comparison) -> dict[str, Any]:
     """Return the distance of a model to the dense one, and its flips."""
     dense, small = one.pairs[0]
-    far = small.distance and small.distance.get("total")
+    total = small.distance and small.distance.get("total")
     changed = flips(dense.tasks, small.tasks).get("total")
     return {
-        "KL to dense": far and number(far["kl_mean"]),
-        "top-1 %": far and percent(far["top1"]),
+        "KL to dense": total and number(total["kl_mean"]),
+        "top-1 %": total and percent(total["top1"]),
         "flips %": changed and with_span(changed),
     }
 
@@ -180,12 +180,12 @@ def answer_lines(answers: Answers, distance: Mapping[str, Any] | None = None) ->
         text += f". Different ones part after {answers.parted:g} words (median)"
     lines = [f"{text}."]
     if distance is not None:
-        far = distance["total"]
-        low, high = far["kl_low"], far["kl_high"]
+        total = distance["total"]
+        low, high = total["kl_low"], total["kl_high"]
         span = "" if low is None else f" [{number(low)}, {number(high)}]"
         lines.append(
-            f"KL on the dense model's answers: {number(far['kl_mean'])} nats per token{span}"
-            f", same next token: {percent(far['top1'])} %."
+            f"KL on the dense model's answers: {number(total['kl_mean'])} nats per token{span}"
+            f", same next token: {percent(total['top1'])} %."
         )
     for name, one in (("Right answers", answers.right), ("Answers without a fault", answers.sound)):
         if one is not None:

@@ -98,7 +98,9 @@ def prune_checkpoint(name: str, output: Path, request: PruneRequest, **how: Any)
     check_request([name], output, request, run)
     job = _Pruning(name, output, request, run)
     try:
-        report = finished(job.work, output, job.identity, run, "pruning", PruneReport.from_json)
+        report = finished_report(
+            job.work, output, job.identity, run, "pruning", PruneReport.from_json
+        )
         return job.prune() if report is None else report
     except BaseException as error:
         job.work.leave(error, run.note)
@@ -486,7 +488,7 @@ def take_through(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def finished(
+def finished_report(
     work: WorkFolder,
     output: Path,
     identity: Mapping[str, Any],

@@ -42,7 +42,7 @@ from calmix.models.opening import OpenModel
 from calmix.models.opening import check_ids as check_vocabulary
 from calmix.options import BITS_METHOD, METHOD, Propagation, Statistics
 from calmix.precision import bfloat16_products, dtype_name, narrower, reproducible
-from calmix.progress import half
+from calmix.progress import half_progress
 from calmix.pruning.experts import SMOOTHING, Routed, Step
 from calmix.pruning.gram import (
     Cross,
@@ -170,8 +170,8 @@ def prune(
         if run.robust:
             rows = check_ids(ids, chosen.name)
             whole = progress or (lambda done, total: None)
-            run.weigh(costs_in_memory(model, blocks, rows, half(whole, 0, len(blocks))))
-            progress = half(whole, 1, len(blocks))
+            run.weigh(costs_in_memory(model, blocks, rows, half_progress(whole, 0, len(blocks))))
+            progress = half_progress(whole, 1, len(blocks))
         run_through(run, ids, micro_tokens, progress)
     except BaseException as error:
         if run.changed:

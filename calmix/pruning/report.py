@@ -9,7 +9,7 @@ from typing import Any
 from calmix.models.blocks import Dense
 from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid
-from calmix.shown import Shown, percent
+from calmix.shown import Shown, rounded_percent
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,8 @@ class PruneReport(Shown):
             {
                 "layer": one.name,
                 "weights": one.rows * one.columns,
-                "pruned %": percent(one.sparsity),
-                "output energy lost %": percent(one.error),
+                "pruned %": rounded_percent(one.sparsity),
+                "output energy lost %": rounded_percent(one.error),
             }
             for one in self.layers
         ]

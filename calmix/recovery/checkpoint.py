@@ -31,7 +31,7 @@ from calmix.models.opening import check_ids, open_model
 from calmix.models.shards import weight_dtype, write_index
 from calmix.models.streaming import StreamedModel
 from calmix.precision import dtype_name, reproducible
-from calmix.pruning.checkpoint import check_request, finished
+from calmix.pruning.checkpoint import check_request, finished_report
 from calmix.pruning.requests import How, RecoverRequest
 from calmix.pruning.solvers.grids import SCALES_FOLDER, replace_blocks
 from calmix.pruning.work import draw_set
@@ -143,7 +143,7 @@ def recover(
             **request.record() | {"calibration": identified(request.calibration)},
             "versions": deciding_versions(),
         }
-        earlier = finished(
+        earlier = finished_report(
             work, job.output, identity, run, "recovery", lambda part: RecoveryReport(**part)
         )
         if earlier is not None:

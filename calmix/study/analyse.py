@@ -13,7 +13,7 @@ from calmix.study.bootstrap import Joint, corrected, joints
 from calmix.study.cells import Cells, Condition, dimensions_of, left_out, measure_of
 from calmix.study.declaration import Declared
 from calmix.study.differences import Difference, Gain, compare, gains
-from calmix.study.hypotheses import TestedComparison, judge
+from calmix.study.hypotheses import TestedComparison, judge_comparisons
 from calmix.study.ranking import Ranked, leaders, rank
 from calmix.study.results import StudyResults
 from calmix.study.trials import Key
@@ -177,8 +177,8 @@ def analyse(results: StudyResults, settings: Settings | None = None) -> Analysis
         settings,
         measure_of(results, settings.measure),
         results.declarations,
-        tuple(judge(results, settings)),
-        tuple(judge(results, settings, settings.without) if settings.without else ()),
+        tuple(judge_comparisons(results, settings)),
+        tuple(judge_comparisons(results, settings, settings.without) if settings.without else ()),
         dict(_ceilings(results, settings)),
         sum(results.dates.get(known.get(key, ""), since) < since for key in compared),
         tuple(key for key in compared if key not in known),

@@ -21,7 +21,7 @@ from calmix.models.empty import EmptyModel
 from calmix.models.opening import device_of
 from calmix.recovery.training import recovery_memory
 from calmix.study.spec import Study
-from calmix.study.trials import Condition, Planned, plan
+from calmix.study.trials import Condition, Planned, planned_trials
 
 
 def has_texts(suite: Suite) -> bool:
@@ -45,7 +45,7 @@ def trial_memory(model: EmptyModel, trial: Planned, *, compared: bool) -> float:
     return model.bytes + peak
 
 
-def estimate(
+def study_cost(
     study: Study, device: str = "auto", *, trust_remote_code: bool = False
 ) -> dict[str, Any]:
     """Return what a study takes on this machine, running one trial at a time.
@@ -59,7 +59,7 @@ def estimate(
         for label, m in study.file.models.items()
     }
     size, compared = suite_size(study.suite), has_texts(study.suite)
-    trials, groups = plan(study), dict[Condition, list[Planned]]()
+    trials, groups = planned_trials(study), dict[Condition, list[Planned]]()
     for trial in trials:
         groups.setdefault(trial.condition, []).append(trial)
     sets = {
@@ -127,7 +127,7 @@ def largest(study: Study, trials: Sequence[Planned], **how: Any) -> tuple[str, f
     return max(needed.items(), key=lambda one: one[1])
 
 
-def check_memory(study: Study, trials: Sequence[Planned], *, device: str, **how: Any) -> None:
+def check_trial_memory(study: Study, trials: Sequence[Planned], *, device: str, **how: Any) -> None:
     """Raise an `InputError` for trials that do not fit an accelerator; a CPU would swap."""
     available = device_memory(device_of(device))[2]
     if available is not None and trials:

@@ -52,7 +52,7 @@ class TestedComparison(Testable):
         return "level" if self.level else "cannot be told"
 
 
-def judge(
+def judge_comparisons(
     results: StudyResults, settings: Settings, without: Iterable[str] = ()
 ) -> list[TestedComparison]:
     """Judge what a study declared, each model by itself; `without` leaves out more tasks."""
@@ -66,7 +66,7 @@ def judge(
     @cache
     def places(*start: int) -> dict[Any, tuple[Joint, int]]:
         """Return where the sets under each condition are: on all items, or on half of them."""
-        cells = [half(one, *start) for one in every] if start else every
+        cells = [half_items(one, *start) for one in every] if start else every
         return {
             (*shared(one.cells.condition), name): (one, at)
             for one in joined(cells, settings, used)
@@ -131,7 +131,7 @@ def _judged(
     )
 
 
-def half(cells: Cells, start: int) -> Cells:
+def half_items(cells: Cells, start: int) -> Cells:
     """Return a condition on every second item of each task, from the first (0) or second (1)."""
     items = {
         at: (each[:, start::2], whole[start::2])

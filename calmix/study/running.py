@@ -33,7 +33,7 @@ from calmix.models.shards import weight_bytes
 from calmix.options import TrialOptions
 from calmix.study.bench import Bench
 from calmix.study.declaration import declaration, declare
-from calmix.study.estimate import check_memory, largest
+from calmix.study.estimate import check_trial_memory, largest
 from calmix.study.spec import Study
 from calmix.study.store import (
     BEAT,
@@ -46,7 +46,7 @@ from calmix.study.store import (
     Store,
     check_folder,
 )
-from calmix.study.trials import Planned, checkpoint_bytes, plan, resolve_all
+from calmix.study.trials import Planned, checkpoint_bytes, planned_trials, resolve_all
 
 OBJECT_STORE = 2**27  # bytes of Ray's object store; large data is passed in files
 
@@ -80,7 +80,7 @@ def run_study(
     the trials that failed or run in other processes.
     """
     options = options or TrialOptions()
-    planned, models = plan(study), [model.name for model in study.file.models.values()]
+    planned, models = planned_trials(study), [model.name for model in study.file.models.values()]
     files = {file for trial in planned if trial.parsed for file in trial.parsed.files}
     now, index = declaration(study, planned), check_folder(path, [study.path, *models, *files])
     finished = None if index is None or not [*path.glob(f"trials/*/{RESULT}")] else index.name
@@ -164,7 +164,7 @@ def chosen_trials(
 
 def run_locally(bench: Bench, todo: Sequence[Planned], stage: TrialTick, note: Note) -> Ends:
     """Run trials one after another in this process, except those that another process runs."""
-    check_memory(bench.study, todo, **bench.how)
+    check_trial_memory(bench.study, todo, **bench.how)
     left, began = [], time.time()
     for trial in todo:
         yield trial, (ended := run_one(bench, trial, stage, note, began))
@@ -306,6 +306,6 @@ def _on_worker(folder: Path, bench: Bench, trial: Planned) -> Ended:
     """Run one trial in a Ray worker."""
     if folder.is_dir():  # the study's paths are relative to where it was started
         os.chdir(folder)
-    check_memory(bench.study, [trial], **bench.how)
+    check_trial_memory(bench.study, [trial], **bench.how)
     # Ray tries again what ran on a lost machine, whose lock expires.
     return run_one(bench, trial, ignored, ignored, wait=SILENCE + BEAT)

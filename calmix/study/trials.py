@@ -107,7 +107,7 @@ class Planned:
         return model, self.calibration, *how, self.seed, propagation
 
 
-def plan(study: Study) -> list[Planned]:
+def planned_trials(study: Study) -> list[Planned]:
     """Return a study's trials in the order in which they run: by grid, then by calibration set.
 
     Duplicates between grids are dropped; trials that differ only in recovery are adjacent.

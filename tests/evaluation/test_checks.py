@@ -249,4 +249,4 @@ FINISHED = [  # a kind of answer, an answer that was cut, and what of it counts
 
 def test_truncated_answers():
     for check, answer, part in FINISHED:
-        assert checks.finished(answer, check) == part, answer
+        assert checks.judgeable_part(answer, check) == part, answer

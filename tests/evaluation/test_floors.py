@@ -11,12 +11,12 @@ from scipy.stats import binom, binomtest
 from calmix.errors import InputError
 from calmix.evaluation.behaviour import Counted, behaviour, likelihood, proportion
 from calmix.evaluation.floors import (
+    check_floors,
     check_provable,
-    judge,
+    items_needed,
     lower_bound,
     lower_mean,
     most_lost,
-    needed,
     parse_floors,
     proven,
 )
@@ -32,7 +32,7 @@ def answered(right, of, name="code", kept=None):
 
 
 def judged(text, dense, pruned):
-    return judge(parse_floors(text), [(dense, pruned)])
+    return check_floors(parse_floors(text), [(dense, pruned)])
 
 
 def test_floor_parsing():
@@ -60,10 +60,10 @@ def test_exact_bounds_and_provable_floors():
         bound = lower_bound(kept, of, confidence)  # where `kept` or more is this unlikely
         assert binom.sf(kept - 1, of, bound) == pytest.approx(1 - confidence)
     for confidence, floor in ((0.9, 0.5), (0.95, 0.77), (0.99, 0.95)):
-        few = needed(floor, confidence)
+        few = items_needed(floor, confidence)
         assert lower_bound(few, few, confidence) >= floor
         assert lower_bound(few - 1, few - 1, confidence) < floor
-    assert (needed(0.9), needed(lower_bound(40, 40))) == (29, 40)
+    assert (items_needed(0.9), items_needed(lower_bound(40, 40))) == (29, 40)
 
 
 def test_measure_order_per_ability():
@@ -181,7 +181,7 @@ TWICE = accuracy([1.0] * 50 + [0.0] * 50)  # a right answer weighs 2: 25 above c
         ("code=0.95", answered(12, 60), "code=0.95 needs 59 right answers and has 12"),
         ("0.9", bits([0.5] * 20, [2] * 20), r"89 items and has 20, which can prove at most 0\.58:"),
         ("0.9", bits([0.5] * 5, [2] * 5), r"code=0\.9 needs 89 items and has 5, .* nothing:"),
-        ("0.9", TWICE, f"needs {needed(0.95)} right choices and has 50"),
+        ("0.9", TWICE, f"needs {items_needed(0.95)} right choices and has 50"),
     ],
 )
 def test_unprovable_floor_names_the_nearest(floors, task, says):
@@ -199,7 +199,7 @@ def test_nearest_floor_is_provable():
     check_provable(parse_floors("0.9,code=0.77"), [dense], 0.95)
     (found,) = judged("0.8", scored(TWICE), scored(TWICE)).tested
     assert found.provable == pytest.approx(1 - 2 * (1 - lower_bound(50, 50)))
-    assert found.needed == needed(0.9)
+    assert found.needed == items_needed(0.9)
 
 
 def test_answer_counts_and_worst_ability():
@@ -260,7 +260,7 @@ def test_tasks_of_two_suites():
     own, ours = (replace(one, name="requests") for one in (own, ours))
     lost = replace(own, values=(0.0,) * 40)
     pairs = [(scored(own), scored(lost)), (scored(ours, suite="t"),) * 2]
-    result = judge(parse_floors("0.9"), pairs)
+    result = check_floors(parse_floors("0.9"), pairs)
     assert {one.ability: one.passed for one in result.tested} == {"support": False, "chat": True}
     other = replace(own, dimension="chat", items=tuple(f"mine/{n}" for n in range(40)))
     found = behaviour((scored(other), scored(other)), (scored(ours, suite="t"),) * 2)
@@ -285,7 +285,7 @@ def test_task_that_one_model_was_not_asked_is_left_out():
     for pair in ((dense, small), (small, dense)):
         assert behaviour(pair).answers.asked == 25
         assert pair[1].retention(pair[0]).tasks[0].items == 25
-        assert judge(parse_floors("0.5"), [pair]).tested[0].items == 20
+        assert check_floors(parse_floors("0.5"), [pair]).tested[0].items == 20
 
 
 def test_mcnemar_p():

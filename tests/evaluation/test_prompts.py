@@ -10,9 +10,9 @@ from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
 from calmix.evaluation import prompts
 from calmix.evaluation.answers import compare_answers
-from calmix.evaluation.distance import pooled
+from calmix.evaluation.distance import pool_distances
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, is_right, suite_asks
-from calmix.evaluation.floors import judge
+from calmix.evaluation.floors import check_floors
 from calmix.evaluation.greedy import LOOP, PERIOD
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.prompts import read_prompts
@@ -289,15 +289,15 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
 def test_one_prompt_has_no_interval_of_its_distance():
     row = {"tokens": 4, **dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "top1"), 0.5)}
     rows = {"0": row, "1": row | {"kl_mean": 1.5}}
-    one = pooled({"dimensions": {"0": row}}, "mine")["total"]
-    two = pooled({"dimensions": rows}, "mine")["total"]
+    one = pool_distances({"dimensions": {"0": row}}, "mine")["total"]
+    two = pool_distances({"dimensions": rows}, "mine")["total"]
     assert (one["kl_low"], one["kl_high"]) == (None, None)
     assert two["kl_low"] < two["kl_mean"] == 1.0 < two["kl_high"]
 
 
 def test_answers_without_a_check_are_good_ones():
     dense, small = (task(["x"] * 9, kept, properties=({},) * 9) for kept in ([1] * 9, [0] * 9))
-    result = judge({"": 0.5}, [(scored(dense), scored(small))])
+    result = check_floors({"": 0.5}, [(scored(dense), scored(small))])
     assert "9 of 9 good answers lost" in result.lines()[0]
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from calmix.errors import InputError
 from calmix.evaluation.measures import baseline_scores, has_signal, item_scores, parts, score_of
-from calmix.evaluation.retention import estimate, flips, item_weights, resampled, retention
+from calmix.evaluation.retention import flips, interval, item_weights, resampled, retention
 from tests.evaluation.helpers import accuracy, bits, choices, written
 
 LN2 = math.log(2)
@@ -77,7 +77,7 @@ def test_dimension_and_total_are_means(measure):
     points = [
         resampled(name, own, resamples=50, seed=0) for name, own in zip("abc", made, strict=True)
     ]
-    assert [one.kept for one in found.tasks] == list(map(estimate, points))
+    assert [one.kept for one in found.tasks] == list(map(interval, points))
     baselines = [0.25, 0.25, 3 / LN2] if measure == "primary" else [None] * 3
     assert [one.baseline for one in found.tasks] == pytest.approx(baselines)
     # Items are pooled, except for the paper's measures.
@@ -85,7 +85,7 @@ def test_dimension_and_total_are_means(measure):
     rolled = [np.average(points[:2], axis=0, weights=shares), points[2]]
     told = [*(one.kept for one in found.dimensions), found.total]
     for one, point in zip(told, [*rolled, np.mean(rolled, 0)], strict=True):
-        assert (one.value, one.low) == pytest.approx((point[0], estimate(point).low))
+        assert (one.value, one.low) == pytest.approx((point[0], interval(point).low))
     assert found.worst == min(found.dimensions, key=lambda one: one.kept.value).name
 
 

@@ -9,7 +9,7 @@ from tokenizers.processors import TemplateProcessing
 
 from calmix.errors import ModelError
 from calmix.evaluation import scorer as module
-from calmix.evaluation.scorer import Scorer, attention_window, plan
+from calmix.evaluation.scorer import Scorer, attention_window, packed_runs
 from calmix.models.loading import to_continue
 from tests.evaluation.helpers import opened, quiz, reference
 from tests.tiny import ARCHITECTURES, quick
@@ -101,7 +101,7 @@ def test_shared_tokens_run_once():
     for number in range(60):
         question = preambles[number % 2] + [rng.randrange(100) for _ in range(20)]
         sequences += [([*question, 200 + choice, 7], len(question), 0) for choice in range(4)]
-    runs = plan(sequences, row_tokens=128)
+    runs = packed_runs(sequences, row_tokens=128)
     assert sorted(prefix for prefix, _ in runs) == sorted(preambles)  # one for each task
     for _, rows in runs:
         assert all(len(row) <= 128 for row in rows)

@@ -27,7 +27,7 @@ from calmix.sources.local import LocalFile
 from calmix.sources.registry import documents_hash, get_source, own_sources
 from calmix.study.spec import check_study
 from calmix.study.store import read_results
-from calmix.study.trials import plan
+from calmix.study.trials import planned_trials
 from tests.tiny import save_tiny_model, tiny_gguf, tiny_tokenizer
 
 STUDY = """name: fuzz
@@ -93,7 +93,7 @@ def _study(_, path):
     study, problems = check_study(path)
     assert all("\n" not in problem for problem in problems)
     if study is not None:
-        plan(study)
+        planned_trials(study)
 
 
 def _suite(_, path):

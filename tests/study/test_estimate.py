@@ -14,7 +14,7 @@ from calmix.models.empty import EmptyModel
 from calmix.study import estimate
 from calmix.study.estimate import trial_memory
 from calmix.study.spec import load_study
-from calmix.study.trials import plan
+from calmix.study.trials import planned_trials
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, save_tiny_model, tiny_model
 
 
@@ -30,7 +30,7 @@ def test_model_size_from_configuration(tmp_path, kind):
 
 def test_plan_counts_shared_work_once(tiny_study):
     study = load_study(tiny_study(more="recovery: [none, distill, blocks]\nseeds: [0, 1]\n"))
-    actual = estimate.estimate(study, "cpu")
+    actual = estimate.study_cost(study, "cpu")
     groups = actual["groups"]
     assert (actual["trials"], actual["sets"], len(groups)) == (36, 6, 6)
     assert actual["prunes"] == 12
@@ -50,24 +50,24 @@ def test_remote_code_needs_permission(tiny_study, tiny_folder, tmp_path):
     config |= {"model_type": "own", "auto_map": code}
     (folder / "config.json").write_text(json.dumps(config))
     study = load_study(tiny_study((str(tiny_folder), str(folder))))
-    assert estimate.estimate(study, "cpu", trust_remote_code=True)["trials"] == 6
+    assert estimate.study_cost(study, "cpu", trust_remote_code=True)["trials"] == 6
     with pytest.raises(ModelError, match=r"own: it needs .* --trust-remote-code"):
-        estimate.estimate(study, "cpu")
+        estimate.study_cost(study, "cpu")
 
 
 def test_trials_too_large_for_the_device_are_refused(tiny_study, monkeypatch):
     study = load_study(tiny_study(more="recovery: [none, distill]\n"))
-    trials = plan(study)
+    trials = planned_trials(study)
     model = EmptyModel(study.file.models["tiny"].name)
     needed = [trial_memory(model, trial, compared=True) for trial in trials]
     label, most = estimate.largest(study, trials, device="cpu")
     assert most == pytest.approx(max(needed), rel=0.05)  # it includes the memory of this process
     assert label in [trial.label for trial in trials]
-    estimate.check_memory(study, trials, device="cpu")  # a CPU would swap
+    estimate.check_trial_memory(study, trials, device="cpu")  # a CPU would swap
     monkeypatch.setattr(estimate, "device_memory", lambda device: (0, 10, 10))
     with pytest.raises(InputError, match=r"seed 0 needs .*B of memory, but there are only 10 b"):
-        estimate.check_memory(study, trials, device="cpu")
-    (_, note, *_) = estimate.estimate(study, "cpu")["notes"]
+        estimate.check_trial_memory(study, trials, device="cpu")
+    (_, note, *_) = estimate.study_cost(study, "cpu")["notes"]
     assert note.startswith("tiny sparsegpt 60% needs ")
 
 
@@ -75,7 +75,9 @@ def test_rounded_head_needs_the_dense_model(tiny_study, monkeypatch):
     monkeypatch.setattr(estimate, "plan_pruning", lambda *_, **how: SimpleNamespace(needed=0))
     plain, rounded = (load_study(tiny_study(more=one)) for one in ("", "embeddings: 4\n"))
     model = EmptyModel(plain.file.models["tiny"].name)
-    needed = [trial_memory(model, plan(study)[0], compared=True) for study in (plain, rounded)]
+    needed = [
+        trial_memory(model, planned_trials(study)[0], compared=True) for study in (plain, rounded)
+    ]
     assert needed[1] - needed[0] == model.bytes > 0
 
 

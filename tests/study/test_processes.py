@@ -90,7 +90,7 @@ def test_trial_too_large_for_the_cluster_is_refused():
 
 def test_worker_waits_for_an_expiring_lock(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(running, "check_memory", lambda *_, **__: None)
+    monkeypatch.setattr(running, "check_trial_memory", lambda *_, **__: None)
     monkeypatch.setattr(running, "run_one", lambda *_, wait=0: wait)
     assert running._on_worker(tmp_path, SimpleNamespace(study=None, how={}), None) > SILENCE
 

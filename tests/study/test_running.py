@@ -32,7 +32,7 @@ from calmix.study import running as running_module
 from calmix.study.running import chosen_trials
 from calmix.study.spec import load_study
 from calmix.study.store import SILENCE, open_store, read_results
-from calmix.study.trials import plan
+from calmix.study.trials import planned_trials
 from tests import forks
 from tests.forks import command, start, stopped, wait
 from tests.study.conftest import outcomes, run, states
@@ -346,7 +346,7 @@ def test_trials_with_two_prompt_forms_are_refused(store):
 
 
 def test_only_and_skip_patterns(ran):
-    trials = plan(load_study(ran.path))
+    trials = planned_trials(load_study(ran.path))
     chosen = chosen_trials(trials, ["l*", "mix wanda*"], ["letters w*"])
     labels = ["letters sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
     assert [trial.label for trial in chosen] == labels

@@ -10,7 +10,7 @@ from calmix.errors import InputError
 from calmix.manifest import differences
 from calmix.study.declaration import Declaration, declaration
 from calmix.study.spec import check_study, load_study
-from calmix.study.trials import plan, resolve_all
+from calmix.study.trials import planned_trials, resolve_all
 
 HEAD = "name: s\nmodels: [builtin:smollm2-135m]\n"
 NEWS = HEAD + "calibrations: {a: news}\n"
@@ -70,11 +70,11 @@ GRIDS = {
 
 @pytest.mark.parametrize(("text", "labels"), GRIDS.values(), ids=GRIDS)
 def test_grids_become_trials(text, labels):
-    assert [trial.label for trial in plan(parsed(text))] == labels.split("; ")
+    assert [trial.label for trial in planned_trials(parsed(text))] == labels.split("; ")
 
 
 def test_trial_strategy():
-    every, embedded, replaced, *_ = (plan(parsed(text)) for text, _ in GRIDS.values())
+    every, embedded, replaced, *_ = (planned_trials(parsed(text)) for text, _ in GRIDS.values())
     bare = every[0]
     assert (bare.calibration, bare.request.calibration, bare.rows) == ("none", None, 0)
     assert [trial.strategy for trial in every[1:5]] == ["none", "single", "single", "mix"]
@@ -89,10 +89,10 @@ def test_per_set_sampling_options():
         "  b: {mix: {news: 3, books: 1}}\n  c: {from: igsp}\n"
         "methods: {wanda: 0.5}\nlength: 40\npacking: window\n"
     )
-    a, b, c = (trial.request for trial in plan(study))
+    a, b, c = (trial.request for trial in planned_trials(study))
     assert a.drawn() == {"rows": 3, "length": 40, "packing": "window", "leakage": "off", "seed": 0}
     assert (b.calibration, b.drawn()["packing"]) == ("news:3.0,books:1.0", "window")
-    assert [trial.rows for trial in plan(study)] == [3, 64, 64]
+    assert [trial.rows for trial in planned_trials(study)] == [3, 64, 64]
     # Packing does not apply to self-written text.
     assert c.drawn() == {"length": 40, "seed": 0, "leakage": "offline"}
 
@@ -101,7 +101,9 @@ def test_leakage_suite_of_a_study():
     sets = "calibrations: {a: news, c: {from: news, leakage: smoke}, igsp: igsp}\n"
 
     def guards(more=""):
-        trials = plan(parsed(f"{HEAD}suite: abilities\n{sets}methods: {{wanda: 0.5}}\n{more}"))
+        trials = planned_trials(
+            parsed(f"{HEAD}suite: abilities\n{sets}methods: {{wanda: 0.5}}\n{more}")
+        )
         return [(one.parsed.draw.leakage, one.request.drawn().get("leakage")) for one in trials]
 
     assert guards() == [("abilities",) * 2, ("smoke",) * 2, ("abilities",) * 2]
@@ -120,7 +122,7 @@ def test_committed_study_file_gives_its_set_ids(tmp_path, monkeypatch):
     monkeypatch.setattr("calmix.study.trials.resolve_model", lambda name: name)
     monkeypatch.setattr("calmix.study.trials.fingerprint", lambda path: model)
     study = load_study(root / "studies/noise.yaml")
-    trials = resolve_all(study, plan(study))
+    trials = resolve_all(study, planned_trials(study))
     same = {one.calibration for one in trials if one.calibration_id == stored[one.label]["set"]}
     assert same >= {"python-algorithms", "math-solutions"}
 
@@ -128,7 +130,7 @@ def test_committed_study_file_gives_its_set_ids(tmp_path, monkeypatch):
 def test_generator_settings_distinguish_sets(tiny_study):
     sets = "auto: self-cal,start=auto\n  bos: self-cal,start=bos\n  letters: "
     study = load_study(tiny_study(("letters: ", sets)))
-    auto, bos = resolve_all(study, plan(study)[:4:2])
+    auto, bos = resolve_all(study, planned_trials(study)[:4:2])
     changes = list(differences(auto.definition, bos.definition))
     assert changes == ["calibration.settings.start: auto, now bos"]
     assert auto.calibration_id != bos.calibration_id
@@ -278,7 +280,7 @@ def test_recovery_and_statistics_identify_trials():
     recovery = "recovery: [none, 'blocks,epochs=2', 'distill,lr=2e-3']\n"
     requests = []
     for said in ("", "statistics: robust\n", "statistics: plain\n"):
-        trials = plan(study := parsed(NEWS + methods + recovery + said))
+        trials = planned_trials(study := parsed(NEWS + methods + recovery + said))
         assert len({trial.condition for trial in trials}) == len(trials) == 7
         requests.append({one.recipe: one.definition for one in resolve_all(study, trials)})
     default, robust, plain = requests
@@ -297,7 +299,7 @@ def test_recovery_and_statistics_identify_trials():
 def compared(*lines):
     """Return what a study with these comparisons declares."""
     study = parsed(DECLARES + "comparisons:\n" + "".join(f"  - {one}\n" for one in lines))
-    return declaration(study, plan(study))
+    return declaration(study, planned_trials(study))
 
 
 def test_comparison_pairs_matching_trials():
@@ -337,7 +339,7 @@ def test_declaration_hash():
 
     def hashed(*change):
         study = parsed(whole.replace(*change))
-        actual = declaration(study, plan(study))
+        actual = declaration(study, planned_trials(study))
         assert Declaration.model_validate_json(actual.model_dump_json()) == actual
         return actual.hash
 

@@ -7,7 +7,7 @@ from calmix.evaluation.scores import write_scores
 from calmix.study.declaration import declaration
 from calmix.study.spec import load_study
 from calmix.study.store import read_results
-from calmix.study.trials import plan
+from calmix.study.trials import planned_trials
 
 
 def test_study_commands_end_to_end(calmix, tiny_study, tmp_path):
@@ -60,7 +60,9 @@ def test_study_init_writes_a_valid_file(calmix, tmp_path):
     whole = tmp_path / "whole.yaml"
     whole.write_text(text.replace("# Grids", f"{declared[2:]}\n# Grids"), encoding="utf-8")
     study = load_study(whole)
-    assert str(declaration(study, plan(study))).startswith("declares 1 comparison by measure")
+    assert str(declaration(study, planned_trials(study))).startswith(
+        "declares 1 comparison by measure"
+    )
     assert "exists" in calmix("study", "init", path).line
     assert calmix("study", "init", path, "--overwrite").code == 0
 
