@@ -4,7 +4,6 @@ and those of other tools."""
 import json
 import shutil
 from functools import partial
-from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from calmix.deploy.compressed_tensors import export, quantization_config
 from calmix.errors import InputError, ModelError
 from calmix.models import loading
 from calmix.models.opening import forget, open_model, resolve_model, size_of
-from calmix.models.packed import pack, unpack
+from calmix.models.packed import pack
 from calmix.models.shards import write_model
 from tests.tiny import load_weights, save_tiny_model
 
@@ -60,22 +59,6 @@ def test_a_checkpoint_decodes_to_the_levels(quantised, name, bits, symmetric, tm
     forget(tmp_path / "out")
     assert not copy.exists()
     assert (tmp_path / "out" / "config.json").exists()
-
-
-@pytest.mark.parametrize("bits", range(1, 9))
-def test_integers_are_packed_without_gaps(bits):
-    numbers = torch.arange(7 * 33).remainder(2**bits).to(torch.uint8).view(7, 33)
-    words = pack(numbers, bits)
-    assert words.dtype == torch.int32
-    assert words.shape == (7, -(-33 * bits // 32))
-    first = sum((word % 2**32) << 32 * at for at, word in enumerate(words[0].tolist()))
-    assert first == sum(int(number) << bits * at for at, number in enumerate(numbers[0]))
-    assert torch.equal(unpack(words, bits, 33), numbers)
-    if find_spec("compressed_tensors"):
-        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
-
-        signed = (numbers.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
-        assert torch.equal(words, pack_to_int32(signed, bits))
 
 
 def checkpoint(folder, scale, **more):
