@@ -75,11 +75,6 @@ def test_card_numbers_match_scores(calmix, compressed):
     readme = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert "docs/" not in page + readme  # an installed wheel has no docs
     assert "speed" not in (page + readme).lower()  # no engine runs zeros faster
-    trained = re.search(r"held-out rows: [\d.]+ before, [\d.]+\s+after, ([\d.]+) on fitted", page)
-    assert trained[0] in readme
-    curve = json.loads((out / "model" / "calmix.json").read_text())["recovery"]["curve"]["losses"]
-    late = curve[len(curve) // 2 :]
-    assert float(trained[1]) == pytest.approx(sum(late) / len(late), abs=1e-4)
     table = page[page.index("<h2>Likelihood</h2>") : page.index("By task")]
     lines = {
         line.split(" | ")[0].removeprefix("| "): line.split(" | ")

@@ -179,15 +179,10 @@ def test_search_builds_at_most_three_candidates(want, out, kept, walked, bits):
     assert not models(out)
 
 
-@pytest.fixture
-def ticks(monkeypatch):
-    """A clock that advances ten seconds at every reading."""
-    counted = itertools.count(0, 10)
-    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: next(counted)))
-
-
-def test_timeout_before_a_pass(calmix, command, want, out, ticks, monkeypatch):
+def test_timeout_before_a_pass(calmix, command, want, out, monkeypatch):
     """The next candidate is expected to take as long as the last one."""
+    counted = itertools.count(0, 10)  # ten seconds at every reading
+    monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: next(counted)))
     run = Fake({4.5: 80, 6: 99, 5: 99})
     found = searched(want, out, run, 15)
     assert (found.bits, found.ended, found.left) == (None, "time", (6, 5))

@@ -36,16 +36,28 @@ def by_hand(tensors, layer, bits):
     return (levels - zero.repeat_interleave(wide, 1)) * scale.repeat_interleave(wide, 1)
 
 
-@pytest.mark.parametrize(("name", "bits", "symmetric"), [("four", 4, True), ("three", 3, False)])
-def test_a_checkpoint_decodes_to_the_levels(quantised, name, bits, symmetric, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "bits", "symmetric", "most"), [("four", 4, True, None), ("three", 3, False, 20_000)]
+)
+def test_a_checkpoint_decodes_to_the_levels(
+    quantised, name, bits, symmetric, most, tmp_path, monkeypatch
+):
+    """A large one has several files."""
+    if most:
+        small = partial(write_model, most=most)
+        monkeypatch.setattr(compressed_tensors, "write_model", small)
     made = export(str(quantised / name), tmp_path / "out")
     assert (made["bits"], made["group"], made["symmetric"]) == (bits, 32, symmetric)
     assert made["matrices"] == 14
     assert made["bytes"] < made["before"]
-    before = load_weights(quantised / name)
-    after = load_file(tmp_path / "out" / "model.safetensors")
+    before, after = (load_weights(one) for one in (quantised / name, tmp_path / "out"))
     assert torch.equal(by_hand(after, LAYER, bits), before[f"{LAYER}.weight"])
     assert f"{LAYER}.weight" not in after
+    files = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert (len(files) > 2) == bool(most)
+    assert (
+        files[0].name == (f"model-00001-of-{len(files):05}" if most else "model") + ".safetensors"
+    )
     opened = open_model(tmp_path / "out")
     state = opened.model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in before.items())
@@ -53,7 +65,7 @@ def test_a_checkpoint_decodes_to_the_levels(quantised, name, bits, symmetric, tm
     assert config["ignore"] == ["lm_head"]
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
     size, rate = size_of(str(tmp_path / "out"))
-    assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size == sum(file.stat().st_size for file in files)
     assert rate == 8 * size / sum(value.numel() for value in before.values())
     copy = opened.folder
     forget(tmp_path / "out")
@@ -186,18 +198,6 @@ def test_what_has_no_levels_of_one_scheme_is_refused(quantised, tmp_path, monkey
         export(str(changed), out)
     assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["changed"]
-
-
-def test_large_checkpoints_have_several_files(quantised, tmp_path, monkeypatch):
-    small = partial(write_model, most=20_000)
-    monkeypatch.setattr(compressed_tensors, "write_model", small)
-    export(str(quantised / "four"), tmp_path / "out")
-    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
-    assert len(files) > 2
-    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
-    before = load_weights(quantised / "four")
-    state = open_model(tmp_path / "out").model.state_dict()
-    assert all(torch.equal(state[key], value) for key, value in before.items())
 
 
 def test_export_prints_size_and_bits(calmix, quantised, tmp_path):

@@ -210,17 +210,6 @@ def test_checkpoints_of_models_in_memory(tiny_folder, tmp_path):
     assert hashes(tmp_path) == before
 
 
-def test_one_block_in_memory(tiny_folder):
-    streamed = StreamedModel(str(tiny_folder))
-    streamed.fetch(1)
-    real = {n for n, p in streamed.model.named_parameters() if not p.is_meta}
-    assert real == set(streamed.block_names(1))
-    assert {streamed.names[name] for name in real} == set(streamed.weights(1))
-    streamed.drop(1)
-    assert all(p.is_meta for p in streamed.model.parameters())
-    streamed.close()
-
-
 # Interruptions
 
 
