@@ -9,16 +9,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from calmix.errors import InputError, PassingError
-from calmix.evaluation.evaluate import ask, evaluate
-from calmix.evaluation.journal import Journal
-from calmix.evaluation.prompts import Ask
-from calmix.evaluation.scorer import Scorer
+from calmix.evaluation.evaluate import evaluate
 from calmix.evaluation.scores import load_scores, write_scores
 from calmix.evaluation.suites import load_suite
 from calmix.evaluation.tasks import load_items
 from calmix.models.opening import open_model
 from tests.evaluation.archive import suite_text, use_archive
-from tests.evaluation.helpers import opened, reference
+from tests.evaluation.helpers import reference
 from tests.tiny import save_tiny_model
 
 
@@ -182,13 +179,3 @@ def test_distance_on_own_text(calmix, tiny_folder, suite_file, text_file, tmp_pa
         assert "name it with --against" in calmix(*arguments, *against).line
     both = f"{out} holds scores of {other} beside those of {tiny_folder}: name a file"
     assert both in calmix("evaluate", other, "--suite", suite_file, "--against", out).line
-
-
-@pytest.mark.parametrize(("kind", "cut"), [("llama", {"q": 1}), ("bloom", {})])
-def test_prompt_truncation_is_reported(monkeypatch, kind, cut):
-    """Bloom states no context: its prompts are read in full."""
-    monkeypatch.setattr("calmix.evaluation.evaluate.answers", lambda *_, **__: [("x", True)])
-    scorer = Scorer(opened(kind))
-    item = Ask("q/0", 0, None, "a" * 3000, ["x"], {}, "text", 8, ())
-    assert ask(scorer, [("q", item)], False, Journal(None)) == [("x", True)]
-    assert scorer.truncated == cut
