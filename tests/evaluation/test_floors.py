@@ -109,9 +109,6 @@ def test_missed_floor_tells_how_many_items_are_enough():
     )
     (row,) = strict.to_dict()["tested"]
     assert row["passed"] is strict.to_dict()["passed"] is strict.passed is False
-    for times, proven_then in ((3, False), (6, True)):
-        both = (answered(100 * times, 600), answered(100 * times, 600, kept=97 * times))
-        assert judged("0.95", *map(scored, both)).passed is proven_then
 
 
 def test_gains_offset_losses():
@@ -233,16 +230,6 @@ def test_task_of_two_suites_counts_where_it_has_most_items():
     assert behaviour((few, few), (dense, pruned), (few, few)).answers == alone
     with pytest.raises(InputError, match="cannot be compared"):
         behaviour((few, pruned))
-
-
-def test_task_that_one_model_was_not_asked_is_left_out():
-    """A chat template without tools cannot ask for tool calls."""
-    dense = scored(answered(20, 25), replace(answered(20, 25), name="tools"))
-    small = scored(dense.tasks[0], replace(dense.tasks[1], values=(), answers=()))
-    for pair in ((dense, small), (small, dense)):
-        assert behaviour(pair).answers.asked == 25
-        assert pair[1].retention(pair[0]).tasks[0].items == 25
-        assert check_floors(parse_floors("0.5"), [pair]).tested[0].items == 20
 
 
 def test_mcnemar_p():

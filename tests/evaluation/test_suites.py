@@ -53,8 +53,6 @@ def test_selection_hashes():
     for limit, how in (
         (2, {"quick": True}),
         (10, {"quick": True, "whole": ["general"]}),
-        (10, {"limit": 99}),
-        (3, {"limit": 3}),
         (1, {"quick": True, "limit": 1}),
     ):
         assert choose(suite, **how).tasks["sciq"].limit == limit
