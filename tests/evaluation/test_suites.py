@@ -9,7 +9,7 @@ from calmix.evaluation import checks
 from calmix.evaluation.evaluate import evaluate, is_right
 from calmix.evaluation.scores import write_scores
 from calmix.evaluation.suites import Suite, choose, load_suite, read_rows, template
-from calmix.evaluation.tasks import load_items, suite_items
+from calmix.evaluation.tasks import load_items
 from calmix.sources.registry import offline_sources
 from calmix.study.cells import TOTAL, WORST
 from calmix.yaml_files import parse_model
@@ -120,23 +120,6 @@ def changed(folder, old, new):
     path = folder / "mine.yaml"
     path.write_text(path.read_text(encoding="utf-8").replace(old, new), encoding="utf-8")
     return load_suite(path)
-
-
-def test_template_suite_is_valid(folder):
-    suite = load_suite(folder / "mine.yaml")
-    (item,) = load_items(suite.tasks["my_choices"])
-    assert ([answer for _, answer in item.requests], item.gold) == ([" a stone", " an apple"], 1)
-    for name, text, other in (
-        ("my_answers", "Downwards", "left"),
-        ("my_numbers", "That is 42 pens.", "75"),
-        ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
-    ):
-        first, *_ = load_items(suite.tasks[name])
-        assert is_right(first, text), (name, text)
-        assert not is_right(first, other), (name, other)
-    texts = [text for _, _, text in suite_items(suite)]  # the texts of the leakage check
-    assert f"{CITY['question']}\nParis" in texts
-    assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
 
 
 def test_hashes_follow_rows_and_checks(folder, monkeypatch):
