@@ -108,11 +108,10 @@ KEPT = {  # retention of general and code
 NAMES = {PLAIN: "SparseGPT 60%", BETTER: "ADMM 60%", TUNED: "ADMM + distill,epochs=4 60%"}
 
 
-def analysed(kept, *, seeds=1, default="prose"):
+def analysed(kept, *, seeds=1):
     steps = [0.01 * seed for seed in range(seeds)]
     trials = [one for method, sets in kept.items() for one in trials_of(sets, method, steps=steps)]
-    settings = Settings(resamples=400, default=default)
-    return analyse(study(Plan(), trials=tuple(trials)), settings)
+    return analyse(study(Plan(), trials=tuple(trials)), Settings(resamples=400, default="prose"))
 
 
 def gain(analysis, more, less, quantity=TOTAL):
