@@ -98,11 +98,7 @@ def test_measure_order_per_ability():
     )
     assert silent == "Left out (no signal in the dense model): rare."
     assert "Not run: humaneval" in not_run
-
-
-def test_missed_floor_tells_how_many_items_are_enough():
-    dense, pruned = scored(answered(100, 120)), scored(answered(100, 120, kept=97))
-    strict = judged("code=0.95", dense, pruned)
+    strict = judged("code=0.95", dense, scored(*pruned))
     assert strict.lines()[0].startswith(
         "Not kept at 95 % confidence: code keeps 97.0 % (3 of 100 right answers lost, 0 gained), "
         "proven 92.4 %, required 95 %: about 530 such items are enough. This"
@@ -166,6 +162,7 @@ def test_unprovable_floor_names_the_nearest(floors, task, says):
     assert re.match(f"Not proven at 95 % confidence: .*{says}", found.lines()[0])
     with pytest.raises(InputError, match=f"even if all is kept: .*{says}"):
         check_provable(parse_floors(floors), [dense], 0.95)
+    check_provable(parse_floors("chat=0.9"), [dense], 0.95)
 
 
 def test_answer_counts_and_worst_ability():
