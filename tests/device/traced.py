@@ -209,13 +209,12 @@ def tracing(device="cuda"):
         yield traced
 
 
-def empty_model(config, device="cuda", change=lambda model: None):
-    """Return a causal language model without data; `change` replaces some of its modules."""
+def empty_model(config, device="cuda"):
+    """Return a causal language model without data."""
     from transformers import AutoModelForCausalLM
 
     with _disable_current_modes(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        change(model)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
