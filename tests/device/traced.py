@@ -209,12 +209,13 @@ def tracing(device="cuda"):
         yield traced
 
 
-def empty_model(config, device="cuda"):
-    """Return a causal language model without data."""
+def empty_model(config, device="cuda", change=lambda model: None):
+    """Return a causal language model without data; `change` replaces some of its modules."""
     from transformers import AutoModelForCausalLM
 
     with _disable_current_modes(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        change(model)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:

@@ -4,6 +4,7 @@
 """
 
 import os
+import subprocess
 
 import pytest
 
@@ -107,3 +108,25 @@ def test_concurrent_cache_use(place, number):
     for folder, ended in zip(folders, both(place, *folders), strict=True):
         assert not ended.code, ended
         place.judge(folder, ended)
+
+
+@pytest.mark.parametrize("share", [None, 0.1, 0.4, 0.7, 0.9, 1.0])
+@pytest.mark.parametrize("place", NAMES if LONG else [], indirect=True)
+def test_full_or_read_only_disk_is_one_line(place, share):
+    """Once there is room, the command succeeds."""
+    disk = place.fresh("disk")
+    size = sum(path.stat().st_size for path in (place.folder / "clean").rglob("*"))
+    room = "ro" if share is None else f"size={max(4096, int(share * size))}"
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", room, "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("this system does not let tests mount a small disk")
+    try:
+        ended = place.run(disk)
+        assert ended.line or not ended.code, ended
+        if share is not None:
+            more = ["mount", "-o", "remount,size=64m", str(disk)]
+            subprocess.run(more, check=True, capture_output=True)
+            place.judge(disk, place.run(disk))
+    finally:
+        subprocess.run(["umount", disk], check=True, capture_output=True)
