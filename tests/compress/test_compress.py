@@ -29,7 +29,7 @@ from tests.calibration.selfgen.test_chat import TEMPLATE
 from tests.compress.conftest import damage, interrupts, names
 from tests.evaluation.helpers import save_pair, scored, written
 from tests.evaluation.test_floors import answered
-from tests.tiny import hashes, load_weights, tiny_tokenizer
+from tests.tiny import hashes, load_weights, save_tiny_model, tiny_tokenizer
 
 FILES = "calibration card.html compress-run.json compress.json model pruned recipe.yaml scores.json"
 
@@ -75,6 +75,11 @@ def test_card_numbers_match_scores(calmix, compressed):
     readme = (out / "model" / "README.md").read_text(encoding="utf-8")
     assert "docs/" not in page + readme  # an installed wheel has no docs
     assert "speed" not in (page + readme).lower()  # no engine runs zeros faster
+    trained = re.search(r"held-out rows: [\d.]+ before, [\d.]+\s+after, ([\d.]+) on fitted", page)
+    assert trained[0] in readme
+    curve = json.loads((out / "model" / "calmix.json").read_text())["recovery"]["curve"]["losses"]
+    late = curve[len(curve) // 2 :]
+    assert float(trained[1]) == pytest.approx(sum(late) / len(late), abs=1e-4)
     table = page[page.index("<h2>Likelihood</h2>") : page.index("By task")]
     lines = {
         line.split(" | ")[0].removeprefix("| "): line.split(" | ")
@@ -184,6 +189,34 @@ def test_card_suites_and_foreign_models(calmix, out, measured):
     assert "safetensors is missing" in calmix("report", out).line
 
 
+def test_hash_before_recovery(out):
+    """Not that of the model between two recoveries, as `--effort best` makes it."""
+    path = out / "model" / "calmix.json"
+    once = json.loads(path.read_text(encoding="utf-8"))
+    between = {"name": str(out / "blocks"), "sha256": "0" * 64}
+    shutil.rmtree(out / "pruned")  # with it, the hash would be compared
+    write_json(path, sealed(once | {"model": between, "pruned": once}))
+    card = read_card(out)
+    assert len(card.recoveries) == 2
+    hashed = {one["what"]: one["SHA-256"] for one in card.hashes}
+    assert hashed["pruned model, before recovery"] == once["model"]["sha256"]
+
+
+def test_dry_run_writes_nothing(calmix, command, tmp_path, place):
+    before = sorted(place.glob("*.*"))
+    ended = calmix(*command(tmp_path / "out", "--dry-run")).ok()
+    assert "nothing was written" in ended.out
+    assert "calmix recover" in ended.out
+    costs = json.loads(calmix(*command(tmp_path / "out", "--dry-run", "--json")).out)
+    assert all(one["memory"] > 0 for one in costs)
+    work = {one["stage"]: one["work"] for one in costs}
+    assert work["prune"] == "16 rows of 128 tokens"
+    assert work["recover by distill"] == "1 x 16 rows of 128 tokens"
+    assert work["evaluate"].endswith(" items")
+    assert not list(tmp_path.iterdir())
+    assert sorted(place.glob("*.*")) == before  # beside the cache
+
+
 def test_dry_run_refuses_files_with_too_little_text(calmix, command, tmp_path):
     text = tmp_path / "mine.txt"
     text.write_text("A line of some text.", encoding="utf-8")
@@ -275,6 +308,15 @@ def test_chat_model_gets_chats(tmp_path, tiny_folder, asked):
     assert parse_mix(asked(model=str(folder), keep={"code": 1}).calibration) == code
     own = asked(model=str(folder), calibration="python-docs")
     assert own.calibration == "python-docs"
+
+
+def test_wide_models_get_more_rows(asked, tmp_path):
+    narrow = asked()
+    assert narrow.rows == 64
+    wide = save_tiny_model(tmp_path / "wide", "llama", intermediate_size=40 * narrow.length)
+    for effort, rows in (("quick", 160), ("standard", 160), ("best", 320)):
+        request = asked(model=str(wide), effort=effort)
+        assert request.rows == request.draw["rows"] == rows
 
 
 def test_pack_of_a_size_from_a_saved_set(calmix, command, tmp_path, tiny_folder, place):
@@ -414,3 +456,19 @@ def test_check_exit_code_and_seal(calmix, tmp_path):
         ([first, other], ("--keep-at-least", "0.9"), "is about other models than"),
     ):
         assert line in calmix("check", *files, *more).line
+
+
+def test_answers_of_own_suite(calmix, tmp_path):
+    """They are in `scores.json`, so nothing is missing."""
+    record = {"request": {"suite": "mine.yaml"}, "stages": []}
+    write_json(tmp_path / "compress.json", sealed(record))
+    saved(tmp_path / "scores.json", answered(100, 120), answered(100, 120, kept=97))
+    ended = calmix("check", tmp_path, "--keep-at-least", "0.9").ok()
+    assert "code 90 % (3 of 100" in ended.out
+    assert "not measured" not in ended.err
+    other = answered(9, 9, "chat")  # scored as the card advises; not what was promised
+    saved(tmp_path / "abilities.json", other, other, suite="abilities")
+    assert "code 90 % (3 of" in calmix("check", tmp_path, "--keep-at-least", "0.9").ok().out
+    more = ("-o", tmp_path / "compress.json", "--overwrite")
+    ended = calmix("check", tmp_path, "--keep-at-least", "0.9", *more)
+    assert "compress.json is the input" in ended.line

@@ -83,8 +83,11 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_file(calmix, words, co
     assert inspected["facts"]["model.gguf"] == "GGUF file"
     assert "left to do" not in inspected["facts"]
     assert len(inspected["layers"]) == 14
-    # A file that was changed or moved.
+
+
+def test_a_file_that_was_changed_or_moved(calmix, words, out):
     calmix("report", out).ok()
+    assert calmix(*words(out)).ok().err.count("already done") == len(STAGES) - 1
     assert calmix("check", out, "--keep-at-least", "0.05").code in (0, 1, 2)
     before = (out / "model.gguf").read_bytes()
     damage(out / "model.gguf")

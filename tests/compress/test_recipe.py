@@ -21,18 +21,25 @@ def test_recipes_of_the_repository_are_options(file):
     assert f"--recipe recipes/{file.name}" in file.read_text(encoding="utf-8")
 
 
+def test_options_beside_a_recipe_come_first(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("for: none\nsparsity: 60%\neffort: best\nkeep_at_least: code=0.9\n")
+    made = with_recipe(options(effort="quick"), file)
+    assert (made.product, made.sparsity, made.effort) == ("none", 0.6, "quick")
+    assert made.keep_at_least == "code=0.9"
+
+
 def test_recipe_of_a_run_gives_its_options(tmp_path):
-    """Those beside it come first."""
     asked = options(bits=3.4, effort="quick", seed=3, calibration="chat,c4:0.5", max_memory="9GiB")
     record = asked.model_dump(mode="json") | {"keep_at_least": "code=0.9"}
     file = tmp_path / "recipe.yaml"
     file.write_text(recipe_text(record))
-    again = with_recipe(options(effort="best"), file)
+    again = with_recipe(options(), file)
     changed = again.model_dump(exclude_unset=True)
     assert changed == {
         "model": "builtin:smollm2-135m",
         "bits": 3.4,
-        "effort": "best",
+        "effort": "quick",
         "seed": 3,
         "calibration": "chat,c4:0.5",
     }

@@ -8,14 +8,18 @@ import pytest
 
 from calmix.compression.results import Results
 from calmix.compression.run_stages import stages
+from calmix.compression.stages import Stage
 from calmix.errors import InputError
 from calmix.evaluation.scores import load_scores, write_scores
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
 from calmix.models.opening import open_model
 from calmix.progress import Progress
-from tests.compress.conftest import damage
-from tests.tiny import tiny_gguf
+from calmix.pruning.engine import Run
+from calmix.pruning.work import SUFFIX
+from tests.compress.conftest import damage, stopping
+from tests.pruning.stopper import interrupting
+from tests.tiny import hashes, tiny_gguf
 
 FLOOR = ("--keep-at-least", "0.05")
 
@@ -97,6 +101,33 @@ def test_edited_scores_are_refused(calmix, lines, out):
         assert "scores.json is damaged or of an older calmix" in line
 
 
+def test_text_that_changed_since_is_not_taken_for_the_one_that_was_drawn(
+    calmix, command, out, place, tmp_path
+):
+    text = place / "text.txt"
+    before = text.read_bytes()
+    try:
+        text.write_bytes(before.replace(b"apple", b"grape"))
+        line = calmix(*command(out)).line
+    finally:
+        text.write_bytes(before)
+    assert "calibration was made on another request (files: " in line
+    calmix(*command(out)).ok()
+
+
+def test_killed_and_moved_run_resumes(calmix, command, compressed, tmp_path, monkeypatch):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "block", interrupting(Run.block))
+        assert calmix(*command(tmp_path / "cut")).code == 130
+    moved = (tmp_path / "cut").rename(tmp_path / "moved")
+    assert (moved / f"pruned{SUFFIX}").is_dir()
+    monkeypatch.setattr(Stage, "run", stopping(Stage.run, 1))  # the prune alone
+    assert calmix(*command(moved)).code == 130
+    ours, theirs = (hashes(one / "pruned") for one in (moved, compressed))
+    assert ours.pop("calmix.json") != theirs.pop("calmix.json")  # which names the folders
+    assert ours == theirs
+
+
 def test_check_compares_scores_with_their_model(calmix, compressed, out, tmp_path):
     file = tmp_path / "measured.json"
     value = json.loads((compressed / "scores.json").read_text(encoding="utf-8"))
@@ -116,6 +147,12 @@ def test_check_compares_scores_with_their_model(calmix, compressed, out, tmp_pat
     assert results.check_scores(out, scores)
     with pytest.raises(InputError, match="put back what was there"):
         results.check_scores(out, replace(scores, fingerprint="of another file"))
+
+
+def test_inspect_lists_unhashed_files(calmix, compressed):
+    ended = calmix("doctor", "inspect", compressed).ok()
+    named = "card.html, compress-run.json, model/README.md, model/calmix-run.json"
+    assert f"not covered by a hash: {named}" in ended.out
 
 
 def test_mix_without_written_rows_resumes(asked, place, tmp_path):

@@ -10,6 +10,7 @@ import pytest
 
 import calmix as api
 from calmix.compression import compress, search
+from calmix.compression.plan import scored
 from calmix.compression.results import Results
 from calmix.compression.search import CANDIDATES, RATES
 from calmix.compression.stages import Draw, Export, Score, Stage
@@ -20,6 +21,7 @@ from calmix.files import write_json
 from calmix.manifest import sealed
 from tests.compress.conftest import prepare, stopping
 from tests.evaluation.helpers import new_suite, save_pair, written
+from tests.tiny import tiny_gguf
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +105,36 @@ def models(out):
     return list((out / CANDIDATES).glob("**/model"))
 
 
+def test_search_keeps_the_smallest_passing_candidate(want, out):
+    """Even if a smaller one, of those not built, would pass."""
+    run, said = Fake({4.5: 95, 4: 92, 3.2: 84, 2.6: 100}), []
+    found = searched(want, out, run, say=lambda stage, there: said.append((stage.name, there)))
+    assert [*found.passed] == [4.5, 3.2, 4]
+    assert (found.bits, found.ended, found.left) == (4, "failed", ())
+    assert (out / "model/made").read_text().count("candidates/4/model")
+    assert not [*(out / CANDIDATES).glob("*/model"), *(out / CANDIDATES).glob("*/pruned")]
+    # Generated again in other batches, some answers could differ.
+    assert fingerprint(out / "abilities.json") == "92"
+    alone = out.with_name("alone")
+    searched(other(want, suite="abilities"), alone, Fake({6: 93}, 20))
+    assert fingerprint(alone / "scores.json") == "93"
+    assert not (alone / "abilities.json").exists()
+    why = "3.2 bits fail: math keeps 84.0 % (16 of 100 right answers lost, 0 gained), proven 74."
+    assert found.why().startswith(why)
+    kept = [row["math"].split()[0] for row in found.rows()]
+    assert kept == ["95.0", "84.0", "92.0"]
+    assert [row["kept"] for row in found.rows()] == ["yes", "no", "yes"]
+    both = ["prune", "evaluate"]
+    assert run.run == ["calibrate", "evaluate", *both, "prune", "recover", "evaluate", *both]
+    assert said[2] == ("4.5 bits, quantise", False)
+    _, recovered, scored = found.building(3.2)
+    assert "--epochs 1 " in recovered.command  # 2 without a search
+    assert "--repeat" not in scored.command
+    assert "--repeat" in found.opening()[-1].command
+    again = searched(want, out, stop, say=lambda *_: pytest.fail("nothing is left to do"))
+    assert again.state == found.state
+
+
 def test_floor_of_the_users_prompts_decides(asked, place, out):
     """Only the half that is not calibrated on is asked, and other abilities are not scored."""
     mine = out.with_name("mine.jsonl")
@@ -152,6 +184,18 @@ def test_candidate_must_pass_for_all_seeds(want, out):
     assert searched(want, out, stop).state == found.state
 
 
+def test_search_over_gguf_files_leaves_the_chosen_file(asked, place, out):
+    """Only bits that some types give are tried; no quantised folder and no other file is left."""
+    model = str(tiny_gguf(out.with_name("tiny.gguf")))
+    text = str(place / "text.txt")
+    want = asked(model=model, product="gguf", calibration=text, keep_at_least="math=0.8")
+    found = searched(want, out, Fake({6: 95, 5: 20}))
+    assert (found.rates, [*found.passed], found.bits) == ((6, 5), [6, 5], 6)
+    assert "candidates/6/quantised" in (out / "model.gguf").read_text()
+    assert [path.name for path in out.rglob("*.gguf*")] == ["model.gguf", "model.gguf.json"]
+    assert not list(out.rglob("quantised"))
+
+
 ALL = dict.fromkeys(RATES, 95)
 
 
@@ -179,10 +223,15 @@ def test_search_builds_at_most_three_candidates(want, out, kept, walked, bits):
     assert not models(out)
 
 
-def test_timeout_before_a_pass(calmix, command, want, out, monkeypatch):
-    """The next candidate is expected to take as long as the last one."""
-    counted = itertools.count(0, 10)  # ten seconds at every reading
+@pytest.fixture
+def ticks(monkeypatch):
+    """A clock that advances ten seconds at every reading."""
+    counted = itertools.count(0, 10)
     monkeypatch.setattr(search, "time", SimpleNamespace(monotonic=lambda: next(counted)))
+
+
+def test_timeout_before_a_pass(calmix, command, want, out, ticks, monkeypatch):
+    """The next candidate is expected to take as long as the last one."""
     run = Fake({4.5: 80, 6: 99, 5: 99})
     found = searched(want, out, run, 15)
     assert (found.bits, found.ended, found.left) == (None, "time", (6, 5))
@@ -195,6 +244,24 @@ def test_timeout_before_a_pass(calmix, command, want, out, monkeypatch):
     run.run.clear()
     found = searched(want, out, run)
     assert (found.bits, found.ended, run.run) == (5, "failed", ["prune", "evaluate"] * 2)
+
+
+def test_timeout_after_a_pass_resumes(want, out, ticks):
+    run = Fake(ALL)
+    found = searched(want, out, run, 15)
+    assert ([*found.passed], found.ended, found.bits) == ([4.5], "time", 4.5)
+    assert "time ran out" in found.why()
+    for name in ("scores.json", "compress.json"):  # made from its model
+        (out / name).write_text("of 4.5 bits")
+    assert [*searched(want, out, stop, 5).passed] == [4.5]
+    assert (out / "scores.json").exists()  # too little time for a candidate removes nothing
+    run = Fake(ALL | {3.2: 20})
+    found = searched(want, out, run)
+    assert run.run == ["prune", "recover", "evaluate", "prune", "evaluate"]
+    assert (found.ended, found.bits) == ("failed", 4)
+    assert (out / "model/made").read_text().count("candidates/4/model")
+    files = {f"{name}.json" for name in ("abilities", "check", "search")}
+    assert {path.name for path in out.iterdir()} == {"calibration", "candidates", "model", *files}
 
 
 def test_changed_search_is_refused(want, out):
@@ -221,6 +288,21 @@ def test_interrupted_search_resumes(want, out, after):
     assert not models(out)
 
 
+def test_unprovable_floors_are_refused_before_anything_is_built(want, out):
+    much, lower = (other(want, keep_at_least=f"math={floor}") for floor in (0.99, 0.9))
+    run = Fake()
+    with pytest.raises(InputError, match="needs 408 right answers and has 100"):
+        searched(much, out, run)
+    assert run.run == ["calibrate", "evaluate"]
+    run = Fake({6: 100}, 80)
+    assert searched(lower, out, run).bits == 6  # as the error suggests
+    assert run.run == ["prune", "evaluate"] * 3
+    (out / CANDIDATES / "3.2/model").mkdir(parents=True)  # begun before the floors changed
+    searched(lower, out, run)
+    assert not models(out)
+    assert (out / "model").exists()
+
+
 def test_floors_changed_before_the_first_candidate(want, out):
     """Neither the dense scores nor those of a first sample have the items now needed."""
     want = other(want, seeds=2)
@@ -236,6 +318,22 @@ def test_floors_changed_before_the_first_candidate(want, out):
         searched(both, out, run)
     searched(want, out, run)
     assert run.run[:5] == ["evaluate", "evaluate", "evaluate", "prune", "evaluate"]
+
+
+@pytest.mark.parametrize(
+    ("effort", "floors", "chosen"),
+    [
+        ("standard", "math=0.8", {"quick": True, "whole": ["math"]}),
+        ("standard", "0.8,math=0.7", {}),
+        ("quick", "math=0.8", {"quick": True, "without": ["gsm8k"]}),
+        ("best", "math=0.8", {}),
+    ],
+)
+def test_floor_uses_all_items_of_its_ability(want, effort, floors, chosen):
+    want = other(want, effort=effort, allow_code_execution=True, keep_at_least=floors)
+    assert scored(want)["abilities.json"] == choose("abilities", **chosen)
+    alone = {key: one for key, one in chosen.items() if key != "without"}  # or a user's suite
+    assert scored(other(want, suite="abilities"))["scores.json"] == choose("abilities", **alone)
 
 
 def test_folder_belongs_to_one_request(calmix, want, out, tmp_path, asked, mine):

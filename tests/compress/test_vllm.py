@@ -15,7 +15,7 @@ from calmix.compression.run_stages import stages
 from calmix.models.opening import open_model
 from calmix.options import Compression
 from calmix.progress import Progress
-from tests.compress.conftest import arguments, damage, finish
+from tests.compress.conftest import arguments, damage, finish, interrupts
 from tests.tiny import load_weights, save_tiny_model
 
 STAGES = ["calibrate", "prune", "export", "evaluate", "report"]
@@ -68,6 +68,15 @@ def test_the_checkpoint_is_what_is_scored(calmix, words, out):
     damage(out / "model" / "model.safetensors")
     for command in (("report", out), words(out), ("doctor", "inspect", out)):
         assert "model.safetensors is damaged or changed" in calmix(*command).line
+
+
+@pytest.mark.long
+def test_an_interrupt_resumes_to_the_same_checkpoint(calmix, words, compressed, tmp_path):
+    out = tmp_path / "out"
+    assert {ended.code for ended in interrupts(calmix, words(out), 3)} == {130}
+    calmix(*words(out)).ok()
+    for name in ("model.safetensors", "config.json"):
+        assert (out / "model" / name).read_bytes() == (compressed / "model" / name).read_bytes()
 
 
 def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_path, tiny_folder):

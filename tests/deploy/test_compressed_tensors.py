@@ -4,6 +4,7 @@ and those of other tools."""
 import json
 import shutil
 from functools import partial
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from calmix.deploy.compressed_tensors import export, quantization_config
 from calmix.errors import InputError, ModelError
 from calmix.models import loading
 from calmix.models.opening import forget, open_model, resolve_model, size_of
-from calmix.models.packed import pack
+from calmix.models.packed import pack, unpack
 from calmix.models.shards import write_model
 from tests.tiny import load_weights, save_tiny_model
 
@@ -36,28 +37,16 @@ def by_hand(tensors, layer, bits):
     return (levels - zero.repeat_interleave(wide, 1)) * scale.repeat_interleave(wide, 1)
 
 
-@pytest.mark.parametrize(
-    ("name", "bits", "symmetric", "most"), [("four", 4, True, None), ("three", 3, False, 20_000)]
-)
-def test_a_checkpoint_decodes_to_the_levels(
-    quantised, name, bits, symmetric, most, tmp_path, monkeypatch
-):
-    """A large one has several files."""
-    if most:
-        small = partial(write_model, most=most)
-        monkeypatch.setattr(compressed_tensors, "write_model", small)
+@pytest.mark.parametrize(("name", "bits", "symmetric"), [("four", 4, True), ("three", 3, False)])
+def test_a_checkpoint_decodes_to_the_levels(quantised, name, bits, symmetric, tmp_path):
     made = export(str(quantised / name), tmp_path / "out")
     assert (made["bits"], made["group"], made["symmetric"]) == (bits, 32, symmetric)
     assert made["matrices"] == 14
     assert made["bytes"] < made["before"]
-    before, after = (load_weights(one) for one in (quantised / name, tmp_path / "out"))
+    before = load_weights(quantised / name)
+    after = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(by_hand(after, LAYER, bits), before[f"{LAYER}.weight"])
     assert f"{LAYER}.weight" not in after
-    files = sorted((tmp_path / "out").glob("*.safetensors"))
-    assert (len(files) > 2) == bool(most)
-    assert (
-        files[0].name == (f"model-00001-of-{len(files):05}" if most else "model") + ".safetensors"
-    )
     opened = open_model(tmp_path / "out")
     state = opened.model.state_dict()
     assert all(torch.equal(state[key], value) for key, value in before.items())
@@ -65,12 +54,28 @@ def test_a_checkpoint_decodes_to_the_levels(
     assert config["ignore"] == ["lm_head"]
     assert config["config_groups"]["group_0"]["weights"]["group_size"] == 32
     size, rate = size_of(str(tmp_path / "out"))
-    assert size == sum(file.stat().st_size for file in files)
+    assert size == (tmp_path / "out" / "model.safetensors").stat().st_size
     assert rate == 8 * size / sum(value.numel() for value in before.values())
     copy = opened.folder
     forget(tmp_path / "out")
     assert not copy.exists()
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_integers_are_packed_without_gaps(bits):
+    numbers = torch.arange(7 * 33).remainder(2**bits).to(torch.uint8).view(7, 33)
+    words = pack(numbers, bits)
+    assert words.dtype == torch.int32
+    assert words.shape == (7, -(-33 * bits // 32))
+    first = sum((word % 2**32) << 32 * at for at, word in enumerate(words[0].tolist()))
+    assert first == sum(int(number) << bits * at for at, number in enumerate(numbers[0]))
+    assert torch.equal(unpack(words, bits, 33), numbers)
+    if find_spec("compressed_tensors"):
+        from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+        signed = (numbers.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+        assert torch.equal(words, pack_to_int32(signed, bits))
 
 
 def checkpoint(folder, scale, **more):
@@ -198,6 +203,18 @@ def test_what_has_no_levels_of_one_scheme_is_refused(quantised, tmp_path, monkey
         export(str(changed), out)
     assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["changed"]
+
+
+def test_large_checkpoints_have_several_files(quantised, tmp_path, monkeypatch):
+    small = partial(write_model, most=20_000)
+    monkeypatch.setattr(compressed_tensors, "write_model", small)
+    export(str(quantised / "four"), tmp_path / "out")
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    before = load_weights(quantised / "four")
+    state = open_model(tmp_path / "out").model.state_dict()
+    assert all(torch.equal(state[key], value) for key, value in before.items())
 
 
 def test_export_prints_size_and_bits(calmix, quantised, tmp_path):

@@ -172,14 +172,22 @@ def test_damaged_packs_are_one_line(pruned, tmp_path):
         unpack(tmp_path / "bomb", tmp_path / "out")
 
 
-def test_levels_round_trip(quantised, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["ecq", "eight", "joint"])
+def test_levels_round_trip(quantised, name, tmp_path, monkeypatch):
     monkeypatch.setattr(packed, "PACKED_VALUES", 500)  # several chunks per tensor
-    for name in ("eight", "joint"):
-        before, after = comes_back(quantised / name, tmp_path).levels
-        assert after < 0.6 * before
-        dense, loaded = open_model(str(quantised / name)).model, load(tmp_path / "pack")
-        both = zip(dense.parameters(), loaded.parameters(), strict=True)
-        assert all(torch.equal(one, other) for one, other in both)
+    model = quantised / name
+    before, after = comes_back(model, tmp_path).levels
+    assert after < 0.6 * before
+    entries = json.loads((tmp_path / "pack" / PACK).read_text())["weights"]
+    tensors = [one for file in entries.values() for one in file["tensors"].values()]
+    levels = [one for one in tensors if "levels" in one]
+    assert len(levels) == 14
+    halves = {half for one in levels for half in one["levels"]}
+    assert halves == {False} if name == "eight" else True in halves
+    rest = [size for one in levels for size in one["sizes"]["rest"]]
+    assert sum(rest) < 20 * len(rest)  # bytes of 1000 or 2000: next to nothing
+    dense, loaded = open_model(str(model)).model.state_dict(), load(tmp_path / "pack").state_dict()
+    assert all(torch.equal(dense[key], value) for key, value in loaded.items())
 
 
 def test_levels_of_changed_models(quantised, tmp_path):

@@ -84,6 +84,19 @@ def test_unknown_type_is_one_line():
         get_method("ggml").check(as_pattern(0.5), 256)
 
 
+@pytest.mark.parametrize("name", BY_COLUMN)
+def test_solution_weights_match_its_blocks(name):
+    x, weights = correlated(columns=256), [matrix(24, 256), matrix(9, 256, seed=3)]
+    weights[0][3] = 0
+    weights[1][:, 160:200] = 0
+    solution = solved(name, weights, x.T @ x)
+    for weight, result, grid in zip(weights, solution.weights, solution.grids, strict=True):
+        assert (grid.name, grid.bits) == (name, 8 * TYPES[name].bytes / TYPES[name].size)
+        assert grid.data.shape == (len(weight), 256 // TYPES[name].size * TYPES[name].bytes)
+        assert torch.equal(grid.values(), result)
+        assert not result[(weight == 0).all(1)].any()
+
+
 def nearest_values(grid, column, wanted):
     """Return the values that a column of a grid can have which are nearest to those wanted."""
     kind, group = grid.kind, column // grid.kind.group
@@ -99,8 +112,7 @@ def test_ggml_levels_match_a_plain_loop(name):
     kind, x, weight = TYPES[name], correlated(columns=256), matrix(columns=256)
     factor = inverse_factor(x.T @ x, 0.1)
     grid = BlockGrid([weight], kind, torch.ones(256))
-    [result], [blocks] = solve_columns([weight], factor, None, grid)
-    assert torch.equal(blocks.values(), result)
+    [result], _ = solve_columns([weight], factor, None, grid)
     upper, rest = factor.upper.double(), weight.double()
     for column in range(256):
         wrong = rest[:, column] - nearest_values(grid, column, rest[:, column])
@@ -131,6 +143,21 @@ def test_sweep_is_coordinate_descent(name):
     assert relative_error(weight, swept, gram) < relative_error(weight, first, gram)
     [grid_of] = grid.grids([second.T], [0])
     assert torch.equal(grid_of.values(), second.T)
+
+
+@pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_K", "Q6_K", "Q4_0", "IQ4_NL"])
+def test_scales_are_as_good_as_ggmls(name):
+    pytest.importorskip("libggml")
+    kind, weight = TYPES[name], matrix(64, 256) * (1 + matrix(64, 256, 5).abs() * 30)
+    importance = (30 * matrix(1, 256, seed=4)[0]).exp()
+    theirs = quantise(weight, importance, name=name).values()
+    identity = inverse_factor(torch.eye(256), 1e-9)
+    [ours], _ = solve_columns([weight], identity, None, BlockGrid([weight], kind, importance))
+
+    def error(result):
+        return float(((result - weight).square() * importance).sum())
+
+    assert error(ours) < 1.01 * error(theirs)
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q8_0", "IQ4_NL", "IQ4_XS"])
@@ -181,6 +208,22 @@ def test_block_feedback_of_one_column_is_gptq():
     torch.testing.assert_close(result, rest)
     whole = solve_blocks(weight, factor, 32, quantise).data
     torch.testing.assert_close(whole, (weight * 50).round().to(torch.int8))
+
+
+def test_fallback_type_for_narrow_rows():
+    method = get_method("ggml")
+    for name, instead in (
+        ("Q2_K", "IQ4_NL"),
+        ("Q4_K", "Q5_0"),
+        ("Q6_K", "Q8_0"),
+        ("IQ2_S", "IQ4_NL"),
+    ):
+        [grid] = method.solve([matrix(4, 96)], torch.eye(96), [Blocks(name)]).grids
+        assert grid.name == instead
+    both = method.solve([matrix(4), matrix(4)], torch.eye(512), [Blocks("Q2_K"), Blocks("Q8_0")])
+    assert [grid.name for grid in both.grids] == ["Q2_K", "Q8_0"]
+    with pytest.raises(InputError, match=r"no type of GGML fits the 40 inputs of a\.b: .* '\*\.b'"):
+        method.check(Blocks("Q4_K"), 40, "a.b")
 
 
 @pytest.mark.parametrize("flat", [False, True])

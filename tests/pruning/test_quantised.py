@@ -1,11 +1,14 @@
 """Quantisers against an independent loop in float64, and what users see of them."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
 
 from calmix.errors import InputError
 from calmix.pruning.engine import prune
+from calmix.pruning.gram import relative_error
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Rate, Unstructured, as_pattern
 from calmix.pruning.requests import prune_request
@@ -89,6 +92,25 @@ def scale_of(values, importance):
     return best
 
 
+@pytest.mark.parametrize("bits", [2, 4, 7])
+def test_asymmetric_levels_reach_from_the_least_weight_to_the_largest(bits):
+    """Of weights beside zero they use twice as many levels; zero stays one of them."""
+    weight, gram = problem(rows=24, columns=64, tokens=800)
+    w, h = as_tensors(weight + 0.5 * np.abs(weight).max(), gram)
+    lost = []
+    for text in ("gptq,group=32", "gptq,group=32,symmetric=false"):
+        made = get_method(text).solve([w], h, [Rate(bits)])
+        lost.append(relative_error(w, made.weights[0], h))
+    assert lost[1] < 0.8 * lost[0]
+    (grid,) = made.grids
+    assert grid.bits == pytest.approx(bits + (16 + bits) / 32)
+    stored = made.weights[0].bfloat16().contiguous()
+    levels = grid.levels(stored)
+    assert torch.equal(grid.values(levels).bfloat16(), stored)
+    low, high = levels.view(24, 2, 32).aminmax(dim=-1)
+    assert int((high.clamp(min=0) - low.clamp(max=0)).max()) == 2**bits - 1
+
+
 def test_groups_need_bits():
     up = "model.layers.0.mlp.up_proj"
     for text in ("wanda,group=32", "sparsegpt,group=7", "magnitude,group=128"):
@@ -98,6 +120,28 @@ def test_groups_need_bits():
         with pytest.raises(InputError, match="without bits"):
             prune_request(method=text, sparsity=0.5, calibration="x")
     prune_request(method="wanda,bits=4,group=32", sparsity=0.5, calibration="x")
+
+
+def test_more_bits_lose_less():
+    w, h = as_tensors(*problem(rows=200, columns=128, tokens=1000))
+    lost = {}
+    for method, rates, target in (
+        ("ecq", (1.2, 2, 2.8, 4), None),
+        ("gptq", (2, 3, 4, 8), None),
+        ("sparsegpt,bits={}", (2, 3, 4, 8), HALF),
+        ("sparsegpt", (0,), HALF),
+    ):
+        for bits in rates:
+            made = get_method(method.format(bits)).solve([w, w[:60]], h, [target or Rate(bits)] * 2)
+            lost[method, bits] = relative_error(w, made.weights[0], h)
+            taken = [grid.bits for grid in made.grids]
+            assert method != "ecq" or taken == pytest.approx([bits] * 2, abs=0.04)
+        errors = [lost[method, bits] for bits in rates]
+        factor = 0.5 if method == "ecq" else 1
+        assert all(more < factor * less for less, more in pairwise(errors))
+    assert lost["ecq", 2.8] < lost["gptq", 3]  # which takes 3.25
+    # Eight bits lose next to nothing more.
+    assert lost["sparsegpt,bits={}", 8] == pytest.approx(lost["sparsegpt", 0], rel=0.05)
 
 
 @pytest.mark.parametrize("text", ["admm", "wanda", "magnitude", "wanda,refit=4"])
@@ -127,6 +171,24 @@ def test_levels_from_stored_weights(text, dtype):
         stored = kept.to(dtype).contiguous()
         again = grid.values(grid.levels(stored)).to(dtype)
         assert torch.equal(again.view(torch.uint8), stored.view(torch.uint8))
+
+
+def test_bits_instead_of_sparsity():
+    report = prune(tiny_model("llama"), tiny_ids(), bits=3)
+    assert (report.method, report.pattern) == ("ecq", "3 bits")
+    assert report.bits == pytest.approx(3, abs=0.15)  # of so few weights
+    assert all(0 < layer.error < 0.2 and layer.bits for layer in report.layers)
+    joint = prune(tiny_model("llama"), tiny_ids(), pattern=0.5, bits=4)
+    assert (joint.method, joint.sparsity) == ("sparsegpt", 0.5)
+    assert 2 + 1 + 16 / 64 < joint.bits < 2 + 1 + 16 / 32  # rows of 32 and 64 inputs
+    for asked, method in (
+        ({"bits": "2.4"}, "ecq"),
+        ({"sparsity": "0.5", "bits": "4"}, "sparsegpt,bits=4"),
+    ):
+        assert prune_request(**asked, calibration="x").chosen.text == method
+    both = prune_request(method="gptq,bits=4,group=32", calibration="x")
+    assert (both.pattern, both.options["bits"]) == ("4 bits", 0)
+    assert both == prune_request(method="gptq,group=32", pattern="4 bits", calibration="x")
 
 
 @pytest.mark.parametrize(
