@@ -9,13 +9,16 @@ from calmix.errors import InputError
 from calmix.options import Settings
 from calmix.study.analyse import analyse
 from calmix.study.page import write_report
+from calmix.study.store import read_results
 from tests.synthetic import (
     CONDITIONS,
     OTHERS,
     SOURCES,
     Plan,
     full_plan,
+    save,
     study,
+    trial,
     trials_of,
 )
 
@@ -45,6 +48,31 @@ def test_analysis_files_are_reproducible(tmp_path):
     assert float(rows[0]["dimensions_code_high"]) == first["dimensions"]["code"]["high"]
     assert float(rows[0]["distance_flips_total"]) == first["distance"]["flips"]["total"]
     assert float(tasks[0]["kept_value"]) == first["tasks"][tasks[0]["name"]]["value"]
+
+
+def test_analysis_of_a_store(tmp_path):
+    """A study uses the dense scores that most trials refer to, whatever the order."""
+    results = study(full_plan(seeds=(0, 1), sources=SOURCES[:4], conditions=[("wanda", "50%")]))
+    place = save(results, tmp_path / "once")
+    assert analyse(read_results(place), QUICK).to_dict() == analyse(results, QUICK).to_dict()
+    name = results.trials[0].id  # as if run on another processor
+    (place / "dense/other.json").write_bytes((place / f"trials/{name}/scores.json").read_bytes())
+    path = place / f"trials/{name}/result.json"
+    path.write_text(path.read_text().replace('"dense": "d0"', '"dense": "other"'))
+    again = read_results(place)
+    assert again.dense == results.dense
+    assert again.paired[name] == results.scores[name]
+    assert again.paired[results.trials[1].id] == results.dense[results.trials[1].model]
+
+
+def test_conditions_by_bits_ignore_sparsity():
+    trials = tuple(
+        trial(name, "mix", "ecq", "3 bits", seed, {"general": 0.5}, sparsity=0.1 * seed)
+        for name in "ab"
+        for seed in (1, 2)
+    )
+    (one,) = analyse(study(Plan(), trials=trials), QUICK).conditions
+    assert {ranked.calibration for ranked in one.ranking} == {"a", "b"}
 
 
 def test_incomplete_study_and_errors():

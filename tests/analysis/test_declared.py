@@ -30,16 +30,19 @@ def shuffled(count, seed=0):
     return set(np.random.default_rng(seed).permutation(COUNT)[:count].tolist())
 
 
-def made(right, *, seeds=(0, 1, 2), **changes):
-    """Return a study of generated answers. `right` gives, by set, right answers of each task:
-    their number, or a function of the seed that returns positions."""
+def made(right, *, models=("m",), methods=("sparsegpt",), seeds=(0, 1, 2), **changes):
+    """Return a study of generated answers. `right` gives, by set and method if these are named,
+    right answers of each task: their number, or a function of the seed that returns positions."""
     trials = tuple(
-        one.model_copy(update={"model": "m", "id": f"m-{one.id}"})
-        for one in trials_of(dict.fromkeys(right, (0.5, 0.5)), steps=[0] * len(seeds))
+        one.model_copy(update={"model": model, "id": f"{model}-{one.id}"})
+        for model in models
+        for method in methods
+        for one in trials_of(dict.fromkeys(right, (0.5, 0.5)), method, steps=[0] * len(seeds))
     )
 
     def scored(one):
         inputs = right[one.calibration]
+        inputs = inputs[one.method] if isinstance(inputs, dict) else inputs
         inputs = inputs if isinstance(inputs, tuple) else (inputs,) * len(TASKS)
         return tuple(
             answers(*task, each(one.seed) if callable(each) else shuffled(each, one.seed))
@@ -48,7 +51,7 @@ def made(right, *, seeds=(0, 1, 2), **changes):
 
     dense = tuple(answers(*task, range(COUNT)) for task in TASKS)
     fields = {
-        "dense": {"m": dense},
+        "dense": dict.fromkeys(models, dense),
         "scores": {one.id: scored(one) for one in trials},
         "dates": {one.id: DATE for one in trials},
     }
@@ -59,12 +62,19 @@ def declaring(results, comparisons, *, amends=None, since=DATE, **fields):
     """Return the study with declared comparisons: by name both sides, as {"calibration": "mix"},
     and more keys."""
 
-    def keys(side):
-        sets = side.get("best_of") or [side["calibration"]]
-        return [one.key for one in results.trials if one.calibration in sets]
+    def matches(key, side):
+        sets = side.get("best_of", [side.get("calibration", key[1])])
+        return key[1] in sets and key[2] == side.get("method", key[2])
 
     def pairs(said):
-        return (Pair(of=keys(said["of"]), over=keys(said["over"])),)
+        sides = said["of"], said["over"]
+        named = {"calibration" if key == "best_of" else key for key in sides[0]}
+        cells = {}
+        for one in results.trials:
+            rest = one.model, *(getattr(one, key) for key in {"calibration", "method"} - named)
+            for side, keys in zip(sides, cells.setdefault(rest, ([], [])), strict=True):
+                keys += [one.key] if matches(one.key, side) else []
+        return tuple(Pair(of=of, over=over) for of, over in cells.values() if of and over)
 
     fields = {"primary": "right"} | fields
     content = Declaration(
@@ -117,6 +127,40 @@ def test_verdicts():
     assert first.gap == alone.gap
     assert first.gap.p < 0.05 < first.p_corrected == pytest.approx(3 * first.gap.p)
     assert (alone.verdict, first.verdict) == ("more", "cannot be told")
+
+
+def test_other_sets_do_not_change_a_comparison():
+    right = {"b": 60, "mix": 80, "c": 30, "a": 40}
+    some, whole = (
+        analyse(declaring(made(each), {"far": over("a")}), QUICK).comparisons[0]
+        for each in ({"mix": 80, "a": 40}, right)
+    )
+    assert whole.gap.value == some.gap.value
+    ends = some.gap.item_low, some.gap.item_high
+    assert (whole.gap.item_low, whole.gap.item_high) == pytest.approx(ends)
+
+
+def test_comparison_per_model_averages_methods():
+    right = {"mix": {"sparsegpt": 60, "admm": 80}, "a": {"sparsegpt": 50, "admm": 50}}
+    results = made(right, models=("m", "n"), methods=("sparsegpt", "admm"))
+    said = {
+        "mixed": over("a"),
+        "solver": {"of": {"method": "admm"}, "over": {"method": "sparsegpt"}},
+    }
+    analysis = analyse(declaring(results, said), QUICK).comparisons
+    assert [(one.name, one.model) for one in analysis] == [
+        (name, model) for name in ("mixed", "solver") for model in "mn"
+    ]
+    assert [one.gap.value for one in analysis] == pytest.approx([0.2, 0.2, 0.1, 0.1])
+    gone = results.model_copy(update={"trials": results.trials[:6]})  # SparseGPT on one model
+    part = declaring(results, said).model_copy(update={"trials": gone.trials})
+    analysis = analyse(part, QUICK)
+    assert [one.gap.value for one in analysis.comparisons] == [pytest.approx(0.1), None, None, None]
+    assert len(analysis.missing) == 18
+    assert analysis.comparisons[0].p_corrected == pytest.approx(
+        min(1, 4 * analysis.comparisons[0].gap.p)
+    )
+    assert analysis.comparisons[1].verdict == "cannot be told"
 
 
 def test_best_of_is_chosen_on_odd_items():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save
 
 from calmix.calibration.build import build
@@ -20,6 +22,27 @@ from tests.tiny import save_tiny_model, tiny_tokenizer
 
 def mix_of(sources, lower=1, upper=1):
     return parse_mix(f"{sources['lower']}:{lower},{sources['upper']}:{upper}")
+
+
+@given(
+    rows=st.integers(1, 12),
+    length=st.integers(1, 60),
+    seed=st.integers(0, 2**31),
+    packing=st.sampled_from(["concat", "window"]),
+)
+def test_rows_are_full_and_reproducible(sources, tiny, rows, length, seed, packing):
+    request = {"rows": rows, "length": length, "seed": seed, "packing": packing}
+    mix = mix_of(sources, 1, 2)
+    drawn_set = build(mix, tiny, **request)
+    again = build(mix, tiny, **request)
+    assert drawn_set.ids.shape == (rows, length)
+    assert drawn_set.manifest == again.manifest  # the hash of the ids is in it
+    assert sum(drawn_set.counts.values()) == rows
+    described = drawn_set.manifest["sources"].items()
+    assert drawn_set.counts == {name: source["rows"] for name, source in described}
+    for row, source in zip(drawn_set.ids.tolist(), drawn_set.sources, strict=True):
+        text = tiny.tokenizer.decode(row, skip_special_tokens=True)
+        assert text == (text.lower() if source == sources["lower"] else text.upper())
 
 
 def test_rows_depend_only_on_source_name_and_seed(tmp_path, tiny, sources, monkeypatch):

@@ -12,6 +12,7 @@ from calmix.calibration.leakage import DISTINCT, WORDS
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.distance import texts_hash
+from calmix.sources.local import LocalFile
 from calmix.sources.offline import word_runs
 from calmix.sources.registry import offline_sources
 from tests.evaluation.helpers import opened
@@ -85,3 +86,15 @@ def test_builtin_texts_overlap_no_source_and_fill_eight_rows():
     assert list(rows) == ["general", "commonsense", "code", "math"]
     assert {ids.shape for ids in rows.values()} == {(8, 256)}
     assert len({tuple(row) for ids in rows.values() for row in ids.tolist()}) == 32
+
+
+def test_own_text_replaces_builtin_text(tmp_path, monkeypatch):
+    (tmp_path / "built.txt").write_text("b" * 600, encoding="utf-8")
+    (tmp_path / "own.txt").write_text("o" * 600, encoding="utf-8")
+    reader = LocalFile(type="file", path=tmp_path / "built.txt")
+    monkeypatch.setattr(module, "builtin_readers", lambda: {"code": [reader], "math": [reader] * 3})
+    rows = texts(opened(), {"code": tmp_path / "own.txt"}, rows=2, length=16)
+    decoded = {name: opened().tokenizer.decode(ids.flatten()) for name, ids in rows.items()}
+    assert decoded == {"code": "o" * 32, "math": "b" * 32}  # of three readers two have a row
+    ((name, ids),) = texts(opened(), rows=2, length=16, dimensions=["math"]).items()
+    assert (name, ids.tolist()) == ("math", rows["math"].tolist())

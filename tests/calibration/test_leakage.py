@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calmix.calibration import leakage
 from calmix.calibration.build import build
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.leakage import Guard, ItemIndex, suite_items
-from calmix.errors import InputError
+from calmix.calibration.request import calibration_set
+from calmix.errors import InputError, SourceError
 from calmix.sources.mixes import parse_mix
 from tests.calibration.conftest import write_rows
 from tests.evaluation.helpers import new_suite
@@ -98,6 +100,14 @@ def test_reflowed_text_is_found(reflowed):
     assert index.find(" ".join(words[i + 1] for i in range(0, 599, 3))) is None
 
 
+def test_runs_of_single_characters_are_not_items():
+    digits = "0 1 2 3 4 5 6 7 8 9 a b c d e f"
+    index = ItemIndex([("a", "0", f"Which are primes: {digits}?"), ("a", "1", digits[:15])])
+    table = "\n".join(f'    {i}: "{digit}",' for i, digit in enumerate(digits.split()))
+    assert index.find(digits) is None
+    assert index.find(table) is None
+
+
 def test_time_is_linear_in_the_text():
     for part in ("\\", "<a ", "&amp;", "\n ", "\\u00e", "1\n"):
         assert ItemIndex([("a", "0", ITEM)]).find(part * 100_000) is None
@@ -134,6 +144,23 @@ def planted(tmp_path, documents, leaks, text=ITEM):
     return str(path)
 
 
+@pytest.mark.parametrize("packing", ["concat", "window"])
+def test_planted_item_of_named_suite_is_dropped(tmp_path, tiny, monkeypatch, packing):
+    requests, path = [], planted(tmp_path, 100, 2)
+    monkeypatch.setattr(leakage, "suite_items", lambda suite: requests.append(suite) or ITEMS)
+    monkeypatch.setattr(leakage, "load_suite", lambda name: None)
+    how = {"rows": 95, "length": 50, "packing": packing}
+    drawn_set = calibration_set(path, tiny, **how)
+    assert "Janet" not in "".join(tiny.tokenizer.batch_decode(drawn_set.ids.tolist()))
+    report = drawn_set.manifest["leakage"]
+    assert (report["suite"], report["words"], report["items"]) == ("offline", 13, 2)
+    assert [(d["task"], d["item"]) for d in report["dropped"][path]] == [("gsm8k", "7")] * 2
+    assert calibration_set(path, tiny, leakage="off", **how).manifest["leakage"] == "off"
+    assert requests == ["offline"]
+    assert calibration_set(path, tiny, leakage="mine", **how).manifest["leakage"]["suite"] == "mine"
+    assert requests == ["offline", "mine"]
+
+
 def test_leaked_document_is_replaced_in_a_small_set(tmp_path, tiny, guard):
     """One leak in the first few documents of a source with 2.5 % refuses nothing."""
     path = planted(tmp_path, 200, 5)
@@ -145,6 +172,14 @@ def test_leaked_document_is_replaced_in_a_small_set(tmp_path, tiny, guard):
             break
     else:
         pytest.fail("no draw met the planted document")
+
+
+def test_short_overlap_passes_and_leaking_source_is_refused(tmp_path, tiny, guard):
+    path = planted(tmp_path, 20, 5, text=ITEM.rpartition(" ")[0])
+    drawn_set = build(parse_mix(path), tiny, rows=18, length=50, guard=guard(13))
+    assert drawn_set.manifest["leakage"]["dropped"] == {}
+    with pytest.raises(SourceError, match=r"share 11 words.*suite toy, .*task gsm8k"):
+        build(parse_mix(path), tiny, rows=18, length=50, guard=guard(11))
 
 
 @pytest.mark.real

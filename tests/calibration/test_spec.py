@@ -1,12 +1,13 @@
 """The ways to specify a calibration set, and their results."""
 
 import pytest
+import torch
 
 from calmix.calibration.request import calibration_set, parse_calibration
 from calmix.errors import InputError, SourceError
 from calmix.evaluation.suites import load_suite
 from calmix.sources.mixes import MIXES, parse_mix
-from calmix.sources.registry import get_source
+from calmix.sources.registry import get_source, own_sources
 from tests.evaluation.helpers import benchmark, benchmarks_read
 
 
@@ -68,3 +69,26 @@ def test_mix_has_rows_by_weight(sources, tiny):
         drawn(mix, tiny, length=257)
     with pytest.raises(InputError, match="unknown option 'select'"):
         drawn(mix, tiny, select="igsp")
+
+
+def test_own_sources_from_file_or_python(sources, tiny, tmp_path):
+    own = tmp_path / "own.yaml"
+    own.write_text("mine: {reader: {type: file, path: lower.jsonl}}", encoding="utf-8")
+    size = {"rows": 4, "length": 16}
+    drawn_set = drawn("mine", tiny, sources=own, **size)
+    assert drawn_set.manifest["mix"] == {"mine": 1.0}
+    for inputs in (own_sources(own), {"mine": get_source(sources["lower"])}):
+        assert drawn("mine", tiny, sources=inputs, **size).sha256 == drawn_set.sha256
+    named = {"chat": own_sources(own)["mine"]}  # alone as in a mix
+    assert drawn("chat", tiny, sources=named, **size).counts == {"chat": 4}
+
+
+def test_saved_set(sources, tiny, tmp_path):
+    drawn_set = drawn(sources["lower"], tiny, rows=4, length=16, seed=3)
+    folder = drawn_set.save(tmp_path / "set")
+    assert torch.equal(calibration_set(str(folder), tiny).ids, drawn_set.ids)
+    assert calibration_set(str(folder), tiny, rows=4, length=16, seed=3, packing="concat").rows == 4
+    sizes = {"rows": 5, "length": 8, "seed": 0}
+    for option, value in {**sizes, "packing": "window", "leakage": "offline"}.items():
+        with pytest.raises(InputError, match=f"has {option} .*, not {value}: leave --{option} out"):
+            calibration_set(str(folder), tiny, **{option: value})

@@ -7,7 +7,7 @@ import pytest
 
 from calmix.evaluation import choosing
 from calmix.evaluation.behaviour import deficit, paired
-from calmix.evaluation.choosing import Candidate, choice_text, choose_smallest
+from calmix.evaluation.choosing import Candidate, choice_text, choose_smallest, model_rows
 from tests.evaluation.helpers import scored
 from tests.evaluation.test_prompts import chats as chats
 from tests.evaluation.test_prompts import task, written
@@ -59,6 +59,28 @@ def test_choices_in_words(says):
     text = choice_text(found, choose_smallest(found, "dense", margin))
     assert says in text
     assert "this rests on faults alone" in text
+
+
+def test_the_smallest_that_is_not_worse_by_the_margin():
+    found = [Q8, Q5, Q2]
+    choice = choose_smallest(found, "dense", 0.05)
+    assert (choice.best, choice.smallest) == ("dense", "q5")
+    assert choice.behind["q2"].value == pytest.approx(0.2)
+    rows = model_rows(found, choice)
+    assert [row["model"] for row in rows] == ["q2", "q5", "q8", "dense"]
+    assert (rows[-1]["#good %"].split()[0], rows[-1]["#behind best"]) == ("90.0", "0.0")
+    assert (rows[0]["#bits"], rows[0]["#lost"], rows[1]["#lost"]) == ("1.60", 40, 2)
+    choice = choose_smallest([BEST, Q2], "dense", 0.05)
+    assert (choice.best, choice.smallest, choice.behind["best"].high) == ("best", "best", 0.0)
+
+
+def test_a_repeat_of_the_dense_model_is_a_row():
+    other = task(["x"] * 200, [1] * 181 + [0] * 19, properties=({},) * 200)
+    dense, small = Q8.pair
+    twice = [replace(Q8, pair=(replace(dense, repeat=(other,)), small))]
+    again = model_rows(twice, choose_smallest(twice, "dense", 0.05))[-1]
+    assert (again["model"], again["#lost"], again["#gained"]) == ("dense, again", 0, 1)
+    assert (again["#MB"], again["#behind best"]) == (None, "–")
 
 
 def test_names_are_the_shortest_ends_of_paths_that_differ():

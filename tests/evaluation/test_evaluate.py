@@ -9,13 +9,16 @@ from dataclasses import asdict, replace
 import pytest
 
 from calmix.errors import InputError, PassingError
-from calmix.evaluation.evaluate import evaluate
+from calmix.evaluation.evaluate import ask, evaluate
+from calmix.evaluation.journal import Journal
+from calmix.evaluation.prompts import Ask
+from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.scores import load_scores, write_scores
 from calmix.evaluation.suites import load_suite
 from calmix.evaluation.tasks import load_items
 from calmix.models.opening import open_model
 from tests.evaluation.archive import suite_text, use_archive
-from tests.evaluation.helpers import reference
+from tests.evaluation.helpers import opened, reference
 from tests.tiny import save_tiny_model
 
 
@@ -113,7 +116,7 @@ def test_model_changed_during_scoring_is_refused(suite, tiny_folder, tmp_path):
         evaluate(opened, suite, limit=2, progress=change)
 
 
-def test_dense_scores_are_cached(suite, tiny, tiny_folder, tmp_path):
+def test_dense_scores_are_cached(suite, tiny, tiny_folder, tmp_path, monkeypatch):
     folder, first = tmp_path / "cache/scores", evaluate(tiny, suite, cache=True)
     (kept,) = folder.iterdir()
     held = kept.read_bytes()
@@ -125,6 +128,15 @@ def test_dense_scores_are_cached(suite, tiny, tiny_folder, tmp_path):
     kept.write_text("{", encoding="utf-8")  # a damaged file is replaced
     assert evaluate(tiny, suite, cache=True).tasks == first.tasks
     assert len(kept.read_bytes()) == pytest.approx(len(held), abs=20)
+    # A model folder, or a suite with the same tasks, may have another name by then.
+    first = evaluate(tiny, suite, cache=True)
+    tiny.name, renamed = "moved", suite.model_copy(update={"name": "ours"})
+    again = evaluate(tiny, renamed, cache=True)
+    assert (again.model, again.suite["name"], again.seconds) == ("moved", "ours", 0.0)
+    assert first.retention(again, resamples=1).measure == "primary"
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / "file" / "cache"))
+    assert evaluate(tiny, suite, limit=1, cache=True).tasks
 
 
 def test_retention_against_model_or_file(calmix, tiny_folder, suite_file, tmp_path):
@@ -170,3 +182,13 @@ def test_distance_on_own_text(calmix, tiny_folder, suite_file, text_file, tmp_pa
         assert "name it with --against" in calmix(*arguments, *against).line
     both = f"{out} holds scores of {other} beside those of {tiny_folder}: name a file"
     assert both in calmix("evaluate", other, "--suite", suite_file, "--against", out).line
+
+
+@pytest.mark.parametrize(("kind", "cut"), [("llama", {"q": 1}), ("bloom", {})])
+def test_prompt_truncation_is_reported(monkeypatch, kind, cut):
+    """Bloom states no context: its prompts are read in full."""
+    monkeypatch.setattr("calmix.evaluation.evaluate.answers", lambda *_, **__: [("x", True)])
+    scorer = Scorer(opened(kind))
+    item = Ask("q/0", 0, None, "a" * 3000, ["x"], {}, "text", 8, ())
+    assert ask(scorer, [("q", item)], False, Journal(None)) == [("x", True)]
+    assert scorer.truncated == cut

@@ -98,13 +98,20 @@ def test_measure_order_per_ability():
     )
     assert silent == "Left out (no signal in the dense model): rare."
     assert "Not run: humaneval" in not_run
-    strict = judged("code=0.95", dense, scored(*pruned))
+
+
+def test_missed_floor_tells_how_many_items_are_enough():
+    dense, pruned = scored(answered(100, 120)), scored(answered(100, 120, kept=97))
+    strict = judged("code=0.95", dense, pruned)
     assert strict.lines()[0].startswith(
         "Not kept at 95 % confidence: code keeps 97.0 % (3 of 100 right answers lost, 0 gained), "
         "proven 92.4 %, required 95 %: about 530 such items are enough. This"
     )
     (row,) = strict.to_dict()["tested"]
     assert row["passed"] is strict.to_dict()["passed"] is strict.passed is False
+    for times, proven_then in ((3, False), (6, True)):
+        both = (answered(100 * times, 600), answered(100 * times, 600, kept=97 * times))
+        assert judged("0.95", *map(scored, both)).passed is proven_then
 
 
 def test_gains_offset_losses():
@@ -120,6 +127,28 @@ def test_gains_offset_losses():
     # More gained than lost proves no more than nothing lost.
     assert found[23].kept > 1
     assert found[23].bound == found[23].provable == lower_bound(77, 77)
+
+
+@pytest.mark.parametrize(("lost", "gained"), [(0.15, 0.05), (0.3, 0.2)])
+def test_bound_of_answers_lost_and_gained(lost, gained):
+    """Nominal 5 %."""
+    rng, of = np.random.default_rng(0), (500, 100)
+    dense = np.broadcast_to(np.arange(100) < 75, of)
+    luck = rng.random(of)
+    pruned = np.where(dense, luck >= lost, luck < 3 * gained)
+    (ones,) = lower_mean([(pruned * 1.0, dense * 1.0)], [np.ones(500)])[None]
+    assert (ones > 1 - lost + gained).mean() <= 0.065
+    assert np.median(ones) > 0.7 - lost + gained
+
+
+@pytest.mark.parametrize(
+    "task", [answered(40, 60), accuracy([1.0] * 50 + [0.0] * 10), bits([0.5] * 40, [2] * 40)]
+)
+def test_bound_is_at_most_provable(task):
+    (found,) = judged("0.5", scored(task), scored(task)).tested
+    assert found.kept == 1
+    assert found.bound == pytest.approx(found.provable, abs=0.03)
+    assert 0.5 < found.bound <= found.provable < 1
 
 
 @pytest.mark.parametrize(
@@ -162,7 +191,15 @@ def test_unprovable_floor_names_the_nearest(floors, task, says):
     assert re.match(f"Not proven at 95 % confidence: .*{says}", found.lines()[0])
     with pytest.raises(InputError, match=f"even if all is kept: .*{says}"):
         check_provable(parse_floors(floors), [dense], 0.95)
-    check_provable(parse_floors("chat=0.9"), [dense], 0.95)
+
+
+def test_nearest_floor_is_provable():
+    dense = scored(answered(12, 60), answered(90, 90, "chat"))
+    assert judged("0.9,code=0.77", dense, dense).passed
+    check_provable(parse_floors("0.9,code=0.77"), [dense], 0.95)
+    (found,) = judged("0.8", scored(TWICE), scored(TWICE)).tested
+    assert found.provable == pytest.approx(1 - 2 * (1 - lower_bound(50, 50)))
+    assert found.needed == items_needed(0.9)
 
 
 def test_answer_counts_and_worst_ability():
@@ -218,6 +255,18 @@ def test_summary_says_what_cannot_be_told():
         assert says in summary_lines(behaviour(both), likelihood(*both), "calmix x")
 
 
+def test_tasks_of_two_suites():
+    own, ours = answered(40, 40, "support"), answered(99, 99, "chat")
+    own, ours = (replace(one, name="requests") for one in (own, ours))
+    lost = replace(own, values=(0.0,) * 40)
+    pairs = [(scored(own), scored(lost)), (scored(ours, suite="t"),) * 2]
+    result = check_floors(parse_floors("0.9"), pairs)
+    assert {one.ability: one.passed for one in result.tested} == {"support": False, "chat": True}
+    other = replace(own, dimension="chat", items=tuple(f"mine/{n}" for n in range(40)))
+    found = behaviour((scored(other), scored(other)), (scored(ours, suite="t"),) * 2)
+    assert found.answers.dense == 139
+
+
 def test_task_of_two_suites_counts_where_it_has_most_items():
     dense = scored(written("qa", "general", [1] * 8 + [0, 0]))
     pruned = scored(written("qa", "general", [1] * 6 + [0] * 4))
@@ -229,11 +278,42 @@ def test_task_of_two_suites_counts_where_it_has_most_items():
         behaviour((few, pruned))
 
 
+def test_task_that_one_model_was_not_asked_is_left_out():
+    """A chat template without tools cannot ask for tool calls."""
+    dense = scored(answered(20, 25), replace(answered(20, 25), name="tools"))
+    small = scored(dense.tasks[0], replace(dense.tasks[1], values=(), answers=()))
+    for pair in ((dense, small), (small, dense)):
+        assert behaviour(pair).answers.asked == 25
+        assert pair[1].retention(pair[0]).tasks[0].items == 25
+        assert check_floors(parse_floors("0.5"), [pair]).tested[0].items == 20
+
+
 def test_mcnemar_p():
     for lost, gained in ((12, 11), (0, 0), (5, 0), (700, 600), (1, 3)):
         wanted = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
         one, other = (Counted("", 9, *both, 0) for both in ((lost, gained), (gained, lost)))
         assert one.p == other.p == pytest.approx(wanted)
+
+
+def test_dense_repeat():
+    texts = tuple(map(str, range(20)))
+    dense = scored(
+        replace(written("qa", "general", [1] * 12 + [0] * 8), answers=texts),
+        replace(written("sums", "math", [1] * 10 + [0] * 10), answers=texts),
+        accuracy([1.0] * 20, "quiz", "general"),
+    )
+    again = tuple(
+        replace(one, values=(0.0, *one.values[1:18], 1.0, 1.0), answers=("other", *texts[1:]))
+        for one in dense.tasks[:2]
+    )
+    found = behaviour((replace(dense, repeat=again), dense))
+    counts = found.repeat.answers
+    assert (counts.lost, counts.gained, counts.same) == (2, 4, 38 / 40)
+    assert found.repeat.right.total.value == pytest.approx((13 / 12 + 11 / 10) / 2)
+    assert (found.repeat.choices, found.repeat.repeat) == (None, None)
+    line = summary_lines(found, None, "")[1]
+    assert line.startswith("The dense model against itself, in other batches: 109.2 [")
+    assert line.endswith("2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical.")
 
 
 def test_wilson_interval():
@@ -279,3 +359,13 @@ def test_one_more_item_is_lost_where_it_does_most_harm():
     few, many = np.ones((1, 10)), np.ones((1, 1000))
     (bound,) = lower_mean([(few, few), (many, many)], [np.ones(1)] * 2)
     assert bound == pytest.approx(1 - (1 - lower_bound(10, 10)) / 2, abs=0.01)
+
+
+def test_likelihood_floor_uses_the_bound():
+    lost = np.random.default_rng(0).gamma(0.2, 0.4, 400)
+    dense, pruned = (bits(list(one), [2] * 400) for one in (np.full(400, 0.5), 0.5 + lost))
+    (found,) = judged("0.5", scored(dense), scored(pruned)).tested
+    assert 0.5 < found.bound < (retention([dense], [pruned], level=0.9).of("code").low or 0)
+    smooth = scored(replace(dense, primary="smoothed"))
+    (found,) = judged("0.9", smooth, smooth).tested  # no item can lose more than it has
+    assert (found.needed, found.provable) == (29, lower_bound(400, 400))

@@ -64,6 +64,20 @@ def test_rearranged_batches(monkeypatch, kind):
     assert first != last
 
 
+def test_window_of_a_row_with_another_prefix(tmp_path):
+    """All places are filled before the first row leaves: positions in a window are those of the
+    longest row."""
+    folder = save_tiny_model(tmp_path / "m", "mistral", sliding_window=16)
+    opened, rng = open_model(str(folder), dtype="float32"), random.Random(0)
+    head, other = ([n] * 10 for n in (40, 250))
+    asked = [
+        Prompt(start + [rng.randrange(5, 300) for _ in range(20)], tokens)
+        for start, tokens in [(head, 24)] * 14 + [(head, 20)] * 3 + [(other, 20)]
+    ]
+    (alone,) = answers(opened, asked[-1:])
+    assert answers(opened, asked)[-1] == alone
+
+
 def test_first_space_and_end_of_turn(monkeypatch):
     model, text = opened(), "    return x"
     tokenizer = model.tokenizer
@@ -85,6 +99,14 @@ def test_first_space_and_end_of_turn(monkeypatch):
 def test_chat_template_date_is_fixed():
     today = "{{ strftime_now('%d %B %Y') }}: {{ messages[0].content }}"
     assert in_chat(tiny_tokenizer(today), "Hello") == "01 January 2025: Hello"
+
+
+def test_no_end_token():
+    model = opened()
+    model.tokenizer.eos_token = model.model.generation_config.eos_token_id = None
+    assert end_tokens(model) == []
+    found = answers(model, [Prompt([7, 8, 9], 4), Prompt([9, 8], 6)])
+    assert [ended for _, ended in found] == [False, False]
 
 
 @pytest.mark.parametrize("kind", ["llama", "mamba"])

@@ -10,6 +10,7 @@ from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
 from calmix.evaluation import prompts
 from calmix.evaluation.answers import compare_answers
+from calmix.evaluation.distance import pool_distances
 from calmix.evaluation.evaluate import THINKING, as_prompt, evaluate, is_right, suite_asks
 from calmix.evaluation.floors import check_floors
 from calmix.evaluation.greedy import LOOP, PERIOD
@@ -283,6 +284,15 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
         assert evaluate(model, suite, journal=journal).tasks == whole.tasks
     assert calls == [1]
     assert not kept.exists()
+
+
+def test_one_prompt_has_no_interval_of_its_distance():
+    row = {"tokens": 4, **dict.fromkeys(("kl_mean", "kl_median", "kl_p99", "top1"), 0.5)}
+    rows = {"0": row, "1": row | {"kl_mean": 1.5}}
+    one = pool_distances({"dimensions": {"0": row}}, "mine")["total"]
+    two = pool_distances({"dimensions": rows}, "mine")["total"]
+    assert (one["kl_low"], one["kl_high"]) == (None, None)
+    assert two["kl_low"] < two["kl_mean"] == 1.0 < two["kl_high"]
 
 
 def test_answers_without_a_check_are_good_ones():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from calmix.errors import InputError
-from calmix.evaluation.measures import baseline_scores, has_signal, item_scores, parts
+from calmix.evaluation.measures import baseline_scores, has_signal, item_scores, parts, score_of
 from calmix.evaluation.retention import flips, interval, item_weights, resampled, retention
 from tests.evaluation.helpers import accuracy, bits, choices, written
 
@@ -15,6 +15,33 @@ LN2 = math.log(2)
 
 def right(count, of, name="quiz", dimension="general", chance=0.25):
     return accuracy([1.0] * count + [0.0] * (of - count), name, dimension, chance)
+
+
+def test_tasks_without_signal_are_skipped():
+    dense = [right(80, 100, "good"), right(27, 100, "weak"), right(0, 40, "written", "code", 0.0)]
+    found = retention(dense, [right(60, 100, "good"), *dense[1:]], resamples=100)
+    assert [task.signal for task in found.tasks] == [True, False, False]
+    assert [task.kept.value is None for task in found.tasks] == [False, True, True]
+    general, code = found.dimensions
+    assert (general.tasks, general.without_signal, code.kept.value) == (2, ("weak",), None)
+    # Its resamples are ignored like its value.
+    assert found.total == general.kept == found.tasks[0].kept
+    silent = retention(dense[1:], dense[1:], resamples=50)
+    assert (found.worst, silent.total.value, silent.worst) == ("general", None, None)
+
+
+def test_confidence_level_and_worst():
+    dense = [right(80, 100, "a"), right(9, 10, "b", "code")]
+    pruned = [right(60, 100, "a"), right(7, 10, "b", "code")]
+    wide, narrow = (retention(dense, pruned, resamples=200, level=level) for level in (0.95, 0.5))
+    for one, other in ((wide.total, narrow.total), (wide.of("code"), narrow.of("code"))):
+        assert one.low < other.low < other.high < one.high
+    # By what is kept, not by the ends of intervals: those of ten items are wider.
+    assert wide.worst == "general"
+    assert wide.of("code").low < wide.of("general").low
+    assert wide.of("math").value is None
+    few = [right(1, 1, "c", "math", 0.0)]  # known, and in every resample
+    assert retention(dense + few, pruned + few, resamples=9).worst == "general"
 
 
 def test_accuracy_skips_unjudged_tasks():
@@ -162,6 +189,18 @@ def test_smoothed_bits_lose_at_most_one_bit():
     assert parts(TEXT, TEXT, "smoothed").whole.tolist() == pytest.approx(whole)
     assert parts(TEXT, gone, "smoothed").kept.tolist() == pytest.approx([-1.0, whole[1]])
     assert parts(TEXT, TEXT, "smoothed").dense == pytest.approx(1 / LN2)  # not smoothed
+
+
+def test_score_per_task():
+    contexts = choices([[-1.0, -2.0]], [0])  # one answer after two contexts
+    for task, wanted in (
+        (DENSE, {"primary": "smoothed", "bits": "bits", "ratio": "accuracy", "right": "right"}),
+        (TEXT, dict.fromkeys(("primary", "accuracy"), "bits")),
+        (MOST, dict.fromkeys(("primary", "bits", "ratio"), "accuracy")),
+        (contexts, {"bits": "bits"}),
+    ):
+        assert {measure: score_of(task, measure) for measure in wanted} == wanted
+    assert baseline_scores(contexts, "accuracy").tolist() == [0.5]
 
 
 def test_missing_fields_are_named():

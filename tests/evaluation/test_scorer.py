@@ -1,13 +1,15 @@
-"""The scorer gives the plain model's values on every architecture and batch size."""
+"""The scorer gives the plain model's values on every architecture and batch size, scores each
+token once, computes no shared token twice, and keeps rows within their size."""
 
 import math
+import random
 
 import pytest
 from tokenizers.processors import TemplateProcessing
 
 from calmix.errors import ModelError
 from calmix.evaluation import scorer as module
-from calmix.evaluation.scorer import Scorer, attention_window
+from calmix.evaluation.scorer import Scorer, attention_window, packed_runs
 from calmix.models.loading import to_continue
 from tests.evaluation.helpers import opened, quiz, reference
 from tests.tiny import ARCHITECTURES, quick
@@ -90,3 +92,18 @@ def test_non_finite_scores_are_refused():
     model.model.model.layers[0].mlp.down_proj.weight.fill_(math.nan)
     with pytest.raises(ModelError, match=r"tiny-llama gives .* not finite in float32"):
         Scorer(model).loglikelihood([("x", "a", "b"), ("x", "a", "c")])
+
+
+def test_shared_tokens_run_once():
+    rng = random.Random(0)
+    preambles = [[token + rng.randrange(100) for _ in range(200)] for token in (0, 100)]
+    sequences = []
+    for number in range(60):
+        question = preambles[number % 2] + [rng.randrange(100) for _ in range(20)]
+        sequences += [([*question, 200 + choice, 7], len(question), 0) for choice in range(4)]
+    runs = packed_runs(sequences, row_tokens=128)
+    assert sorted(prefix for prefix, _ in runs) == sorted(preambles)  # one for each task
+    for _, rows in runs:
+        assert all(len(row) <= 128 for row in rows)
+        # The last token is only predicted: one node per choice besides the question.
+        assert sum(map(len, rows)) == 30 * (20 + 4)

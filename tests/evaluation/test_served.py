@@ -1,6 +1,8 @@
 """A model behind a server: a fake one that fails in every way, and what calmix makes of it."""
 
 import json
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -151,6 +153,15 @@ def test_a_server_that_hangs(mine):
         with pytest.raises(InputError, match="no server answers at"):  # it is not asked again
             connect(address, ServerOptions(timeout=0.1))
         gate.set()
+
+
+def test_a_server_is_reached_before_slow_imports(mine):
+    words = ["calmix", "evaluate", "http://127.0.0.1:9/v1", "--prompts", str(mine)]
+    code = f"import sys; from calmix.cli import main; sys.argv = {words}\n"
+    code += "try: main()\nfinally: print({'torch', 'scipy', 'pandas'} & set(sys.modules))"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "no server answers at" in ended.stderr
+    assert ended.stdout == "set()\n"
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from calmix.errors import InputError
 from calmix.evaluation import checks
 from calmix.evaluation.evaluate import evaluate, is_right
 from calmix.evaluation.scores import write_scores
-from calmix.evaluation.suites import Suite, choose, load_suite, read_rows, template
-from calmix.evaluation.tasks import load_items
+from calmix.evaluation.suites import BUILTIN, Suite, choose, load_suite, read_rows, template
+from calmix.evaluation.tasks import load_items, suite_items
 from calmix.sources.registry import offline_sources
 from calmix.study.cells import TOTAL, WORST
 from calmix.yaml_files import parse_model
@@ -30,13 +30,21 @@ dimensions:
 """
 
 
-def test_offline_suite_leaves_odd_items_to_the_sources():
-    read = benchmarks_read(offline_sources().values())
-    whole = {
-        name: task for name, task in load_suite("offline").tasks.items() if task.items == "all"
+def test_builtin_suites():
+    suites = {name: load_suite(name) for name in BUILTIN}
+    for name in ("offline", "paper", "smoke"):
+        assert list(suites[name].dimensions) == ["general", "commonsense", "code", "math"]
+    wanted = "mmlu boolq piqa hellaswag winogrande arc_easy arc_challenge openbookqa humaneval mbpp"
+    assert set(suites["paper"].tasks) == {*wanted.split(), "gsm8k", "math"}
+    offline, read = suites["offline"].tasks, benchmarks_read(offline_sources().values())
+    assert all((task.quick or 0) < (task.limit or 0) for task in offline.values())
+    # It leaves the odd items to the sources.
+    parts = {
+        name for name, task in offline.items() if task.items == "all" and benchmark(task) in read
     }
-    # Its source leaves out all similar items.
-    assert {name for name, task in whole.items() if benchmark(task) in read} == {"math500"}
+    assert parts == {"math500"}  # its source leaves out all similar items
+    with pytest.raises(InputError, match="unknown suite 'offlin': did you mean offline"):
+        load_suite("offlin")
 
 
 def parsed(text):
@@ -53,6 +61,8 @@ def test_selection_hashes():
     for limit, how in (
         (2, {"quick": True}),
         (10, {"quick": True, "whole": ["general"]}),
+        (10, {"limit": 99}),
+        (3, {"limit": 3}),
         (1, {"quick": True, "limit": 1}),
     ):
         assert choose(suite, **how).tasks["sciq"].limit == limit
@@ -122,6 +132,23 @@ def changed(folder, old, new):
     return load_suite(path)
 
 
+def test_template_suite_is_valid(folder):
+    suite = load_suite(folder / "mine.yaml")
+    (item,) = load_items(suite.tasks["my_choices"])
+    assert ([answer for _, answer in item.requests], item.gold) == ([" a stone", " an apple"], 1)
+    for name, text, other in (
+        ("my_answers", "Downwards", "left"),
+        ("my_numbers", "That is 42 pens.", "75"),
+        ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
+    ):
+        first, *_ = load_items(suite.tasks[name])
+        assert is_right(first, text), (name, text)
+        assert not is_right(first, other), (name, other)
+    texts = [text for _, _, text in suite_items(suite)]  # the texts of the leakage check
+    assert f"{CITY['question']}\nParis" in texts
+    assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
+
+
 def test_hashes_follow_rows_and_checks(folder, monkeypatch):
     before = load_suite(folder / "mine.yaml").hash
     with (folder / "mine-answers.jsonl").open("a", encoding="utf-8") as file:
@@ -141,6 +168,16 @@ def test_shots_are_the_last_rows(folder):
     assert " Paris\n\nQuestion: What is the opposite of up?" in only.plain
     with pytest.raises(InputError, match="has 2 rows, 2 of them worked examples: add rows"):
         changed(folder, "shots: 1", "shots: 2")
+
+
+def test_renamed_file_is_scored_again(folder, tiny_folder, monkeypatch):
+    """Items are named after their file: kept scores would be of other items."""
+    monkeypatch.setenv("CALMIX_CACHE", str(folder / "cache"))
+    how = {"tasks": ["my_choices"], "cache": True}
+    evaluate(tiny_folder, folder / "mine.yaml", **how)
+    (folder / "mine-choices.jsonl").rename(folder / "ours.jsonl")
+    (task,) = evaluate(tiny_folder, changed(folder, "mine-choices", "ours"), **how).tasks
+    assert task.items == ("ours/0",)
 
 
 def test_all_kinds_are_scored(folder, tiny_folder, calmix, monkeypatch):
@@ -229,6 +266,14 @@ def test_other_prompt_forms_are_refused_first(folder, calmix, tiny_folder, tmp_p
     dense = evaluate(tiny_folder, folder / "mine.yaml", tasks=["my_choices"])
     dense.save(path := tmp_path / "dense.json")  # choices are not asked
     calmix(*run, "my_choices", "--against", path).ok()
+
+
+def test_progress_spans_both_passes_of_a_repeat(folder, tiny_folder):
+    steps, how = [], {"tasks": ["my_answers"], "repeat": True}
+    evaluate(tiny_folder, folder / "mine.yaml", progress=lambda *of: steps.append(of), **how)
+    (total,) = {total for _, total in steps}
+    assert steps == sorted(steps)
+    assert (steps[0][0] < total / 2, steps[-1][0]) == (True, total)
 
 
 def test_dense_repeat_is_cached(folder, calmix, tiny_folder, tmp_path, monkeypatch):

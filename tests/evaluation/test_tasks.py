@@ -6,13 +6,22 @@ from calmix import assets
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, is_right, takes_tools
 from calmix.evaluation.greedy import prompt
-from calmix.evaluation.suites import ASKED, Suite, TaskSpec, choose, load_suite, runnable
+from calmix.evaluation.suites import ASKED, Suite, TaskSpec, choose, load_suite, runnable, spread
 from calmix.evaluation.tasks import load_asked, load_items, preamble, suite_items
 from calmix.models.opening import OpenModel
 from calmix.yaml_files import packaged, parse_model
 from tests.evaluation.archive import suite_text, use_archive
 from tests.evaluation.helpers import opened
 from tests.tiny import tiny_tokenizer
+
+
+def test_even_spread():
+    assert spread([""] * 10, 5) == [0, 2, 4, 6, 8]
+    assert spread([""] * 3, 9) == spread([""] * 3, None) == [0, 1, 2]
+    groups = ["a"] * 100 + ["b"] * 10 + ["c"] * 2
+    taken = Counter(groups[i] for i in spread(groups, 12))
+    assert taken == {"a": 5, "b": 5, "c": 2}
+    assert len(spread([str(i) for i in range(57)], 10)) == 10
 
 
 @pytest.fixture
@@ -200,3 +209,23 @@ def test_tool_calls_are_asked_only_if_the_template_shows_tools(monkeypatch):
         assert len(scores.retention(scores, "primary").tasks) == 1 + bool(values)
     assert sum("[get_weather]" in one for one in prompts) == 1
     assert not any("[" in one for one in prompts if "tips" in one or "Explain" in one)
+
+
+SENTENCES = {
+    "fr": "Le pain est dans la maison.",
+    "de": "Das Brot ist in dem Haus.",
+    "es": "El pan es bueno y está en la mesa.",
+    "it": "Il pane è buono e si mangia con gli amici.",
+    "pt": "O pão é bom e não se come com os pés.",
+}
+
+
+def test_requests_in_five_languages_have_answers_that_count():
+    items = load_asked("languages")
+    assert len(items) == len({one.question for one in items}) == 60
+    for one in items:
+        spoken = one.right.get("language")
+        good = SENTENCES[spoken] if spoken else one.right.get("is", "a, b, c").split("|")[0]
+        assert is_right(one, good), one.question
+        wrong = "The bread is in the house." if spoken else "I do not know, sorry."
+        assert not is_right(one, wrong), one.question

@@ -8,20 +8,25 @@ import pytest
 import torch
 
 from calmix.errors import InputError
-from calmix.models.blocks import find_blocks
+from calmix.models.blocks import find_blocks, outer_layers
+from calmix.pruning import allocation
 from calmix.pruning.allocation import (
     LOGIT,
     LossPass,
     allocate,
     cheapest,
+    file_bytes,
+    file_weights,
     types_for,
 )
 from calmix.pruning.engine import prune, run_through
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Mixed, SemiStructured, Unstructured, as_pattern
+from calmix.pruning.solvers.ggml_types import TYPES
+from calmix.pruning.solvers.grids import Asymmetric, Symmetric
 from calmix.pruning.solvers.libggml import quantise
 from tests.pruning.test_engine import input_gram
-from tests.tiny import save_tiny_model, tiny_ids, tiny_model
+from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
 
 
 def test_pattern_mapping():
@@ -55,6 +60,19 @@ def test_whole_bits_by_what_they_lose():
     for target, says in wrong.items():
         with pytest.raises(InputError, match=says):
             allocate(tiny_model("llama"), ids, target, method=method)
+
+
+@pytest.mark.parametrize("kind", [Symmetric, Asymmetric])
+def test_nearest_levels(kind):
+    weight = torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    errors = []
+    for bits in range(2, 8):
+        rounded = kind([weight], 16, bits).nearest(weight.T.contiguous(), torch.ones(32)).T
+        groups = rounded.reshape(12, 16)
+        assert max(len(set(one.tolist())) for one in groups) <= 2**bits
+        errors.append(float((rounded - weight).square().mean()))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[0] < 0.25 * float(weight.square().mean())
 
 
 def test_the_assignment_is_the_best_of_all_at_a_budget_on_its_hull():
@@ -109,6 +127,25 @@ def test_losses_are_those_of_the_library_on_the_inputs_of_the_dense_model():
     assert look.losses["lm_head"]["Q4_0"] == pytest.approx(LOGIT * logit, rel=0.02)
     assert [kind.name for kind in types_for(512)][:2] == ["IQ2_XXS", "IQ2_XS"]
     assert {kind.size for kind in types_for(96)} == {32}
+
+
+@pytest.mark.parametrize("case", quick([(False, 3.0)], [(True, 4.7)]))
+def test_a_file_has_at_most_the_bits_asked_for(case, monkeypatch):
+    pytest.importorskip("libggml")
+    tied, bits = case
+    slow = [name for name in TYPES if name.startswith(("IQ2", "IQ3"))]  # to make their codebooks
+    monkeypatch.setattr(allocation, "TYPES", {k: v for k, v in TYPES.items() if k not in slow})
+    settings = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 1}
+    model, ids = tiny_model("llama", tie_word_embeddings=tied, **settings), tiny_ids()
+    types = allocate(model, ids, f"{bits} bits")
+    size = file_bytes(model, types)
+    assert 0.98 * bits < 8 * size / file_weights(model) <= bits
+    assert len({one.type for one in types.values()}) > 2
+    report = prune(model, ids, method="ggml", pattern=types)
+    written = sum(one.rows * one.columns * one.bits / 8 for one in (*report.layers, *report.outer))
+    dense = [p for p in model.parameters() if p.ndim == 1]
+    assert size == pytest.approx(written + sum(4 * p.numel() for p in dense), abs=32 * 40)
+    assert {one.name for one in report.outer} == set(outer_layers(model))
 
 
 def test_the_target_is_given_once_and_within_reach(calmix, text_file, tmp_path):

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from calmix.errors import InputError, ModelError, SolverError
 from calmix.models.blocks import find_blocks
 from calmix.pruning.engine import prune
-from calmix.pruning.methods import Solution
+from calmix.pruning.gram import relative_error
+from calmix.pruning.methods import Solution, get_method
 from calmix.pruning.methods.magnitude import Magnitude
 from calmix.pruning.patterns import SemiStructured, Unstructured
 from tests.tiny import ARCHITECTURES, MIXTURES, quick, tiny_ids, tiny_model
@@ -76,6 +77,25 @@ def test_architectures_are_pruned_exactly(kind):
         assert ((weight.view(len(weight), -1, 4) == 0).sum(-1) == 2).all(), name
 
 
+@pytest.mark.parametrize(
+    ("kind", "method", "paused"), [("llama", "sparsegpt", 0), ("gemma4_text", "wanda", 1)]
+)
+def test_restarted_blocks_give_the_same_bytes(kind, method, paused):
+    """Of 12 rows in micro-batches of 5 the last one is smaller."""
+    made, seen = [], []
+    for few in (None, paused):
+        model = tiny_model(kind)
+        how = {"micro_tokens": 5 * 32, "paused": few, "progress": lambda *of: seen.append(of)}
+        report = prune(model, tiny_ids(), method=method, pattern=HALF, **how)
+        made.append((model, report.layers))
+    check_equal(made[0][0], made[1][0])
+    assert made[0][1] == made[1][1]
+    blocks = len(find_blocks(model))
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert first == second == sorted(first)  # a pass that weighs tokens, then one that prunes
+    assert first[-blocks:] == [(blocks + number + 1, 2 * blocks) for number in range(blocks)]
+
+
 @pytest.mark.parametrize("paused", [None, 1])
 def test_autocast_stays_inside_the_block(paused):
     """Autocast is one for all coroutines of a thread; a paused one must not leave it behind."""
@@ -115,6 +135,30 @@ def test_caller_settings_do_not_matter():
     prune(plain, tiny_ids(), pattern=HALF)
     assert [module.training for module in model.modules()] == modes
     check_equal(model, plain)
+
+
+@pytest.mark.parametrize("massive", [1.0, 1e3])
+@pytest.mark.parametrize("name", ["admm", "sparsegpt,refit=4"])
+def test_reported_errors_are_exact(name, massive):
+    """The undamped share of output energy that the weights lose as they are stored."""
+    x = torch.randn(500, 96, generator=torch.Generator().manual_seed(0)) + 0.3
+    x[:, 5] *= massive
+    gram, method = x.T @ x, get_method(name)
+    weights = [torch.randn(rows, 96).bfloat16() for rows in (40, 700)]
+    solved = method.solve(weights, gram, [HALF, SemiStructured(2, 4)])
+    for weight, made in zip(weights, solved.weights, strict=True):
+        dense, lost = weight.double(), weight.double() - made.bfloat16().double()
+        exact = ((lost @ gram.double()) * lost).sum() / ((dense @ gram.double()) * dense).sum()
+        assert relative_error(weight, made, gram) == pytest.approx(float(exact), rel=1e-4)
+
+
+def test_reports_count_masked_weights():
+    model = tiny_model("llama")
+    for layer in find_blocks(model).prunables(0):
+        layer.view()[:, ::3] = 0
+    report = prune(model, tiny_ids(), pattern=0.2)
+    assert report.sparsity == pytest.approx(0.2, abs=1e-3)
+    assert sum(int((w == 0).sum()) for w in weights_of(model).values()) > report.pruned
 
 
 def test_engine_leaves_no_hooks(monkeypatch):

@@ -10,13 +10,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix.errors import InputError, ModelError
-from calmix.models.blocks import find_blocks
+from calmix.models.blocks import Mixture, find_blocks
 from calmix.pruning.engine import Run, prune, run_through
-from calmix.pruning.expert_pruning import ScorePass, chosen_experts
+from calmix.pruning.expert_pruning import ScorePass, chosen_experts, cut
 from calmix.pruning.experts import SMOOTHING, Routed, starved
 from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
+from calmix.pruning.report import Dropped
 from calmix.pruning.requests import prune_request
 from tests.pruning.test_engine import given_to, input_gram, weights_of
 from tests.pruning.toy import SMALL, pruning_of, wiring
@@ -233,6 +234,28 @@ def test_deepseek_configuration_fits_engines(calmix, tmp_path, text_file):
     assert found[f"{gate}e_score_correction_bias"].shape == (6,)
     gone = {n for n in second if ".experts.6." in n or ".experts.7." in n}
     assert found.keys() == held.keys() - gone
+
+
+def test_router_biases_are_cut():
+    """LFM2 and AFMoE keep it beside the router, ERNIE with a dimension for groups."""
+    sizes = {
+        "a.expert_bias": ((4,), (3,)),
+        "a.e_score_correction_bias": ((4,), (3,)),
+        "a.gate.weight": ((4, 8), (3, 8)),
+        "a.gate.moe_statics.e_score_correction_bias": ((1, 4), (1, 3)),
+        "a.experts.down_proj": ((4, 8, 4), (3, 8, 4)),
+        "a.shared_expert.down_proj.weight": ((8, 4), (8, 4)),
+        "a.experts.scale": ((4, 4), (3, 4)),
+        "b.bias": ((4,), (4,)),
+    }
+    tensors = {name: torch.randn(*before) for name, (before, _) in sizes.items()}
+    one = Dropped("a.experts", [0.0] * 4, [0, 2, 3])
+    made = cut([Mixture("a.experts", None, 4, ())], {one.name: one}, tensors)
+    assert {name: tuple(value.shape) for name, value in made.items()} == {
+        name: after for name, (_, after) in sizes.items()
+    }
+    name = "a.gate.moe_statics.e_score_correction_bias"
+    assert torch.equal(made[name], tensors[name][:, one.kept])
 
 
 def test_lowest_scores_per_group_are_dropped():

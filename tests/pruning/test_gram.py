@@ -7,8 +7,13 @@ import torch
 
 from calmix.errors import SolverError
 from calmix.pruning import gram as gram_module
+from calmix.pruning.engine import prune
 from calmix.pruning.gram import Gram, Squares, inverse_factor, relative_error, squared
+from calmix.pruning.methods.wanda import Wanda
+from calmix.pruning.patterns import Unstructured
+from tests.device.traced import tracing
 from tests.pruning.toy import Elsewhere
+from tests.tiny import tiny_ids, tiny_model
 
 CPU = torch.device("cpu")
 
@@ -30,6 +35,43 @@ def test_gram_matches_float64(columns, dtype, elsewhere, monkeypatch):
     assert (gram.matrix().double() - exact).abs().max() / exact.diagonal().max() < 2e-5
     assert torch.allclose(squares.matrix().double(), exact.diagonal(), rtol=1e-5)
     assert torch.equal(gram.matrix(), gram.matrix().T)
+
+
+def test_half_types_multiplied_as_bfloat16(monkeypatch):
+    seen = []
+
+    def allowed(given):
+        seen.append(given)
+        return nullcontext()
+
+    monkeypatch.setattr(gram_module, "bfloat16_products", allowed)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        x = torch.ones(5, 4, dtype=dtype)
+        Gram(4, CPU).add(x)
+        Gram(4, CPU).add(x.as_subclass(Elsewhere))
+    assert seen == [False, False, False, True, True, True]  # float16 in tf32, not in bfloat16
+
+
+@pytest.mark.parametrize("setting", ["high", "medium"])
+def test_precision_settings_are_restored(setting, monkeypatch):
+    """What a solver does not allow itself is float32, not what the user has set."""
+    seen, backends = [], (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    solve = Wanda.choose
+
+    def choose(self, *given):
+        seen.extend(backend.fp32_precision for backend in backends)
+        return solve(self, *given)
+
+    monkeypatch.setattr(Wanda, "choose", choose)
+    try:
+        torch.set_float32_matmul_precision(setting)
+        prune(tiny_model("llama"), tiny_ids(2, 8), method="wanda", pattern=Unstructured(0.5))
+        assert torch.get_float32_matmul_precision() == setting
+        assert set(seen) == {"ieee"}
+    finally:
+        torch.backends.fp32_precision = "none"
+        for backend in backends:
+            backend.fp32_precision = "none"
 
 
 def check_factor(factor, gram, damping):
@@ -93,6 +135,16 @@ def test_damping_is_raised_and_recorded():
     check_factor(factor, x.T @ x, 1e-8)
     with pytest.raises(SolverError, match="zero on every"):
         inverse_factor(torch.zeros(3, 3))
+
+
+def test_factor_falls_back_to_the_cpu():
+    with tracing() as traced:
+        gram = torch.randn(24, 24, device="mps")
+        traced.copies.clear()
+        factor = inverse_factor(gram)
+        assert factor.upper.device == factor.dead.device == gram.device
+    assert traced.copies[("mps", "cpu")] == 2  # the matrix, and its mean
+    assert traced.reads == {"_local_scalar_dense": 2}
 
 
 def test_shrinkage_is_near_the_best_one():

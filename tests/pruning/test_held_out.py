@@ -16,6 +16,16 @@ from tests.tiny import tiny_ids, tiny_model
 ROWS = 32
 
 
+def test_held_out_rows_are_spread_over_the_sources():
+    assert held_out_rows(15) == []
+    assert held_out_rows(1) == []
+    assert held_out_rows(16) == [8]
+    sources = ["code", "math"] * 32
+    rows = held_out_rows(64, sources)
+    assert len(rows) == 4
+    assert sorted(sources[row] for row in rows) == ["code", "code", "math", "math"]
+
+
 def test_error_is_that_of_the_tokens_given():
     torch.manual_seed(0)
     weight, inputs = torch.randn(24, 64), torch.randn(6, 40, 64)
@@ -51,6 +61,15 @@ def test_held_out_rows_are_not_fitted(propagation, monkeypatch):
         assert before.fitted_error == after.fitted_error
         assert before.error != after.error
         assert before.error != before.fitted_error
+
+
+@pytest.mark.parametrize(("rows", "statistics"), [(ROWS, "plain"), (8, "robust")])
+def test_every_row_is_fitted(rows, statistics):
+    """By the papers' statistics, and of few rows."""
+    how = {"method": "sparsegpt", "pattern": 0.5, "statistics": statistics}
+    report = prune(tiny_model("llama"), tiny_ids(rows=rows), **how)
+    assert not any(layer.held_out for layer in report.layers)
+    assert all(layer.error == layer.fitted_error for layer in report.layers)
 
 
 def test_experts_and_head_are_judged_too():

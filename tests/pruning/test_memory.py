@@ -8,10 +8,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from calmix import memory
 from calmix.errors import InputError
-from calmix.memory import GIB, parse_memory, plan_pruning
+from calmix.memory import GIB, Plan, parse_memory, plan_pruning
 from calmix.models.blocks import find_blocks
+from calmix.models.streaming import StreamedModel
 from calmix.pruning.gram import Gram
 from calmix.pruning.methods import get_method
+from tests.tiny import save_tiny_model
 
 MIB = 2**20
 
@@ -89,6 +91,45 @@ def test_plan_is_sufficient_and_reported(plan, source):
     assert plan(80, method="wanda").needed < plan(80).needed
     assert plan(80, method="magnitude").states == 0
     assert plan(3, (0, 0), "magnitude", sequential=False).paused is None
+
+
+def test_logits_of_weighed_tokens_are_planned(plan, monkeypatch):
+    needed = []
+    for positions in (2**15, 2**16):
+        monkeypatch.setattr(memory, "LOGIT_POSITIONS", positions)
+        needed.append(plan(800, (8, 256), backward=True).needed)
+    assert needed[1] - needed[0] == 2**15 * 128256 * memory.LOGIT_COPIES * 2
+    assert plan(800, (8, 256)).needed < needed[0]
+
+
+def test_plan_uses_the_widest_block(tmp_path, monkeypatch):
+    """Gemma 4's full attention is wider than its sliding one."""
+    seen = []
+    monkeypatch.setattr(memory, "solver_bytes", lambda _, layers, **how: seen.append(layers) or 0)
+    opened = StreamedModel(str(save_tiny_model(tmp_path / "model", "gemma4_text")))
+    plan_pruning(opened, (12, 32), get_method("sparsegpt"), budget=2**40)
+    shapes = [[layer.shape for layer in opened.blocks.prunables(index)] for index in (0, 1)]
+    assert shapes[0] != shapes[1]
+    assert seen[:4] == [shapes[0], [], shapes[1], []]
+
+
+def test_micro_batch_follows_free_memory(tiny_folder, monkeypatch):
+    """Beside what libraries take there; what others hold of it does not count as room."""
+    model = StreamedModel(str(tiny_folder))
+    model.device = torch.device("cuda")
+
+    def plan(free, limit=None):
+        monkeypatch.setattr(memory, "device_memory", lambda device: (0, free, 80 * GIB))
+        return plan_pruning(model, (400, 32), get_method("sparsegpt"), budget=limit)
+
+    whole = plan(2 * GIB)
+    assert whole == Plan(8192, None, True, whole.needed, whole.expert_bytes, 400 * 32 * 32 * 4)
+    assert memory.WORKSPACE < whole.needed < memory.WORKSPACE + GIB // 8
+    least = (memory.WORKSPACE + 8 * MIB) / memory.FREE_SHARE / 0.95
+    assert 32 <= plan(int(least)).micro_tokens < 8192
+    with pytest.raises(InputError, match="cannot hold one block at work"):
+        plan(memory.WORKSPACE)
+    assert plan(0, 2 * GIB).micro_tokens == 8192
 
 
 def test_solver_memory_grows():

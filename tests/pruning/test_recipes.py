@@ -53,6 +53,21 @@ def test_types_are_those_of_llama_cpp(name):
         assert counted == recorded, recipe
 
 
+def test_a_recipe_covers_other_architectures_by_the_names_of_their_matrices():
+    names = {
+        "phi3": {"qkv_proj": "Q6_K", "down_proj": "Q6_K", "o_proj": "Q4_K"},
+        "falcon": {"query_key_value": "Q6_K", "dense_4h_to_h": "Q6_K"},
+        "gemma2": {"v_proj": "Q6_K", "gate_proj": "Q4_K"},
+    }
+    for kind, expected in names.items():
+        model = tiny_model(kind)
+        types = Recipe("Q4_K_M").types(model, find_blocks(model))
+        last = {name.rpartition(".")[2]: pattern.type for name, pattern in types.items()}
+        assert last.items() >= expected.items(), kind
+        outer = outer_layers(model)
+        assert [types[name].type for name in outer] == ["Q8_0", "Q4_K"][: len(outer)]
+
+
 def test_types_are_for_one_method_alone():
     model, ids = tiny_model("llama"), tiny_ids()
     for method, says in (("sparsegpt", "choose --method ggml"), ("ecq", "takes --bits, not ")):

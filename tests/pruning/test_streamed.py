@@ -15,12 +15,14 @@ from calmix.errors import InputError, ModelError, SolverError
 from calmix.memory import Plan, out_of_memory, token_bytes
 from calmix.models.blocks import find_blocks, outer_layers
 from calmix.models.opening import open_model
+from calmix.models.shards import weight_bytes
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.allocation import LossPass
 from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
 from calmix.pruning.engine import Run, prune, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
+from calmix.pruning.held_out import HeldOut
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.requests import prune_request
@@ -141,6 +143,20 @@ def test_streamed_matches_in_memory(case, tmp_path):
             assert torch.equal(loaded(tiny_ids(2)).logits, model(tiny_ids(2)).logits)
 
 
+def test_targets_follow_the_dense_model(tmp_path, monkeypatch):
+    """In most layers of the model above, so that resuming has to bring its states back."""
+    shares, share = [], HeldOut.share
+
+    def seen(self, *pairs):
+        shares.append(share(self, *pairs))
+        return shares[-1]
+
+    monkeypatch.setattr(HeldOut, "share", seen)
+    in_memory(save_tiny_model(tmp_path / "model"))
+    assert len(shares) == 8
+    assert sum(one > 0 for one in shares) > 3
+
+
 @pytest.mark.parametrize("kind", quick(["mamba2"], ["gemma3n_text"]))
 def test_states_of_other_types_and_shapes(kind, tmp_path):
     """In a bfloat16 model blocks may return float32, or several streams; memory counts that."""
@@ -208,6 +224,17 @@ def test_checkpoints_of_models_in_memory(tiny_folder, tmp_path):
     with pytest.raises(InputError, match="exists and is not empty"):
         write_checkpoint(opened, out, report, drawn, prune_request(**options))
     assert hashes(tmp_path) == before
+
+
+def test_one_block_in_memory(tiny_folder):
+    streamed = StreamedModel(str(tiny_folder))
+    streamed.fetch(1)
+    real = {n for n, p in streamed.model.named_parameters() if not p.is_meta}
+    assert real == set(streamed.block_names(1))
+    assert {streamed.names[name] for name in real} == set(streamed.weights(1))
+    streamed.drop(1)
+    assert all(p.is_meta for p in streamed.model.parameters())
+    streamed.close()
 
 
 # Interruptions
@@ -285,7 +312,6 @@ def test_killed_prune_resumes_to_the_same_bytes(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cut", "model", "text.txt", "whole"]
     tensors, grids = load_weights(whole), read_grids(whole) | read_blocks(whole)
     assert all(tensors[name].any() for name in biases)
-    assert all(tensors[name].dtype == (stored | biases)[name].dtype for name in tensors)
     outer = [f"{one['name']}.weight" for one in pruning_of(whole)["outer"]]
     assert bool(outer) == (asked in (EMBEDDED, MIXED))
     for name in outer:
@@ -386,6 +412,40 @@ def logits(opened):
         return opened.model(tiny_ids(2)).logits
 
 
+@pytest.mark.parametrize(
+    ("half", "way"),
+    [("float16", ("--sparsity", 0.5)), ("bfloat16", ("--bits", 4, "--embeddings", 5))],
+)
+def test_half_model_is_stored_in_its_own_type(calmix, text_file, tmp_path, slow_half, half, way):
+    """Pruned and recovered, or rounded with levels that its weights still have."""
+    model, out = save_tiny_model(tmp_path / "model", dtype=half), tmp_path / "out"
+
+    def stored(folder):
+        manifest = json.loads((folder / "calmix.json").read_text())
+        assert manifest["stored_dtype"] == half
+        weights = load_weights(folder)
+        types = {name: value.dtype for name, value in weights.items()}
+        assert types == dict.fromkeys(load_weights(model), getattr(torch, half))
+        return manifest, weights
+
+    calmix("prune", model, "--calibration", text_file, *SMALL, *way, "-o", out).ok()
+    manifest, after = stored(out)
+    assert weight_bytes(out) < 1.1 * weight_bytes(model)
+    assert manifest["dtype"] == "float32"
+    assert json.loads((out / "config.json").read_text())["dtype"] == half
+    grids = read_grids(out)
+    assert bool(grids) == ("--bits" in way)
+    for name, grid in grids.items():
+        assert torch.equal(grid.values(grid.levels(after[name])).to(after[name]), after[name])
+    if grids:
+        return
+    data = ("--calibration", text_file, "--rows", 16, "--length", 32, "--leakage", "off")
+    more = ("--batch", 4, "--epochs", 1, "--dtype", "float32", "-o", tmp_path / "again")
+    calmix("recover", out, "--against", model, *data, *more).ok()
+    _, recovered = stored(tmp_path / "again")
+    assert any(not torch.equal(recovered[name], after[name]) for name in after)
+
+
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
 def test_pruning_in_memory_matches_the_stored_model(tmp_path, slow_half, kind):
     opened = open_model(str(save_tiny_model(tmp_path / "model", kind, dtype="float16")))
@@ -406,6 +466,22 @@ def test_pruning_in_memory_matches_the_stored_model(tmp_path, slow_half, kind):
 TOKENS = "model.embed_tokens.weight"
 
 
+@pytest.mark.parametrize("kind", quick(("llama", "opt"), (*ARCHITECTURES, *MIXTURES)))
+def test_embeddings_and_head_are_rounded(kind):
+    dense, model = tiny_model(kind), tiny_model(kind)
+    prune(dense, tiny_ids(), bits=4)
+    report = prune(model, tiny_ids(), bits=4, embeddings=4)
+    pairs = zip(model.named_parameters(), dense.parameters(), strict=True)
+    changed = {name for (name, one), other in pairs if not torch.equal(one, other)}
+    assert changed == {f"{one.name}.weight" for one in report.outer}
+    wide = {id(weight) for weight in outer_layers(model).values()}
+    assert wide == {id(model.get_parameter(name)) for name in changed}
+    for one in report.outer:
+        assert one.bits == pytest.approx(4, abs=0.7)  # 2 bytes a row or column weigh
+        grid, value = report.grids[f"{one.name}.weight"], model.get_parameter(f"{one.name}.weight")
+        assert torch.equal(grid.values(grid.levels(value)).to(value.dtype), value)
+
+
 @pytest.mark.parametrize("alike", [True, False])
 def test_stored_head_is_rounded(tmp_path, alike):
     """With the embeddings, as which it is configured, or where it is another one, apart."""
@@ -422,6 +498,26 @@ def test_stored_head_is_rounded(tmp_path, alike):
         assert 0 < (tensors[name] - weights[name]).norm() < 0.2 * weights[name].norm()
 
 
+@pytest.mark.parametrize(
+    ("kind", "how"), [("llama", {"tie_word_embeddings": False}), ("bert", {"is_decoder": True})]
+)
+def test_head_is_solved_on_its_inputs(kind, how):
+    """Than if its weights were just rounded; in BERT that is not what the decoder returns."""
+    ids, apart = tiny_ids(), []
+    for calibrated in (True, False):
+        model, seen = tiny_model(kind, **how), []
+        head = model.get_output_embeddings()
+        dense = head.weight.clone()
+        with pytest.MonkeyPatch.context() as patched:
+            if not calibrated:
+                patched.setattr(Run, "_head_gram", lambda *_: None)
+            prune(model, ids, pattern=0.01, embeddings=3)
+        head.register_forward_pre_hook(lambda _, given, seen=seen: seen.append(given[0]))
+        model(ids)
+        apart.append(float((seen[0].flatten(0, 1) @ (head.weight - dense).T).norm()))
+    assert apart[0] < 0.9 * apart[1]
+
+
 def test_unroundable_embeddings_are_refused_first():
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -433,3 +529,23 @@ def test_unroundable_embeddings_are_refused_first():
     model.lm_head.weight.data[0, 0] = torch.inf
     with pytest.raises(SolverError, match="its weights or inputs are not finite"):
         prune(model, pattern=0.5, method="magnitude", embeddings=4)
+
+
+def test_recover_and_pack_two_bits(calmix, text_file, tmp_path):
+    """However far from the dense ones they are where the head hardly looks."""
+    folder = save_tiny_model(tmp_path / "model", "llama")
+    weights, rng = load_weights(folder), torch.Generator().manual_seed(0)
+    low = torch.randn(32, 12, generator=rng) @ torch.randn(12, 64, generator=rng)
+    weights["model.layers.1.mlp.down_proj.weight"] = low
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    data = ("--calibration", text_file, "--length", 32, "--leakage", "off", "--rows", 16)
+    two, packed = tmp_path / "two", tmp_path / "pack"
+    calmix("prune", folder, *data, "--bits", 4, "--embeddings", 2, "-o", two).ok()
+    for way in ("blocks", "distill"):
+        made, back = tmp_path / way, tmp_path / f"{way}-back"
+        how = (*data, "--method", way, "--epochs", 1)
+        calmix("recover", two, "--against", folder, *how, "-o", made).ok()
+        assert torch.equal(load_weights(made)[TOKENS], load_weights(two)[TOKENS])
+        calmix("export", made, "--to", "pack", "--overwrite", "-o", packed).ok()
+        calmix("export", packed, "--to", "model", "-o", back).ok()
+        assert hashes(back) == hashes(made)

