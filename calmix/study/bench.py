@@ -1,7 +1,7 @@
-"""Runs trials in one process, with an open model and whatever the trials share.
+"""Runs trials in one process, which share sets, dense scores and pruned models.
 
-Trials that differ only in recovery are pruned once. The model is reopened before it is pruned
-again.
+A trial is pruned as by `calmix prune`, resumes as that does, and what is scored is the checkpoint.
+Trials that differ only in recovery are pruned once.
 """
 
 from __future__ import annotations
@@ -9,26 +9,27 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.distance_texts import builtin_readers, texts
-from calmix.calibration.request import calibration_set
+from calmix.calibration.request import calibration_set, parse_calibration
 from calmix.errors import InputError
 from calmix.evaluation.distance import distance, reference
 from calmix.evaluation.evaluate import SCORER, evaluate, form_of
 from calmix.evaluation.scores import load_scores
-from calmix.files import sha256_json, write_json
+from calmix.files import remove, sha256_json, write_json
 from calmix.manifest import run_record, versions
-from calmix.models.opening import OpenModel, open_model
-from calmix.options import DeviceOptions, TrialOptions
+from calmix.models.folder import fingerprint
+from calmix.models.opening import OpenModel, open_model, resolve_model
+from calmix.options import DeviceOptions, DrawOptions, TrialOptions
 from calmix.precision import dtype_name
-from calmix.pruning.allocation import allocate
-from calmix.pruning.checkpoint import write_checkpoint
-from calmix.pruning.engine import Patterns, prune
+from calmix.pruning.checkpoint import prune_checkpoint
 from calmix.pruning.report import PruneReport
+from calmix.pruning.requests import PruneRequest
 from calmix.pruning.work import CHECKPOINT
 from calmix.recovery.checkpoint import recover
 from calmix.study.results import Trial
@@ -52,22 +53,21 @@ class Bench:
     def __init__(self, study: Study, store: Store, options: TrialOptions) -> None:
         self.study, self.store, self.allows = study, store, options.allow_code_execution
         self.how: dict[str, Any] = options.model_dump(include=set(DeviceOptions.model_fields))
-        self.opened: OpenModel | Any = None
         self._label: str | None = None
-        # Key and report of the last pruning of the open model; None while its weights are dense.
-        self._pruned: tuple[Key, PruneReport | Any] | None = None
+        # Key, report and folder of the last pruned model, which the next trial may recover.
+        self._pruned: tuple[Key, PruneReport, Path] | None = None
 
     def ready(self, label: str, stage: Tick) -> None:
-        """Open and score the dense model of a label, unless it is ready."""
+        """Score the dense model of a label, unless it was the last one scored."""
         if self._label == label:
             return
         stage("opening the model", 0, 1)
-        self._reference = None
-        self._open(label)
-        opened, suite = self.opened, self.study.suite
+        self._label = self._reference = None
+        opened, suite = self._dense_model(label), self.study.suite
         if known := [name for name in suite.dimensions if name in builtin_readers()]:
             self._reference = reference(opened, texts(opened, dimensions=known), cache=True)
-        kind = [str(opened.model.dtype), opened.model.device.type, SCORER]
+        self._dtype, self._device = dtype_name(opened.model.dtype), opened.model.device.type
+        kind = [str(opened.model.dtype), self._device, SCORER]
         files = [opened.fingerprint, opened.tokenizer_fingerprint, *form_of(opened, suite)]
         self._key = sha256_json([*files, suite.hash, kind])
         path = self.store.dense(self._key)
@@ -84,17 +84,19 @@ class Bench:
                     progress=lambda *of: stage("scoring the dense model", *of),
                 )
                 self._dense.save(path)
-
-    def _open(self, label: str) -> None:
-        """Open the dense model of a label, unless it is already open."""
-        if self._label != label or self._pruned is not None:
-            self._label = self.opened = self._pruned = None  # free the memory first
-            self.opened = self._dense_model(label)
-            self._label = label
+        self._label = label
 
     def _dense_model(self, label: str) -> OpenModel:
         entry = self.study.file.models[label]
         return open_model(entry.name, dtype=entry.dtype, **self.how)
+
+    def close(self) -> None:
+        """Remove the last pruned model."""
+        if self._pruned is not None:
+            remove(path := self._pruned[2])
+            with suppress(OSError):  # others are at work there
+                path.parent.rmdir()
+        self._pruned = None
 
     def run(self, trial: Planned, stage: Tick, note: Callable[[str], None]) -> Trial:
         """Run one trial of the model made `ready`, write it to the store and return it."""
@@ -106,35 +108,31 @@ class Bench:
             before, at = at, time.perf_counter()
             seconds[name] = round(at - before, 3)
 
-        calibration = self._calibration(trial, stage, note)
+        self._draw(trial, stage, note)
         lap("calibration")
-        report = self._prune(trial, calibration, lambda *of: stage("pruning", *of))
+        report, pruned = self._prune(trial, lambda *of: stage("pruning", *of))
         lap("prune")
-        if self.opened.fingerprint != trial.definition["model"]["sha256"]:
-            raise InputError(f"the files of {self.opened.name} have changed: run the study again")
+        name = self.study.file.models[trial.model].name
+        if fingerprint(resolve_model(name)) != trial.definition["model"]["sha256"]:
+            raise InputError(f"the files of {name} have changed: run the study again")
         with self.store.writing(trial) as folder:
             write_json(folder / PRUNING, report.to_dict())
-            scored = self.opened
+            result = pruned
             if trial.recovery is not None and trial.calibration_id is not None:
-                folder_of_set = str(self.store.calibration(trial.calibration_id))
-                write_checkpoint(self.opened, folder / "pruned", report, calibration, trial.request)
+                result, set_folder = folder / CHECKPOINT, self._set(trial)
                 recovered = recover(
-                    str(folder / "pruned"),
-                    self.study.file.models[trial.model].name,
-                    trial.recovery.model_copy(update={"calibration": folder_of_set}),
-                    folder / CHECKPOINT,
+                    str(pruned),
+                    name,
+                    trial.recovery.model_copy(update={"calibration": set_folder}),
+                    result,
                     progress=lambda done, total, loss: stage("recovering", done, total),
                     **self.how,
                 )
                 write_json(folder / RECOVERY, recovered.to_dict())
-                kind = dtype_name(self.opened.model.dtype)
-                scored = open_model(str(folder / CHECKPOINT), dtype=kind, **self.how)
-                shutil.rmtree(folder / "pruned")
                 lap("recover")
             elif self.study.file.keep_checkpoints:
-                write_checkpoint(
-                    self.opened, folder / CHECKPOINT, report, calibration, trial.request
-                )
+                shutil.copytree(pruned, folder / CHECKPOINT)
+            scored = open_model(str(result), dtype=self._dtype, **self.how)
             scores = evaluate(
                 scored,
                 self.study.suite,
@@ -150,6 +148,7 @@ class Bench:
                     progress=lambda *of: stage("distance", *of),
                 )
                 scores = replace(scores, distance=divergence)
+            del scored  # before its files
             if not self.study.file.keep_checkpoints:
                 shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
             lap("evaluate")
@@ -178,7 +177,7 @@ class Bench:
             run = run_record(seconds) | {
                 "versions": versions() | scores.versions,
                 "dtype": scores.dtype,
-                "device": self.opened.model.device.type,
+                "device": self._device,
             }
             scores.save(folder / TRIAL_SCORES)
             record = {"trial": outcome.model_dump(mode="json"), "run": run, "dense": self._key}
@@ -186,47 +185,37 @@ class Bench:
         return outcome
 
     def _prune(
-        self,
-        trial: Planned,
-        calibration: CalibrationSet | None,
-        progress: Callable[[int, int], None],
-    ) -> PruneReport:
-        """Prune the dense model, unless the open model was pruned in the same way."""
-        if self._pruned is not None and self._pruned[0] == trial.pruned:
-            return self._pruned[1]
-        self._open(trial.model)
-        model, request = self.opened, trial.request
-        ids, method = None if calibration is None else calibration.ids, request.chosen.text
-        pattern: Patterns = request.target
-        if request.mixed:
-            assert ids is not None
-            pattern = allocate(model.model, ids, request.target, method=request.chosen)
-        self._pruned = (), None
-        report = prune(
-            model,
-            ids,
-            method=method,
-            pattern=pattern,
-            progress=progress,
-            propagation=request.propagation or "sequential",
-            statistics=request.statistics or "robust",
-            embeddings=request.embeddings,
-        )
-        self._pruned = trial.pruned, report
-        return report
+        self, trial: Planned, progress: Callable[[int, int], None]
+    ) -> tuple[PruneReport, Path]:
+        """Prune a trial's model, unless the last trial's was pruned in the same way; return the
+        report and the checkpoint."""
+        if self._pruned is None or self._pruned[0] != trial.pruned:
+            self.close()
+            request = trial.request
+            if trial.calibration_id is not None:  # drawn before
+                options = request.model_dump(exclude=set(DrawOptions.model_fields))
+                request = PruneRequest(**options | {"calibration": self._set(trial)})
+            entry, output = self.study.file.models[trial.model], self.store.pruned(trial.id)
+            how = self.how | {"dtype": entry.dtype, "resume": True, "progress": progress}
+            report = prune_checkpoint(entry.name, output, request, **how)
+            self._pruned = trial.pruned, report, output
+        return self._pruned[1:]
 
-    def _calibration(
-        self, trial: Planned, stage: Tick, note: Callable[[str], None]
-    ) -> CalibrationSet | None:
-        """Return a trial's calibration set, from the store or made with the dense model."""
+    def _set(self, trial: Planned) -> str:
+        """Return the folder of a trial's calibration set, as text."""
+        return str(self.store.calibration(trial.calibration_id or ""))
+
+    def _draw(self, trial: Planned, stage: Tick, note: Callable[[str], None]) -> None:
+        """Make a trial's calibration set with the dense model, unless the store has it."""
         if trial.calibration_id is None:
-            return None
+            return
         folder = self.store.calibration(trial.calibration_id)
         with self.store.lock(f"set-{trial.calibration_id}"):
             if not folder.is_dir():
                 stage("calibration set", 0, 1)
-                self._open(trial.model)
-                assert trial.parsed is not None
-                drawn = calibration_set(trial.parsed, self.opened, writing=stage, note=note)
-                drawn.save(folder)
-            return CalibrationSet.open(folder, self.opened)
+                request = trial.request
+                drawing = trial.parsed or parse_calibration(
+                    request.calibration or "", sources=self.study.own, **request.drawn()
+                )
+                opened = self._dense_model(trial.model)
+                calibration_set(drawing, opened, writing=stage, note=note).save(folder)

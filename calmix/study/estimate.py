@@ -34,15 +34,12 @@ def trial_memory(model: EmptyModel, trial: Planned, *, compared: bool) -> float:
     source: Any = model
     shape = trial.rows, trial.length
     needed = plan_pruning(source, shape, trial.request.chosen, budget=2**62).needed
-    blocks = 2 * max(model.blocks.sizes)  # already counted in `model.bytes`
-    scored = 3 * 512 * model.vocabulary * 4  # logits
+    scored = model.bytes + 3 * 512 * model.vocabulary * 4  # logits
     if compared and trial.request.embeddings:  # distance needs the dense head
         scored += model.bytes
-    peak = max(needed - blocks, PROGRAM + scored)
     if trial.recovery is not None:
-        recovered = recovery_memory(model, trial.recovery, trial.length)
-        peak = max(peak, PROGRAM + max(recovered, model.bytes + scored))  # two models are open
-    return model.bytes + peak
+        scored = max(scored, recovery_memory(model, trial.recovery, trial.length))
+    return max(needed, PROGRAM + scored)
 
 
 def study_cost(

@@ -133,13 +133,17 @@ def run_study(
         text = f"trial {number} of {len(todo)}: {trial.label} {what}".rstrip()
         show(text, done / total if total else None)
 
-    for trial, ended in (execute or run_locally)(Bench(study, store, options), todo, stage, note):
-        ends[trial.label] = how, what = ended
-        line = f"{how}: {what}"
-        if how == "finished":
-            line = what.summary
-        if how in ("finished", "failed"):
-            note(f"{len(ends)}/{len(todo)} {trial.label}: {line}")
+    bench = Bench(study, store, options)
+    try:
+        for trial, ended in (execute or run_locally)(bench, todo, stage, note):
+            ends[trial.label] = how, what = ended
+            line = f"{how}: {what}"
+            if how == "finished":
+                line = what.summary
+            if how in ("finished", "failed"):
+                note(f"{len(ends)}/{len(todo)} {trial.label}: {line}")
+    finally:
+        bench.close()
     return store, {n: ended for n, ended in ends.items() if ended[0] in ("failed", "elsewhere")}
 
 
@@ -307,5 +311,7 @@ def _on_worker(folder: Path, bench: Bench, trial: Planned) -> Ended:
     if folder.is_dir():  # the study's paths are relative to where it was started
         os.chdir(folder)
     check_trial_memory(bench.study, [trial], **bench.how)
-    # Ray tries again what ran on a lost machine, whose lock expires.
-    return run_one(bench, trial, ignored, ignored, wait=SILENCE + BEAT)
+    try:  # Ray tries again what ran on a lost machine, whose lock expires
+        return run_one(bench, trial, ignored, ignored, wait=SILENCE + BEAT)
+    finally:
+        bench.close()

@@ -5,6 +5,7 @@
                                 with error.json; checkpoint/ if the study keeps checkpoints
     STORE/calibration/ID/       a calibration set
     STORE/dense/ID.json         scores of a dense model
+    STORE/pruned/               models that are being pruned or scored
     STORE/locks/                locks of running processes
 
 A trial's folder is written under a temporary name and renamed, so it is never incomplete. `trials`,
@@ -43,7 +44,7 @@ from calmix.yaml_files import first_problem
 STORE_KIND, STORE_FORMAT = "study store", 2
 STORE_INDEX, REQUEST, RESULT, ERROR = "store.json", "request.json", "result.json", "error.json"
 TRIAL_SCORES = "scores.json"
-STORE_PARTS = ("trials", "calibration", "dense", "locks")
+STORE_PARTS = ("trials", "calibration", "dense", "pruned", "locks")
 BEAT, SILENCE = 10.0, 120.0  # seconds between renewals of a lock, and until it expires
 
 State = Literal["finished", "failed", "running", "pending"]
@@ -116,6 +117,10 @@ class Store:
     def calibration(self, calibration_id: str) -> Path:
         """Return the folder of a calibration set."""
         return self.path / "calibration" / calibration_id
+
+    def pruned(self, trial_id: str) -> Path:
+        """Return the folder of a trial's pruned model, while it is needed."""
+        return self.path / "pruned" / trial_id
 
     def dense(self, key: str) -> Path:
         """Return the file of a dense model's scores."""

@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -92,7 +93,23 @@ def test_worker_waits_for_an_expiring_lock(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(running, "check_trial_memory", lambda *_, **__: None)
     monkeypatch.setattr(running, "run_one", lambda *_, wait=0: wait)
-    assert running._on_worker(tmp_path, SimpleNamespace(study=None, how={}), None) > SILENCE
+    bench = SimpleNamespace(study=None, how={}, close=Mock())
+    assert running._on_worker(tmp_path, bench, None) > SILENCE
+    bench.close.assert_called_once()
+
+
+def test_worker_draws_a_set_that_is_not_there(ran, tmp_path, monkeypatch):
+    """A worker gets a trial without its parsed calibration."""
+
+    def by_worker(bench, todo, stage, note):
+        for trial in todo:
+            yield trial, running._on_worker(tmp_path, bench, replace(trial, parsed=None))
+
+    monkeypatch.chdir(tmp_path)
+    study = load_study(ran.path)
+    _, left = run_study(study, tmp_path / "store", execute=by_worker, only=["mix sparsegpt*"])
+    assert left == {}
+    assert outcomes(tmp_path / "store") == outcomes(ran.store)[4:5]
 
 
 @pytest.mark.parametrize(("device", "wanted"), [("auto", 1.0), ("cpu", 0.0)])

@@ -26,6 +26,7 @@ from calmix.pruning.engine import prune
 from calmix.pruning.patterns import Unstructured
 from calmix.pruning.requests import recover_request
 from calmix.pruning.solvers.grids import read_grids
+from calmix.pruning.work import WorkFolder
 from calmix.recovery.checkpoint import recover
 from calmix.study import bench as bench_module
 from calmix.study import running as running_module
@@ -84,19 +85,20 @@ def test_trial_matches_its_steps_by_hand(ran):
     for folder in (store / "calibration").iterdir():
         assert CalibrationSet.open(folder).rows == 6
     assert not list((store / "locks").iterdir())
+    assert not (store / "pruned").exists()
 
 
 def kill_in_second_trial():
-    prune, seen = bench_module.Bench._prune, []
+    """End the process after the first block of the second trial."""
+    keep, done = WorkFolder.keep, []
 
-    def pruned(self, *args):
-        solution = prune(self, *args)
-        seen.append(solution)
-        if len(seen) == 2:
+    def kept(self, **facts):
+        keep(self, **facts)
+        done.append(facts.get("done"))
+        if done.count(1) == 2:
             os.kill(os.getpid(), signal.SIGKILL)
-        return solution
 
-    bench_module.Bench._prune = pruned
+    WorkFolder.keep = kept
 
 
 def test_two_runners_finish_a_killed_study(ran, tmp_path):
@@ -104,6 +106,8 @@ def test_two_runners_finish_a_killed_study(ran, tmp_path):
     study = ("study", "run", ran.path, "-o", store, "--skip", "letters*")
     stopped(kill_in_second_trial, *study)
     assert states(store).count("finished") == 1
+    (left,) = (store / "pruned").glob("*.unfinished")
+    assert json.loads((left / "work.json").read_text())["kept"]["done"] == 1
     children = [(start(command(*study), tmp_path / log), tmp_path / log) for log in "ab"]
     for child, log in children:
         ended = wait(child, log)
@@ -148,21 +152,19 @@ def test_result_of_another_process_counts_once(tiny_study, tmp_path):
 
 
 def test_failing_trial_does_not_stop_others(ran, store, monkeypatch):
-    real = bench_module.prune
+    real = bench_module.prune_checkpoint
 
-    def broken(model, ids, **options):
-        report = real(model, ids, **options)
-        if options["method"] == "wanda":
+    def broken(name, output, request, **how):
+        if request.method == "wanda":
             raise RuntimeError("out of\nmemory")
-        return report
+        return real(name, output, request, **how)
 
-    monkeypatch.setattr(bench_module, "prune", broken)
+    monkeypatch.setattr(bench_module, "prune_checkpoint", broken)
     failed = forgotten(store, 1, 2).index.trials[1].id
     seen = run(ran.path, store)
     assert (set(seen.errors.values()), len(seen.ran)) == ({"RuntimeError: out of"}, 2)
     error = json.loads((store / "trials" / failed / "error.json").read_text())
     assert "Traceback" in error["traceback"]
-    # The failure left a pruned model, yet the next trial started from the dense one.
     alone = [trial.total for trial in read_results(ran.store).trials if trial.id != failed]
     assert [trial.total for trial in read_results(store).trials] == alone
 
