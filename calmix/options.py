@@ -162,28 +162,6 @@ licence_option = partial(
 )
 path_option = partial(option, flag="--output -o", metavar="PATH")  # of an output
 
-ROWS_OF = re.compile(r"([^,:]+\.(?:csv|tsv|jsonl?|parquet))(?=[:,]|$)", re.IGNORECASE)
-
-
-class TextField(Options):
-    """Which field is read from the rows of a user's own files."""
-
-    text_field: str | None = option(None, "Field of your own rows, e.g. prompt or prompt+answer.")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _named(cls, values: Any) -> Any:
-        """Append the field to every file of rows: mine.csv@prompt."""
-        if not isinstance(values, dict) or (field := values.get("text_field")) is None:
-            return values
-        key = "spec" if "spec" in values else "calibration"
-        text = ROWS_OF.sub(lambda match: f"{match[1]}@{field}", values.get(key) or "")
-        if not field or text == (values.get(key) or ""):
-            raise ValueError(
-                "--text-field reads .csv, .tsv, .json, .jsonl and .parquet files, but none is named"
-            )
-        return values | {key: text}
-
 
 class SizeOptions(Options):
     """How many tokens are sampled, and how."""
@@ -370,7 +348,7 @@ class Target(DeviceOptions):
     allow_code_execution: bool = RUN_CODE
 
 
-class Compression(TextField, Target):
+class Compression(Target):
     """The options of `compress`."""
 
     no_corpus: bool = option(False, "Calibrate on text the model writes itself.")
@@ -408,7 +386,6 @@ PRUNE = (
     "json",
     "as_json",
     "help",
-    "text_field",
 )
 
 

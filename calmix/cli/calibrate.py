@@ -14,7 +14,6 @@ from calmix.options import (
     DrawOptions,
     Licence,
     ModelOptions,
-    TextField,
     licence_option,
     option,
     own_sources_option,
@@ -32,7 +31,6 @@ calibrate = group("calibrate", default="draw")
 
 @verb("draw", of=calibrate)
 def draw(
-    own: TextField,
     drawn: DrawOptions,
     how: ModelOptions,
     spec: str = option(

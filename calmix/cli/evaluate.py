@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from calmix.cli.common import line, note, print_json, print_table
 from calmix.cli.verbs import group, verb
-from calmix.errors import InputError
+from calmix.errors import CalmixError, InputError
 from calmix.evaluation import suites
 from calmix.evaluation.answers import Answers, compare_answers
 from calmix.evaluation.choosing import MARGIN, Candidate, Choice, choose_smallest
@@ -355,8 +356,10 @@ def compare(
         generated = [pair for pair in scored if any(task.written for task in pair[0].tasks)]
         for pair in (prompted or generated)[:1]:
             place = models[name] or user_path(pair[1].model)
-            sizes = size_of(str(place)) if place.exists() else (None, None)
-            candidates.append(Candidate(name, pair, *sizes))
+            size = bits = None
+            with suppress(CalmixError):  # what has the model's name now may be another thing
+                size, bits = size_of(str(place)) if place.exists() else (None, None)
+            candidates.append(Candidate(name, pair, size, bits))
     print_json({one.name: one.to_dict() for one in comparisons})
     for one in comparisons:
         dense, small = one.pairs[-1]

@@ -21,7 +21,6 @@ from calmix.options import (
     ModelOptions,
     Pruning,
     Recovering,
-    TextField,
     option,
     path_option,
 )
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 LOSSES = {"distill": "KL of the logits, nats per token", "blocks": "relative error of a block"}
 
 
-class WorkOptions(TextField, DrawOptions, ModelOptions):
+class WorkOptions(DrawOptions, ModelOptions):
     """Options of a long run on a calibration set that writes a folder."""
 
     max_memory: str | None = MAX_MEMORY

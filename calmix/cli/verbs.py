@@ -21,7 +21,6 @@ from calmix.options import (
     DrawOptions,
     ModelOptions,
     Options,
-    TextField,
     check_method,
     checked,
     flags,
@@ -30,9 +29,12 @@ from calmix.options import (
 
 Handler = Callable[..., None]
 # Shared options, which help lists after a verb's own.
-COMMON = {
-    name for model in (DrawOptions, ModelOptions, TextField) for name in model.model_fields
-} | {"max_memory", "resume", "overwrite", "as_json"}
+COMMON = {name for model in (DrawOptions, ModelOptions) for name in model.model_fields} | {
+    "max_memory",
+    "resume",
+    "overwrite",
+    "as_json",
+}
 JSON: Any = {"as_json": (bool, option(False, "Print JSON instead of a table.", flag="--json"))}
 
 

@@ -93,7 +93,7 @@ def compress(
         output: folder to write, or to resume in.
         shown: whether to show progress.
         **options: those of `calmix compress` that decide the result, such as `sparsity=0.6`,
-            `type="Q3_K_M"`, `bits=2.8`, `pattern="2:4"`, `effort="quick"`, `text_field="prompt"`,
+            `type="Q3_K_M"`, `bits=2.8`, `pattern="2:4"`, `effort="quick"`,
             `calibration="mine.csv"`, `no_corpus=True` (text that the model writes itself);
             `keep={"code": 2, "general": 1}`, shares of dimensions in the calibration text;
             `keep_at_least="code=0.9"`, and `within="2h"` to limit the time of its search.

@@ -192,13 +192,15 @@ def _unpacked(model: Path | BuiltinModel) -> Path:
 def size_of(name: str) -> tuple[int | None, float | None]:
     """Return the bytes of a model's file or weight files, and its bits per weight, those of a GGUF
     file without its metadata; None for a builtin model, which lies in an archive."""
-    model, folder = local_model(name), resolve_model(name)
+    model = local_model(name)
     if not isinstance(model, Path):
         return None, None
-    weights = sum(place.count for place in stored_tensors(folder).values())
     if model.is_dir():
+        weights = sum(place.count for place in stored_tensors(resolve_model(name)).values())
         return (size := weight_bytes(model)), 8 * size / weights
-    return model.stat().st_size, 8 * tensor_bytes(gguf_reader(model)) / weights
+    reader = gguf_reader(model)
+    weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return model.stat().st_size, 8 * tensor_bytes(reader) / weights
 
 
 def forget(model: Path) -> None:
@@ -311,7 +313,7 @@ def device_of(name: str) -> torch.device:
         return accelerator if accelerator is not None else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.empty(0, device=device).numpy(force=True)  # refuses `meta`
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device '{name}' cannot be used: {first_line(error)}") from error
     return device

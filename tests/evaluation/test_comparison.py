@@ -82,7 +82,9 @@ def test_scores_of_right_answers_alone_are_refused(calmix, tmp_path):
     assert said in calmix("evaluate", "rescore", path).line
 
 
-def test_compare_folders_on_common_suites(printed, calmix, tmp_path):
+def test_compare_folders_on_common_suites(printed, calmix, tmp_path, monkeypatch):
+    (tmp_path / "m").mkdir()  # called as the model is, and no model
+    monkeypatch.chdir(tmp_path)
     likely = [scored(bits(nats, [4] * 30), suite="offline") for nats in ([1.0] * 30, [2.0] * 30)]
     dense, small = scored(*tasks(RIGHT)), scored(*tasks(LOST))
     for name in ("first", "second"):

@@ -22,7 +22,7 @@ from calmix.models.blocks import find_blocks
 from calmix.models.folder import fingerprint, tokenizer_fingerprint, weight_files
 from calmix.models.hub import builtin_models
 from calmix.models.loading import context_of
-from calmix.models.opening import open_model, resolve_model
+from calmix.models.opening import open_model, resolve_model, size_of
 from tests import tiny
 from tests.tiny import quick, save_tiny_model, tiny_ids, tiny_model
 
@@ -105,8 +105,9 @@ def test_invalid_model_names(tmp_path, tiny_folder):
         rejected(name, line)
     with pytest.raises(InputError, match=r"unknown dtype 'bfloat17'.*bfloat16"):
         open_model(str(tiny_folder), dtype="bfloat17")
-    with pytest.raises(InputError, match="device 'warp'"):
-        open_model(str(tiny_folder), device="warp")
+    for device in ("warp", "meta"):
+        with pytest.raises(InputError, match=f"device '{device}'"):
+            open_model(str(tiny_folder), device=device)
     file = folder / "model.safetensors"
     whole = load(file.read_bytes())
     file.write_bytes(file.read_bytes()[:5000])
@@ -276,6 +277,9 @@ def test_gguf_file_is_read_alone(tmp_path, monkeypatch):
     opened = open_model(str(blob))  # as Ollama stores it
     assert "ab" in opened.tokenizer.get_vocab()
     assert opened.model.model.layers[0].mlp.up_proj.weight.any()
+    size, bits = size_of(str(own / "b.gguf"))  # which cannot be decoded
+    assert size == (own / "b.gguf").stat().st_size
+    assert bits == 32
     scaled = [tiny.tiny_gguf(own / f"{factor}.gguf", factor=factor) for factor in (1.0, 4.0)]
     assert open_model(str(scaled[0])).model.config.vocab_size == 320
     rejected(scaled[1], "it scales rotary positions, which transformers ignores in GGUF: name")
