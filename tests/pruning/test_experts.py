@@ -1,7 +1,9 @@
 """Mixtures of experts: pruned as plain loops with a Gram matrix per expert do, or dropped whole."""
 
+import itertools
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -9,29 +11,23 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from calmix.errors import InputError, ModelError
+from calmix import Unstructured, prune
+from calmix.errors import ModelError
 from calmix.models.blocks import Mixture, find_blocks
-from calmix.pruning.engine import Run, prune, run_through
+from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass, chosen_experts, cut
 from calmix.pruning.experts import SMOOTHING, Routed, starved
 from calmix.pruning.gram import Gram, relative_error
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import Unstructured
 from calmix.pruning.report import Dropped
 from calmix.pruning.requests import prune_request
+from calmix.pruning.trace import Calls, observe_block
 from tests.pruning.test_engine import given_to, input_gram, weights_of
-from tests.pruning.toy import SMALL, pruning_of, wiring
+from tests.pruning.toy import SMALL, cases, pruning_of, refused
 from tests.tiny import MIXTURES, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 EVERY = 3  # of how many tokens one stands for all: two of four experts, and no factor of 32
-
-
-def test_expert_modules_are_refused():
-    model = tiny_model("mixtral")
-    model.model.layers[0].mlp.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.experts are separate modules"):
-        prune(model, tiny_ids(), pattern=HALF)
 
 
 def inputs_of(model, routed, ids, step):
@@ -77,7 +73,9 @@ def reference(model, ids, method, pattern, propagation):
             errors[layer.name] = float(relative_error(dense, weight, gram)) if known else None
             todo.append((layer, weight)) if propagation == "block" else layer.view().copy_(weight)
 
-    for inputs in wiring(model, ids):
+    found = find_blocks(model)
+    hidden, batch = Calls(model, found, ids[:1, :8]).record(ids[:1, :8])
+    for inputs, _ in [observe_block(found, at, batch, hidden) for at in range(len(found))]:
         todo = []
         for shared in inputs:
             if not isinstance(shared, Routed):
@@ -96,25 +94,21 @@ EVERY_KIND = quick(["mixtral", "gpt_oss", "llama4_text"], MIXTURES)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", *EVERY_KIND])
-@pytest.mark.parametrize(
-    ("method", "propagation"), [("sparsegpt", "sequential"), ("wanda", "block")]
-)
+@cases("method propagation", ("sparsegpt", "sequential"), ("wanda", "block"))
 def test_experts_match_the_definition(kind, method, propagation):
-    ids = tiny_ids()
-    ours, theirs = tiny_model(kind), tiny_model(kind)
-    found = find_blocks(ours)
-    run = Run(ours, found, get_method(method), HALF, propagation)
+    ids, ours, theirs = tiny_ids(), tiny_model(kind), tiny_model(kind)
+    run = Run(ours, find_blocks(ours), get_method(method), HALF, propagation)
     run_through(run, ids, 96)
     errors = reference(theirs, ids, method, HALF, propagation)
     expected, made = weights_of(theirs), weights_of(ours)
     same = torch.cat([((made[n] == 0) == (expected[n] == 0)).flatten() for n in made])
     assert same.float().mean() >= 0.999
-    experts = [layer for layer in run.report.layers if layer.tokens is not None]
-    assert len(experts) == sum(".experts." in name for name in made)
+    experts = sum(layer.tokens is not None for layer in run.report.layers)
+    assert experts == sum(".experts." in name for name in made)
     assert bool(experts) == (kind in MIXTURES)
     for layer in run.report.layers:
-        expected = errors[layer.name]
-        assert layer.error == (None if expected is None else pytest.approx(expected, rel=0.01))
+        error = errors[layer.name]
+        assert layer.error == (error and pytest.approx(error, rel=0.01))
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
@@ -145,12 +139,8 @@ def test_starved_experts_and_only_some_layers(calmix, tmp_path, text_file):
     before, after = (load_weights(folder) for folder in (model, output))
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {
-        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight"
-        for layer in (1, 2)
-        for expert in (0, 1, 2)
-        for part in ("gate", "up", "down")
-    }
+    pairs = itertools.product((1, 2), (0, 1, 2), ("gate", "up", "down"))
+    assert changed == {"model.layers.{}.mlp.experts.{}.{}_proj.weight".format(*of) for of in pairs}
     manifest = pruning_of(output)
     assert (manifest["weights"], manifest["pruned"]) == (18 * 32 * 32, 18 * 32 * 16)
     assert {dense["reason"] for dense in manifest["dense"]} == {"router", "skipped"}
@@ -161,9 +151,6 @@ def test_starved_experts_and_only_some_layers(calmix, tmp_path, text_file):
     assert starved(layers, 2).startswith("1 of 2 experts see")
     assert starved(layers, 2).endswith("worst a.0 with 8 for 32: use 8 rows")
     assert starved(layers[1:], 2) is None
-
-
-# Experts dropped
 
 
 @pytest.mark.parametrize("kind", quick(["gpt_oss"], ["mixtral", "qwen2_moe"]))
@@ -178,22 +165,20 @@ def test_expert_scores_match_the_definition(kind):
         for expert, score in enumerate(scores):
             parts = []
             for token, place in (index == expert).nonzero().tolist():
-                made = module(hidden[token : token + 1], torch.tensor([[expert]]), torch.ones(1, 1))
+                made = module(hidden[token, None], torch.tensor([[expert]]), torch.ones(1, 1))
                 parts.append(float(gates[token, place] / gates[token].sum() * made.norm()))
             assert score == pytest.approx(sum(parts) / len(parts), rel=1e-4)
 
 
-def drop(folder, text, output, *more):
-    asked = ("--calibration", text, *SMALL, "--drop-experts", 0.25, *more)
-    return ("prune", folder, *asked, "-o", output)
+DROP = (*SMALL, "--drop-experts", 0.25)
+DROPPED = quick(["qwen3_moe", "gpt_oss"], ["mixtral", "granitemoe", "llama4_text"])
 
 
-@pytest.mark.parametrize(
-    "kind", quick(["qwen3_moe", "gpt_oss"], ["mixtral", "granitemoe", "llama4_text"])
-)
+@pytest.mark.parametrize("kind", DROPPED)
 def test_checkpoint_without_dropped_experts_loads(calmix, tmp_path, text_file, kind):
     folder, output = save_tiny_model(tmp_path / "model", kind), tmp_path / "out"
-    calmix(*drop(folder, text_file, output, "--sparsity", 0.5, "--only", "*.o_proj")).ok()
+    how = (*DROP, "--sparsity", 0.5, "--only", "*.o_proj", "-o", output)
+    calmix("prune", folder, "--calibration", text_file, *how).ok()
     told = pruning_of(output)
     dense, small = map(AutoModelForCausalLM.from_pretrained, (folder, output))
     before, after = dense.state_dict(), small.state_dict()
@@ -211,25 +196,22 @@ def test_checkpoint_without_dropped_experts_loads(calmix, tmp_path, text_file, k
 
 
 def test_deepseek_configuration_fits_engines(calmix, tmp_path, text_file):
-    """Groups of the same size, a bias an expert, the settings of the router as they were; and no
-    layer that predicts further tokens, with a mixture of another size than the configuration says.
-    """
+    """Equal groups, a bias an expert, the router as it was; nothing to predict further tokens."""
     folder = save_tiny_model(tmp_path / "model", "deepseek_v3", n_routed_experts=8)
     asked = {"topk_method": "noaux_tc", "scoring_func": "sigmoid", "num_nextn_predict_layers": 1}
     config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | asked
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    held = load_weights(folder)
+    held, out = load_weights(folder), tmp_path / "out"
     second = {n: v.clone() for n, v in held.items() if ".layers.1." in n}
     more = {name.replace(".layers.1.", ".layers.2."): value for name, value in second.items()}
     more["model.layers.2.enorm.weight"] = torch.ones(32)
     save_file(held | more, folder / "model.safetensors", {"format": "pt"})
-    ended = calmix(*drop(folder, text_file, tmp_path / "out")).ok()
+    ended = calmix("prune", folder, "--calibration", text_file, *DROP, "-o", out).ok()
     assert "model.layers.2: left out" in ended.err
-    told = json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))
+    told = json.loads((out / "config.json").read_text(encoding="utf-8"))
     asked |= {"num_nextn_predict_layers": 0, "n_routed_experts": 6, "n_group": 2, "topk_group": 2}
     assert {key: told[key] for key in asked} == asked
-    found = load_weights(tmp_path / "out")
-    gate = "model.layers.1.mlp.gate."
+    found, gate = load_weights(out), "model.layers.1.mlp.gate."
     assert found[f"{gate}weight"].shape == (6, 32)
     assert found[f"{gate}e_score_correction_bias"].shape == (6,)
     gone = {n for n in second if ".experts.6." in n or ".experts.7." in n}
@@ -238,31 +220,23 @@ def test_deepseek_configuration_fits_engines(calmix, tmp_path, text_file):
 
 def test_router_biases_are_cut():
     """LFM2 and AFMoE keep it beside the router, ERNIE with a dimension for groups."""
-    sizes = {
-        "a.expert_bias": ((4,), (3,)),
-        "a.e_score_correction_bias": ((4,), (3,)),
-        "a.gate.weight": ((4, 8), (3, 8)),
-        "a.gate.moe_statics.e_score_correction_bias": ((1, 4), (1, 3)),
-        "a.experts.down_proj": ((4, 8, 4), (3, 8, 4)),
-        "a.shared_expert.down_proj.weight": ((8, 4), (8, 4)),
-        "a.experts.scale": ((4, 4), (3, 4)),
-        "b.bias": ((4,), (4,)),
-    }
-    tensors = {name: torch.randn(*before) for name, (before, _) in sizes.items()}
+    ernie = "a.gate.moe_statics.e_score_correction_bias"
+    before = {"a.expert_bias": (4,), "a.e_score_correction_bias": (4,), "a.gate.weight": (4, 8)}
+    before |= {ernie: (1, 4), "a.experts.down_proj": (4, 8, 4), "a.experts.scale": (4, 4)}
+    after = {"a.expert_bias": (3,), "a.e_score_correction_bias": (3,), "a.gate.weight": (3, 8)}
+    after |= {ernie: (1, 3), "a.experts.down_proj": (3, 8, 4), "a.experts.scale": (3, 4)}
+    others = {"a.shared_expert.down_proj.weight": (8, 4), "b.bias": (4,)}
+    tensors = {name: torch.randn(*size) for name, size in (before | others).items()}
     one = Dropped("a.experts", [0.0] * 4, [0, 2, 3])
     made = cut([Mixture("a.experts", None, 4, ())], {one.name: one}, tensors)
-    assert {name: tuple(value.shape) for name, value in made.items()} == {
-        name: after for name, (_, after) in sizes.items()
-    }
-    name = "a.gate.moe_statics.e_score_correction_bias"
-    assert torch.equal(made[name], tensors[name][:, one.kept])
+    assert {name: tuple(value.shape) for name, value in made.items()} == after | others
+    assert torch.equal(made[ernie], tensors[ernie][:, one.kept])
 
 
 def test_lowest_scores_per_group_are_dropped():
     def left(scores, share, groups=1, reach=None, chosen=2):
-        config = AutoConfig.for_model(
-            "mixtral", n_group=groups, topk_group=reach, num_experts_per_tok=chosen
-        )
+        sizes = {"n_group": groups, "topk_group": reach, "num_experts_per_tok": chosen}
+        config = AutoConfig.for_model("mixtral", **sizes)
         (made,) = chosen_experts(config, {"a": scores}, share)
         return made.kept
 
@@ -270,33 +244,29 @@ def test_lowest_scores_per_group_are_dropped():
     assert left([3, 1, 2, 9, 0, 8, 7, 6], 0.25, 2) == [0, 2, 3, 5, 6, 7]
     assert left([1.0, 1.0, 1.0, 1.0], 0.5) == [0, 1]
     assert left([1.0] * 8, 0.5, 2, chosen=4) == [0, 1, 4, 5]
-    for scores, share, how, says in (
-        ([1, 2, 3, 4], 0.75, {}, "leaves 1 of the 4 experts of a, .* routed to 2: drop fewer"),
-        ([1.0] * 8, 0.5, {"groups": 2, "reach": 1, "chosen": 4}, "to 4 in 1 of 2 groups: drop"),
-        ([1, 2, 3, 4], 0.1, {}, "drops none of the 4 experts of a"),
-    ):
-        with pytest.raises(InputError, match=says):
-            left(scores, share, **how)
+    refused("leaves 1 of the 4 experts of a, .* routed to 2: drop fewer", left, [1, 2, 3, 4], 0.75)
+    refused("to 4 in 1 of 2 groups: drop", left, [1.0] * 8, 0.5, 2, reach=1, chosen=4)
+    refused("drops none of the 4 experts of a", left, [1, 2, 3, 4], 0.1)
 
 
-@pytest.mark.parametrize("how", ["table", "wider", "unseen"])
-def test_undroppable_experts_are_refused(how, monkeypatch):
+@pytest.mark.parametrize("how", ["table", "wider", "unseen", "separate"])
+def test_mixtures_of_other_kinds_are_refused(how, monkeypatch):
     """DeepSeek V4 has a table of experts by token, LongCat experts that do nothing."""
-    model = tiny_model("mixtral")
+    model, ids = tiny_model("mixtral"), tiny_ids(6)
     mixture = model.model.layers[1].mlp
+    if how == "separate":
+        mixture.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        says = r"layers\.1\.mlp\.experts are separate modules"
+        return refused(says, prune, model, ids, pattern=HALF, error=ModelError)
     if how == "table":
         mixture.gate.register_buffer("table", torch.zeros(320, 2, dtype=torch.int64))
     elif how == "wider":
         some = mixture.experts.gate_up_proj.data
-        mixture.experts.gate_up_proj = torch.nn.Parameter(torch.cat([some, some[:2]]))
+        mixture.experts.gate_up_proj = nn.Parameter(torch.cat([some, some[:2]]))
     else:
-
-        def unseen(self, *given):
-            raise ModelError("no inputs")
-
-        monkeypatch.setattr(Routed, "learn", unseen)
-    with pytest.raises(ModelError, match="--drop-experts does not support this architecture"):
-        run_through(ScorePass(model, find_blocks(model)), tiny_ids(6), 5 * 32)
+        monkeypatch.setattr(Routed, "learn", Mock(side_effect=ModelError("no inputs")))
+    says, blocks = "--drop-experts does not support this architecture", find_blocks(model)
+    refused(says, lambda: run_through(ScorePass(model, blocks), ids, 5 * 32), error=ModelError)
 
 
 def test_options_without_effect_on_a_drop(text_file):
@@ -309,5 +279,4 @@ def test_options_without_effect_on_a_drop(text_file):
         ({"method": "magnitude", "sparsity": "0.5", "propagation": "block"}, "propagation has no"),
         ({"drop_experts": None}, "give either --sparsity"),
     ):
-        with pytest.raises(InputError, match=says):
-            prune_request(**given | wrong)
+        refused(says, prune_request, **given | wrong)

@@ -1,13 +1,14 @@
 """Block types of GGML: bytes against the gguf package, scale search, and the column solver."""
 
+from unittest.mock import Mock
+
 import numpy as np
 import pytest
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from calmix.errors import InputError
+from calmix import prune
 from calmix.models.blocks import find_blocks
-from calmix.pruning.engine import prune
 from calmix.pruning.gram import inverse_factor, relative_error
 from calmix.pruning.methods import get_method, ggml
 from calmix.pruning.patterns import Blocks, as_pattern
@@ -16,34 +17,10 @@ from calmix.pruning.solvers.ggml_types import TYPES, Encoded, block_type, encode
 from calmix.pruning.solvers.libggml import quantise
 from calmix.pruning.solvers.surgeon import solve_columns
 from tests.pruning.test_engine import input_gram
+from tests.pruning.toy import cases, refused
 from tests.tiny import tiny_ids, tiny_model
 
 BY_COLUMN = [name for name, kind in TYPES.items() if kind.group]
-
-
-def random_levels(kind, rows=3, blocks=2, seed=0):
-    """Return a random matrix on the grid of a type, in blocks and as the weights that these hold;
-    every level and scale can occur."""
-    rng = torch.Generator().manual_seed(seed)
-    size = rows, blocks * kind.size
-
-    def numbers(ends, count):
-        return torch.randint(ends[0], ends[1] + 1, (rows, count), generator=rng)
-
-    def units():
-        return (torch.rand(rows, blocks, generator=rng) + 0.01).half()
-
-    groups = size[1] // kind.group
-    scales, minima = (numbers(kind.scales or (1, 1), groups) for _ in range(2))
-    levels, step, least = numbers((kind.low, kind.high), size[1]), units(), units()
-    worth = torch.tensor(kind.codebook)[levels] if kind.codebook else levels
-    scale, minimum = (
-        unit.float().repeat_interleave(groups // blocks, 1) * number
-        for unit, number in ((step, scales), (least, minima))
-    )
-    values = worth.view(rows, groups, -1) * scale[..., None]
-    values -= minimum[..., None] if kind.minima else 0
-    return encode(kind, levels, step, scales, least, minima), values.view(size)
 
 
 def correlated(tokens=1500, columns=512, seed=0):
@@ -63,25 +40,37 @@ def solved(name, weights, gram, **options):
 
 @pytest.mark.parametrize("name", BY_COLUMN)
 def test_blocks_decode_with_the_gguf_package(name):
+    """Random matrices on the grid of a type, in which every level and scale can occur."""
     for each, kind in TYPES.items():
         assert (kind.size, kind.bytes) == GGML_QUANT_SIZES[GGMLQuantizationType[each]]
-    encoded, values = random_levels(TYPES[name], rows=20, blocks=6)
-    assert encoded.data.shape == (20, 6 * TYPES[name].bytes)
+    kind, rng = TYPES[name], torch.Generator().manual_seed(0)
+    groups = 6 * kind.size // kind.group
+
+    def numbers(ends, count):
+        return torch.randint(ends[0], ends[1] + 1, (20, count), generator=rng)
+
+    scales, minima = (numbers(kind.scales or (1, 1), groups) for _ in range(2))
+    levels = numbers((kind.low, kind.high), 6 * kind.size)
+    step, least = ((torch.rand(20, 6, generator=rng) + 0.01).half() for _ in range(2))
+    worth = torch.tensor(kind.codebook)[levels] if kind.codebook else levels
+    scale, minimum = (u.float().repeat_interleave(groups // 6, 1) for u in (step, least))
+    values = worth.view(20, groups, -1) * (scale * scales)[..., None]
+    values -= (minimum * minima)[..., None] if kind.minima else 0
+    encoded = encode(kind, levels, step, scales, least, minima)
+    assert encoded.data.shape == (20, 6 * kind.bytes)
     decoded = quants.dequantize(encoded.data.numpy(), GGMLQuantizationType[name])
-    np.testing.assert_array_equal(decoded, values.numpy())
-    assert torch.equal(encoded.values(), values)
+    np.testing.assert_array_equal(decoded, values.view(20, -1).numpy())
+    assert torch.equal(encoded.values(), values.view(20, -1))
 
 
 def test_unknown_type_is_one_line():
     assert block_type("q3_k").name == "Q3_K"
-    with pytest.raises(InputError, match="unknown type 'Q3K': did you mean"):
-        block_type("Q3K")
-    with pytest.raises(InputError, match="unknown type 'Q9'"):
-        get_method("ggml,type=Q9")
-    with pytest.raises(InputError, match="the type is given twice: Q3_K_M and Q2_K"):
-        get_method("ggml,type=Q3_K").aim(as_pattern("q2_k"))
-    with pytest.raises(InputError, match=r"method ggml takes a type such as Q3_K_M, not 0\.5"):
-        get_method("ggml").check(as_pattern(0.5), 256)
+    refused("unknown type 'Q3K': did you mean", block_type, "Q3K")
+    refused("unknown type 'Q9'", get_method, "ggml,type=Q9")
+    given, says = get_method("ggml,type=Q3_K"), "the type is given twice: Q3_K_M and Q2_K"
+    refused(says, given.aim, as_pattern("q2_k"))
+    says = r"method ggml takes a type such as Q3_K_M, not 0\.5"
+    refused(says, get_method("ggml").check, as_pattern(0.5), 256)
 
 
 @pytest.mark.parametrize("name", BY_COLUMN)
@@ -109,26 +98,21 @@ def nearest_values(grid, column, wanted):
 @pytest.mark.parametrize("name", ["Q2_K", "Q3_K", "Q4_0", "IQ4_XS"])
 def test_ggml_levels_match_a_plain_loop(name):
     """GPTQ in float64, with the values that the blocks can hold."""
-    kind, x, weight = TYPES[name], correlated(columns=256), matrix(columns=256)
-    factor = inverse_factor(x.T @ x, 0.1)
-    grid = BlockGrid([weight], kind, torch.ones(256))
+    x, weight = correlated(columns=256), matrix(columns=256)
+    factor, grid = inverse_factor(x.T @ x, 0.1), BlockGrid([weight], TYPES[name], torch.ones(256))
     [result], _ = solve_columns([weight], factor, None, grid)
     upper, rest = factor.upper.double(), weight.double()
     for column in range(256):
         wrong = rest[:, column] - nearest_values(grid, column, rest[:, column])
-        rest[:, column] -= wrong
-        rest[:, column + 1 :] -= torch.outer(
-            wrong, upper[column, column + 1 :] / upper[column, column]
-        )
+        rest[:, column:] -= torch.outer(wrong, upper[column, column:] / upper[column, column])
     assert (result - rest.float()).abs().gt(1e-6).float().mean() < 0.002
 
 
 @pytest.mark.parametrize("name", ["Q2_K", "IQ4_NL"])
 def test_sweep_is_coordinate_descent(name):
-    kind, x, weight = TYPES[name], correlated(columns=256), matrix(columns=256)
-    gram = x.T @ x
+    x, weight = correlated(columns=256), matrix(columns=256)
+    gram, grid = x.T @ x, BlockGrid([weight], TYPES[name], torch.ones(256))
     damped = gram + 0.1 * gram.diagonal().mean() * torch.eye(256)
-    grid = BlockGrid([weight], kind, torch.ones(256))
     [first], _ = solve_columns([weight], inverse_factor(gram, 0.1), None, grid)
     second = first.T.clone()
     grid.sweep(weight.T, second, damped)
@@ -170,9 +154,7 @@ def test_rounding_alone_is_the_loop_without_corrections(name):
     assert torch.equal(rounded_alone(weight, kind, importance).data, grid.data)
 
 
-@pytest.mark.parametrize(
-    ("name", "share"), [("Q2_K", 0.85), ("Q3_K", 0.85), ("IQ4_NL", 0.95), ("IQ3_S", 1)]
-)
+@cases("name share", ("Q2_K", 0.85), ("Q3_K", 0.85), ("IQ4_NL", 0.95), ("IQ3_S", 1))
 def test_feedback_beats_an_importance_matrix(name, share):
     pytest.importorskip("libggml")
     x = correlated(tokens=3000)
@@ -201,10 +183,9 @@ def test_block_feedback_of_one_column_is_gptq():
 
     result, rest = solve_blocks(weight, factor, 1, quantise).data / 50, weight.clone()
     for column in range(32):
-        nearest = (rest[:, column] * 50).round() / 50
-        wrong = (rest[:, column] - nearest) / factor.upper[column, column]
-        rest[:, column + 1 :] -= torch.outer(wrong, factor.upper[column, column + 1 :])
-        rest[:, column] = nearest
+        wrong = rest[:, column] - (rest[:, column] * 50).round() / 50
+        slope = factor.upper[column, column:] / factor.upper[column, column]
+        rest[:, column:] -= torch.outer(wrong, slope)
     torch.testing.assert_close(result, rest)
     whole = solve_blocks(weight, factor, 32, quantise).data
     torch.testing.assert_close(whole, (weight * 50).round().to(torch.int8))
@@ -212,51 +193,38 @@ def test_block_feedback_of_one_column_is_gptq():
 
 def test_fallback_type_for_narrow_rows():
     method = get_method("ggml")
-    for name, instead in (
-        ("Q2_K", "IQ4_NL"),
-        ("Q4_K", "Q5_0"),
-        ("Q6_K", "Q8_0"),
-        ("IQ2_S", "IQ4_NL"),
-    ):
-        [grid] = method.solve([matrix(4, 96)], torch.eye(96), [Blocks(name)]).grids
-        assert grid.name == instead
+    instead = {"Q2_K": "IQ4_NL", "Q4_K": "Q5_0", "Q6_K": "Q8_0", "IQ2_S": "IQ4_NL"}
+    for name in instead:
+        [grid] = solved(name, [matrix(4, 96)], torch.eye(96)).grids
+        assert grid.name == instead[name]
     both = method.solve([matrix(4), matrix(4)], torch.eye(512), [Blocks("Q2_K"), Blocks("Q8_0")])
     assert [grid.name for grid in both.grids] == ["Q2_K", "Q8_0"]
-    with pytest.raises(InputError, match=r"no type of GGML fits the 40 inputs of a\.b: .* '\*\.b'"):
-        method.check(Blocks("Q4_K"), 40, "a.b")
+    says = r"no type of GGML fits the 40 inputs of a\.b: .* '\*\.b'"
+    refused(says, method.check, Blocks("Q4_K"), 40, "a.b")
 
 
 @pytest.mark.parametrize("flat", [False, True])
 def test_llama_rounds_by_the_dense_models_inputs(flat, monkeypatch):
     """As llama.cpp does: the importance matrix is of the dense model, and tokens count alike."""
-    dense, ids, used = tiny_model("llama"), tiny_ids(), []
-    squares = {
-        layer.name: input_gram(dense, layer.module, ids).diagonal()
-        for layer in find_blocks(dense).layers
-    }
-
-    def watched(weight, importance, *, name):
-        used.append(importance)
-        return quantise(weight, importance, name=name)
-
-    monkeypatch.setattr(ggml, "quantise", watched)
+    dense, ids, used = tiny_model("llama"), tiny_ids(), Mock(wraps=quantise)
+    layers = find_blocks(dense).layers
+    squares = {one.name: input_gram(dense, one.module, ids).diagonal() for one in layers}
+    monkeypatch.setattr(ggml, "quantise", used)
     for way in ("sequential", "block"):
-        made = tiny_model("llama")
-        used.clear()
-        method = f"llama,flat={flat}"
-        report = prune(made, ids, method=method, pattern="Q4_0 blocks", propagation=way)
+        made, how = tiny_model("llama"), {"pattern": "Q4_0 blocks", "propagation": way}
+        used.reset_mock()
+        report = prune(made, ids, method=f"llama,flat={flat}", **how)
         assert not report.weighted
         assert not any(layer.held_out for layer in report.layers)
-        assert len(used) == len(report.layers) == len(squares)
-        for one, importance in zip(report.layers, used, strict=True):
+        assert used.call_count == len(report.layers) == len(squares)
+        for one, call in zip(report.layers, used.call_args_list, strict=True):
             own, grid = squares[one.name], report.grids[f"{one.name}.weight"]
-            torch.testing.assert_close(importance, torch.ones_like(own) if flat else own)
+            torch.testing.assert_close(call.args[1], torch.ones_like(own) if flat else own)
             weight = dense.get_submodule(one.name).weight
-            assert torch.equal(grid.data, quantise(weight, importance, name="Q4_0").data)
+            assert torch.equal(grid.data, quantise(weight, call.args[1], name="Q4_0").data)
             assert torch.equal(made.get_submodule(one.name).weight, grid.values())
     report = prune(tiny_model("llama"), ids, method="llama,type=Q8_0")
-    for outer in report.outer:
-        name = f"{outer.name}.weight"
+    assert report.outer
+    for name in (f"{outer.name}.weight" for outer in report.outer):
         plain = quantise(dense.get_parameter(name), None, name="Q8_0")
         assert torch.equal(report.grids[name].data, plain.data)
-    assert report.outer

@@ -4,16 +4,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calmix.errors import InputError
+from calmix import SemiStructured, Unstructured
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import (
-    SemiStructured,
-    Unstructured,
-    _smallest_in_parallel,
-    as_pattern,
-    smallest,
-)
-from tests.pruning.toy import Elsewhere
+from calmix.pruning.patterns import _smallest_in_parallel, as_pattern, smallest
+from tests.pruning.toy import Elsewhere, refused
 
 
 def stable_mask(score, count, axis):
@@ -22,13 +16,10 @@ def stable_mask(score, count, axis):
     return rank < count
 
 
-@given(
-    groups=st.integers(1, 5),
-    size=st.integers(1, 40),
-    levels=st.integers(1, 6),
-    seed=st.integers(0, 10_000),
-    share=st.floats(0, 1),
-)
+SEEDS = st.integers(0, 10_000)
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 6), SEEDS, st.floats(0, 1))
 def test_smallest_breaks_ties_by_index(groups, size, levels, seed, share):
     score = np.random.default_rng(seed).integers(0, levels, (groups, size)).astype(np.float32)
     count = round(share * size)
@@ -52,7 +43,7 @@ def test_smallest_on_an_accelerator(dtype):
         assert torch.equal(_smallest_in_parallel(score, count), expected), count
 
 
-@given(m=st.integers(2, 20), seed=st.integers(0, 10_000), data=st.data())
+@given(st.integers(2, 20), SEEDS, st.data())
 def test_n_m_mask_matches_stable_sort(m, seed, data):
     count = data.draw(st.integers(1, m - 1))
     score = np.random.default_rng(seed).integers(0, 4, (m, 7)).astype(np.float32)
@@ -73,5 +64,4 @@ def test_pattern_parsing_and_count():
         (("0", "1", "-0.5", "1.5", "nan"), "between 0 and 1"),
     ):
         for text in texts:
-            with pytest.raises(InputError, match=says):
-                as_pattern(text)
+            refused(says, as_pattern, text)

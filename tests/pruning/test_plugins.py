@@ -4,13 +4,11 @@ import pytest
 import torch
 
 import calmix as api
-from calmix.errors import InputError
-from calmix.models.opening import open_model
 from calmix.pruning.methods import METHODS, Method, get_method, methods, register
 from calmix.pruning.methods.base import Saliency
 from calmix.study.cells import method_name
 from calmix.study.store import read_results
-from tests.pruning.toy import SMALL, Absolute, Toy, pruning_of
+from tests.pruning.toy import SMALL, Absolute, Toy, cases, pruning_of, refused
 from tests.study.conftest import run, tiny_study  # noqa: F401
 from tests.tiny import load_weights, tiny_ids, tiny_model
 
@@ -28,17 +26,26 @@ def shipped(tmp_path, monkeypatch):
     info = site / "toy_methods-1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: toy-methods\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[calmix.methods]\ntoy = tests.pruning.toy:Toy\n"
-        "gone = toy_methods_gone:Gone\n"
-        "other = tests.pruning.toy:Toy\nnone = json:dumps\nsilent = toy_silent:Toy\n"
-    )
+    points = ("toy = tests.pruning.toy:Toy", "gone = toy_methods_gone:Gone", "none = json:dumps")
+    points += ("other = tests.pruning.toy:Toy", "silent = toy_silent:Toy")
+    (info / "entry_points.txt").write_text("\n".join(["[calmix.methods]", *points]))
     (site / "toy_silent.py").write_text("raise RuntimeError\n")
     monkeypatch.syspath_prepend(str(site))
 
 
+def made(base=Toy, **parts):
+    return type("Made", (base,), {"__module__": __name__} | parts)
+
+
 def test_method_class_with_own_statistic():
-    model = tiny_model("llama")
+    """Which no option replaces."""
+    own, model = (
+        made(Saliency, name="own", statistic=Absolute, score=Toy.solve),
+        tiny_model("llama"),
+    )
+    for method in (own(refit=2), own(bits=4)):
+        says = "method own has a statistic of its own"
+        refused(says, api.prune, model, tiny_ids(), method=method, pattern=0.5)
     api.prune(model, tiny_ids(), method=Toy(), pattern=0.5, strength=2, statistics="plain")
     # The first input's sum, by hand: embeddings through the first norm.
     dense = tiny_model("llama").model
@@ -53,7 +60,7 @@ def test_method_from_entry_point(shipped, calmix, tiny_folder, text_file, tmp_pa
     calmix(*common, "--sparsity", 0.5, "--method", "toy,strength=3", "-o", tmp_path / "out").ok()
     told = pruning_of(tmp_path / "out")
     assert (told["method"], told["options"]) == ("toy", {"strength": 3})
-    opened = open_model(str(tiny_folder))
+    opened = api.open_model(str(tiny_folder))
     ids = api.calibration_set(str(text_file), opened, rows=6, length=32, leakage="off").ids
     report = api.prune(opened.model, ids, method="toy", pattern=0.5, strength=3)
     assert report.sparsity == pytest.approx(0.5, abs=1e-3)
@@ -66,41 +73,30 @@ def test_method_from_entry_point(shipped, calmix, tiny_folder, text_file, tmp_pa
 
 def test_plugin_method_in_a_study(shipped, tiny_study, tmp_path):  # noqa: F811
     before = 'methods: {sparsegpt: [0.6], wanda: ["2:4"]}'
-    study = tiny_study((before, "methods:\n  toy,strength=2: 0.6"))
-    assert run(study, tmp_path / "store", only=["code*toy*"]).errors == {}
-    done = read_results(tmp_path / "store").trials
-    assert {trial.method for trial in done} == {"toy,strength=2"}
+    study, store = tiny_study((before, "methods:\n  toy,strength=2: 0.6")), tmp_path / "store"
+    assert run(study, store, only=["code*toy*"]).errors == {}
+    assert {trial.method for trial in read_results(store).trials} == {"toy,strength=2"}
     assert method_name("toy,strength=2") == "Toy,strength=2"
 
 
-@pytest.mark.parametrize(
-    ("method", "says"),
-    [
-        ("tox", r"unknown method 'tox': did you mean toy\?"),
-        ("gone", r"the method 'gone' .* cannot be loaded: ModuleNotFoundError"),
-        ("other", "tests.pruning.toy:Toy is not a method named 'other'"),
-        ("none", "json:dumps is not a method named 'none'"),
-        ("silent", r"'silent' \(toy_silent:Toy\) cannot be loaded: RuntimeError: $"),
-        ("pytest", "unknown method 'pytest'"),  # another group's entry point
-        ("toy,strength", r"^method 'toy,strength': 'strength' is not of the form option=value"),
-        ("toy,strength=1,strength=2", "gives strength twice"),
-        ("toy,strength=many", "method toy: strength many: must be a valid integer"),
-        ("toy,strength=10", "method toy: strength 10: must be less than or equal to 9"),
-        ("toy,strenth=1", "strenth has no effect with method toy: did you mean strength"),
-        ("wanda,damping=1", "damping has no effect with method wanda: known: bits, group, refit"),
-        ("sparsegpt,damping=nan", "damping nan: must be"),
-    ],
+@cases(
+    "method says",
+    ("tox", r"unknown method 'tox': did you mean toy\?"),
+    ("gone", r"the method 'gone' .* cannot be loaded: ModuleNotFoundError"),
+    ("other", "tests.pruning.toy:Toy is not a method named 'other'"),
+    ("none", "json:dumps is not a method named 'none'"),
+    ("silent", r"'silent' \(toy_silent:Toy\) cannot be loaded: RuntimeError: $"),
+    ("pytest", "unknown method 'pytest'"),  # another group's entry point
+    ("toy,strength", r"^method 'toy,strength': 'strength' is not of the form option=value"),
+    ("toy,strength=1,strength=2", "gives strength twice"),
+    ("toy,strength=many", "method toy: strength many: must be a valid integer"),
+    ("toy,strength=10", "method toy: strength 10: must be less than or equal to 9"),
+    ("toy,strenth=1", "strenth has no effect with method toy: did you mean strength"),
+    ("wanda,damping=1", "damping has no effect with method wanda: known: bits, group, refit"),
+    ("sparsegpt,damping=nan", "damping nan: must be"),
 )
 def test_plugin_errors_are_one_line(shipped, method, says):
-    with pytest.raises(InputError, match=says):
-        get_method(method)
-
-
-@pytest.mark.parametrize("options", [{"refit": 2}, {"bits": 4}])
-def test_own_statistic_is_not_replaced(options):
-    method = made(Saliency, name="own", statistic=Absolute, score=Toy.solve)(**options)
-    with pytest.raises(InputError, match="method own has a statistic of its own"):
-        api.prune(tiny_model("llama"), tiny_ids(), method=method, pattern=0.5)
+    refused(says, get_method, method)
 
 
 def test_options_of_a_method_class():
@@ -108,31 +104,22 @@ def test_options_of_a_method_class():
     assert get_method(toy) is toy
     assert get_method(toy, strength=2) == Toy(strength=2)
     says = r"^refit is given twice, once in the method 'ria,refit=1'$"
-    with pytest.raises(InputError, match=says):
-        get_method("ria,refit=1", refit=2)
-    wanda = get_method("wanda , refit = 2")
-    assert wanda.changed == {"refit": 2}
+    refused(says, get_method, "ria,refit=1", refit=2)
+    assert get_method("wanda , refit = 2").changed == {"refit": 2}
     again = get_method(get_method("sparsegpt,damping=0.5"), refit=3)
     assert again.changed == {"damping": 0.5, "refit": 3}
 
 
-def made(base=Toy, **parts):
-    return type("Made", (base,), {"__module__": __name__} | parts)
-
-
-@pytest.mark.parametrize(
-    ("kind", "says"),
-    [
-        (lambda: made(Method, statistic=None, solve=Toy.solve), "has no name"),
-        (lambda: made(Method, name="blind", solve=Toy.solve), "has no statistic"),
-        (lambda: made(Method, name="unsolved", statistic=None), "has no solve"),
-        (lambda: made(name="wanda"), r"'wanda' is taken by calmix.pruning.methods.wanda.Wanda"),
-        (lambda: made(name="a", __annotations__={"rows": int}, rows=1), "rows, which is reserved"),
-        (lambda: made(name="a,b"), "a method name takes lowercase letters"),
-        (lambda: 3, "3 is not a subclass of"),
-    ],
+@cases(
+    "kind says",
+    (lambda: made(Method, statistic=None, solve=Toy.solve), "has no name"),
+    (lambda: made(Method, name="blind", solve=Toy.solve), "has no statistic"),
+    (lambda: made(Method, name="unsolved", statistic=None), "has no solve"),
+    (lambda: made(name="wanda"), r"'wanda' is taken by calmix.pruning.methods.wanda.Wanda"),
+    (lambda: made(name="a", __annotations__={"rows": int}, rows=1), "rows, which is reserved"),
+    (lambda: made(name="a,b"), "a method name takes lowercase letters"),
+    (lambda: 3, "3 is not a subclass of"),
 )
 def test_invalid_method_classes(kind, says):
-    with pytest.raises(InputError, match=says):
-        register(kind())
+    refused(says, register, kind())
     assert "wanda" in methods()

@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from calmix import precision
+from calmix import SemiStructured, Unstructured, precision
 from calmix.pruning.methods.admm import _bound
 from calmix.pruning.methods.base import sampled
-from calmix.pruning.patterns import SemiStructured, Unstructured
 from calmix.pruning.solvers.refit import refit, refit_layer, scale
 from tests.pruning.test_methods import as_tensors, mask_of, output_error, problem, solved
 
@@ -23,17 +22,7 @@ def admm(weight, gram, pattern, **options):
 
 def share(weight, pruned, gram):
     """The error the solvers report, in float64 from the definition."""
-    w, p = weight.double().numpy(), pruned.double().numpy()
-    return output_error(w, p, gram) / output_error(w, 0 * w, gram)
-
-
-def least_squares(weight, kept, gram):
-    """Every row's kept weights from its own normal equations: minimum of the output error."""
-    best = np.zeros_like(weight)
-    for row, mask in enumerate(kept):
-        inner = gram[np.ix_(mask, mask)]
-        best[row, mask] = np.linalg.solve(inner, gram[mask] @ weight[row])
-    return best
+    return output_error(weight, pruned, gram) / output_error(weight, 0 * weight, gram)
 
 
 def assert_pattern(pruned, pattern):
@@ -45,29 +34,33 @@ def assert_pattern(pruned, pattern):
 
 
 def test_refit_reaches_least_squares():
+    """The minimum of the output error: every row's kept weights from its own normal equations."""
     weight, gram = problem(tokens=4000)
     kept = np.random.default_rng(0).random(weight.shape) < 0.5
-    best = least_squares(weight, kept, gram)
+    best = np.zeros_like(weight)
+    for row, mask in enumerate(kept):
+        best[row, mask] = np.linalg.solve(gram[np.ix_(mask, mask)], gram[mask] @ weight[row])
     w, h = as_tensors(weight, gram)
     start = w * torch.tensor(kept)
     refitted = refit_layer(w, start, scale(h), steps=200, damping=0.0)
     assert ((refitted != 0).numpy() == kept).all()
-    floor, before = output_error(weight, best, gram), output_error(weight, start.numpy(), gram)
-    assert floor < 0.5 * before
-    assert output_error(weight, refitted.numpy(), gram) == pytest.approx(floor, rel=1e-3)
+    floor = output_error(weight, best, gram)
+    assert floor < 0.5 * output_error(weight, start, gram)
+    assert output_error(weight, refitted, gram) == pytest.approx(floor, rel=1e-3)
     # What cannot be better is returned as it was: so much damping leads away.
     half = torch.tensor(best).bfloat16()
     assert torch.equal(refit_layer(w.bfloat16(), half, scale(h), steps=1, damping=10.0), half)
     assert torch.equal(refit([w], [start], h, steps=0)[0], start)
 
 
-def shaped(kind, tokens, columns, generator):
-    """Inputs of shapes that layers of real models have."""
-    x = torch.randn(tokens, columns, generator=generator)
+def shaped(kind, rows, columns, seed):
+    """Random weights, and the Gram matrix of inputs of shapes that layers of real models have."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(600, columns, generator=generator)
     if kind == "mean":  # little varies around a mean that all tokens share
-        return 0.2 * x + torch.randn(columns, generator=generator)
+        x = 0.2 * x + torch.randn(columns, generator=generator)
     if kind == "outliers":  # one token, and one input, far larger than the rest
-        x += 0.3 * torch.randn(tokens, 1, generator=generator)
+        x += 0.3 * torch.randn(600, 1, generator=generator)
         x[0] *= 300
         x[:, 3] *= 50
     if kind == "units":
@@ -77,7 +70,7 @@ def shaped(kind, tokens, columns, generator):
         x = x / torch.arange(1, columns + 1) @ turned
     if kind == "gated":  # most are zero
         x = torch.relu(x - 1.5)
-    return x
+    return torch.randn(rows, columns, generator=generator), x.T @ x
 
 
 @pytest.fixture(params=[False, True], ids=["exact", "rounded"])
@@ -90,36 +83,29 @@ def rounded(request, monkeypatch):
 @pytest.mark.parametrize("near", [False, True])  # a Gram matrix that came rounded, and is none
 @pytest.mark.parametrize("kind", ["even", "mean", "outliers", "spectrum"])
 def test_refit_improves_monotonically(kind, near, rounded):
-    generator = torch.Generator().manual_seed(2)
-    x = shaped(kind, 600, 96, generator)
-    gram, w = x.T @ x, torch.randn(48, 96, generator=generator)
+    w, gram = shaped(kind, 48, 96, seed=2)
     start = solved("wanda", [w], gram, [Unstructured(0.6)]).weights[0]
-    exact = gram.double().numpy()
-    errors = [share(w, start, exact)]
+    errors = [share(w, start, gram)]
     for steps in (1, 4, 8, 12, 20, 40, 80):
         (made,) = refit([w], [start], gram.bfloat16().float() if near else gram, steps=steps)
         assert torch.equal(made == 0, start == 0)
-        errors.append(share(w, made, exact))
+        errors.append(share(w, made, gram))
     # What is lost is measured on the exact one, of which a rounded one does not tell all.
     assert all(b <= a * (1.01 if near else 1 + 1e-4) for a, b in pairwise(errors)), errors
     assert errors[-1] < 0.6 * errors[0] or kind == "even"
 
 
 def textbook_admm(weight, gram, pattern, iterations, rho=1.0, damping=0.001):
-    """Boza's three updates with an explicit inverse, and a projection sorted in full.
-
-    Inputs are scaled by what a ridge regression on the others leaves of each.
-    """
-    n = np.sqrt(np.diag(gram))
+    """Boza's three updates with an explicit inverse, and a projection sorted in full; inputs are
+    scaled by what a ridge regression on the others leaves of each."""
+    n, left = np.sqrt(np.diag(gram)), []
     unit = gram / np.outer(n, n)
-    left = []
     for j in range(len(n)):
         others = np.delete(np.arange(len(n)), j)
         inner = unit[np.ix_(others, others)] + 0.6 * np.eye(len(others))
         left.append(1 - unit[j, others] @ np.linalg.solve(inner, unit[others, j]))
     n = n * np.sqrt(left)
-    h = gram / np.outer(n, n) + damping * np.eye(len(n))
-    w0 = weight * n
+    h, w0 = gram / np.outer(n, n) + damping * np.eye(len(n)), weight * n
     inverse = np.linalg.inv(h + rho * np.eye(len(n)))
     x, u = w0.copy(), np.zeros_like(w0)
 
@@ -151,16 +137,11 @@ def test_admm_matches_textbook_updates(pattern):
 def test_admm_is_at_least_as_good_as_sparsegpt(kind, rounded):
     sparsities = (Unstructured(0.2), Unstructured(0.9), SemiStructured(2, 4))
     for rows, columns, patterns in ((96, 64, sparsities), (16, 160, PATTERNS[::2])):
-        generator = torch.Generator().manual_seed(rows)
-        x = shaped(kind, 600, columns, generator)
-        gram, w = x.T @ x, torch.randn(rows, columns, generator=generator)
+        w, gram = shaped(kind, rows, columns, seed=rows)
         for pattern in patterns:
-            ours, other = (
-                solved(name, [w], gram, [pattern]).weights[0] for name in ("admm", "sparsegpt")
-            )
+            ours, other = admm(w, gram, pattern), solved("sparsegpt", [w], gram, [pattern])
             assert_pattern(ours, pattern)
-            exact = gram.double().numpy()
-            assert share(w, ours, exact) < share(w, other, exact), (columns, pattern)
+            assert share(w, ours, gram) < share(w, other.weights[0], gram), (columns, pattern)
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -185,18 +166,16 @@ def test_sampled_bound():
     assert (len(some), len(set((some % 8).tolist()))) == (13, 8)
 
 
-def test_dead_inputs_keep_their_weights():
-    weight, gram = problem(rows=8, columns=20)
-    gram[4:8] = gram[:, 4:8] = 0  # a whole group: some of it must be kept
-    w, h = as_tensors(weight, gram)
-    made = admm(w, h, SemiStructured(2, 4))
-    assert_pattern(made, SemiStructured(2, 4))
-    kept = made[:, 4:8]
-    assert torch.equal(kept[kept != 0], w[:, 4:8][kept != 0])
-
-
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 def test_degenerate_layers(pattern):
+    """Dead inputs keep the weights that a group must keep; and few tokens, outputs or none."""
+    weight, gram = problem(rows=8, columns=24)
+    gram[8:16] = gram[:, 8:16] = 0
+    w, h = as_tensors(weight, gram)
+    made = admm(w, h, pattern)
+    assert_pattern(made, pattern)
+    kept = made[:, 8:16] != 0
+    assert torch.equal(made[:, 8:16][kept], w[:, 8:16][kept])
     one_token = np.outer(np.arange(1.0, 17), np.arange(1.0, 17))  # rank one
     for rows, gram in ((1, np.eye(16)), (6, one_token), (1, one_token)):
         w, h = torch.ones(rows, 16), torch.tensor(gram, dtype=torch.float32)

@@ -9,38 +9,26 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from calmix import memory
-from calmix.calibration.dataset import CalibrationSet
-from calmix.errors import InputError, ModelError, SolverError
+from calmix import CalibrationSet, Unstructured, memory, open_model, prune
+from calmix.errors import ModelError, SolverError
 from calmix.memory import Plan, out_of_memory, token_bytes
 from calmix.models.blocks import find_blocks, outer_layers
-from calmix.models.opening import open_model
 from calmix.models.shards import weight_bytes
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.allocation import LossPass
 from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
-from calmix.pruning.engine import Run, prune, run_through
+from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
 from calmix.pruning.held_out import HeldOut
 from calmix.pruning.methods import get_method
-from calmix.pruning.patterns import Unstructured
 from calmix.pruning.requests import prune_request
 from calmix.pruning.solvers.grids import read_blocks, read_grids
 from calmix.pruning.work import WorkFolder, read_record
 from tests.forks import stopped
 from tests.pruning.stopper import arm
-from tests.pruning.toy import SMALL, pruning_of
-from tests.tiny import (
-    ARCHITECTURES,
-    MIXTURES,
-    hashes,
-    load_weights,
-    quick,
-    save_tiny_model,
-    tiny_ids,
-    tiny_model,
-)
+from tests.pruning.toy import EVERY, SMALL, cases, pruning_of, refused
+from tests.tiny import MIXTURES, hashes, load_weights, quick, save_tiny_model, tiny_ids, tiny_model
 
 HALF = Unstructured(0.5)
 IDS = tiny_ids(16, 64)  # of a row held out, just enough tokens judge a layer
@@ -50,9 +38,16 @@ PLENTY = Plan(AT_ONCE, None, True, 0, states=2**30)
 FEW = [Plan(AT_ONCE, 0, False, 0), Plan(AT_ONCE, 1, True, 0, states=2 * BATCH)]
 ONE = Plan(AT_ONCE, 1, True, 0, 1)  # expert at a time
 ROUNDED = "qwen2", "gemma4_text", "phi", "opt"  # embeddings too
+MADE = ["llama", "gemma4_text", "phi", "gpt2", "mixtral", "mixtral merged", "gpt_oss"]
+TOKENS = "model.embed_tokens.weight"
+SPARSEGPT, DROP = ("--sparsity", 0.5), ("--drop-experts", 0.25)
+MAGNITUDE = (*SPARSEGPT, "--method", "magnitude")
+EMBEDDED, MIXED = ("--bits", 4, "--embeddings", 5), ("--method", "ggml,bits=5.5")
+DENSE = ("--method", "llama", "--pattern", "Q4_0 blocks")
+SHORT = {"n_routed_experts": 8, "dtype": "bfloat16"}
 
 
-def robust_run(model, blocks, embeddings=None):
+def robust_run(model, blocks, embeddings):
     """Return a run that makes up for the errors of earlier layers."""
     run = Run(model, blocks, get_method("sparsegpt"), HALF)
     run.robust, run.embeddings = True, embeddings
@@ -64,6 +59,12 @@ def in_memory(folder, embeddings=None, **opening):
     model = open_model(str(folder), **opening).model
     run_through(robust_run(model, find_blocks(model), embeddings), IDS, AT_ONCE)
     return model
+
+
+def stored_as(folder, tensors):
+    """Replace the weights of a model folder, and return the folder."""
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
 
 
 def streamed_prune(folder, output, plan=PLENTY, embeddings=None, **opening):
@@ -93,78 +94,61 @@ def check_same(tensors, expected):
         assert torch.equal(tensors[name], tensor), name
 
 
-def with_merged_experts(stored, folder):
+def with_merged_experts(folder):
     """As tools write them that do not take experts apart again."""
     merged = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     return {name: value.clone() for name, value in merged.items() if name != "lm_head.weight"}
 
 
-def with_bare_names(stored, folder):
+def with_bare_names(folder):
     """As of a decoder alone, whose layers scale what they return by a buffer of the checkpoint."""
-    for name in stored:
-        if name.endswith("layer_scalar"):
-            stored[name].fill_(0.25)
-    return {name.removeprefix("model."): value for name, value in stored.items()}
+    stored = {name.removeprefix("model."): value for name, value in load_weights(folder).items()}
+    return stored | {name: value * 0 + 0.25 for name, value in stored.items() if "scalar" in name}
 
 
 CHANGED = {"gemma4_text": with_bare_names, "mixtral merged": with_merged_experts}
 
 
-@pytest.mark.parametrize(
-    "case",
-    quick(
-        ["llama", "gemma4_text", "phi", "gpt2", "mixtral", "mixtral merged", "gpt_oss"],
-        [*ARCHITECTURES, *MIXTURES],
-    ),
-)
-def test_streamed_matches_in_memory(case, tmp_path):
-    """With embeddings rounded too, and in less memory: with states in files, replays, and experts
-    one at a time."""
+@pytest.mark.parametrize("case", quick(MADE, EVERY))
+def test_streamed_matches_in_memory(case, tmp_path, monkeypatch):
+    """Embeddings too, and in less memory: states in files, replays, and experts one at a time."""
     kind, embeddings = case.split()[0], 5 if case in ROUNDED else None
     folder = save_tiny_model(tmp_path / "model", kind)
     if case in CHANGED:
-        stored = CHANGED[case](load_weights(folder), folder)
-        save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    model = in_memory(folder, embeddings)
+        stored_as(folder, CHANGED[case](folder))
+    shares, share = [], HeldOut.share
+    with monkeypatch.context() as patched:
+        patched.setattr(HeldOut, "share", lambda *of: shares.append(share(*of)) or shares[-1])
+        model = in_memory(folder, embeddings)
+    if case == "llama":  # most targets follow the dense model: resuming must bring its states back
+        assert len(shares) == 8
+        assert sum(one > 0 for one in shares) > 3
     model.save_pretrained(tmp_path / "whole")
-    names = load_weights(folder).keys()
-    expected = {
-        name if name in names else name.removeprefix("model."): value
-        for name, value in load_weights(tmp_path / "whole").items()
-    }
+    names, whole = load_weights(folder).keys(), load_weights(tmp_path / "whole")
+    expected = {n if n in names else n.removeprefix("model."): whole[n] for n in whole}
     for plan in {"llama": [PLENTY, *FEW]}.get(case, [ONE if case in MIXTURES else PLENTY]):
         tensors = streamed_prune(folder, tmp_path / "out", plan, embeddings)
         assert tensors.keys() == expected.keys() == names
         check_same(tensors, expected)
     if case in MIXTURES:
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-        loaded = AutoModelForCausalLM.from_pretrained(folder)
-        with torch.no_grad():
-            assert torch.equal(loaded(tiny_ids(2)).logits, model(tiny_ids(2)).logits)
-
-
-def test_targets_follow_the_dense_model(tmp_path, monkeypatch):
-    """In most layers of the model above, so that resuming has to bring its states back."""
-    shares, share = [], HeldOut.share
-
-    def seen(self, *pairs):
-        shares.append(share(self, *pairs))
-        return shares[-1]
-
-    monkeypatch.setattr(HeldOut, "share", seen)
-    in_memory(save_tiny_model(tmp_path / "model"))
-    assert len(shares) == 8
-    assert sum(one > 0 for one in shares) > 3
+        loaded = AutoModelForCausalLM.from_pretrained(stored_as(folder, tensors))
+        assert torch.equal(logits(loaded), logits(model))
 
 
 @pytest.mark.parametrize("kind", quick(["mamba2"], ["gemma3n_text"]))
 def test_states_of_other_types_and_shapes(kind, tmp_path):
-    """In a bfloat16 model blocks may return float32, or several streams; memory counts that."""
+    """Of a bfloat16 model blocks may return float32, or several streams; one block is in memory."""
     folder = save_tiny_model(tmp_path / "model", kind)
     model = in_memory(folder, dtype="bfloat16")
     dry = StreamedModel(str(folder), dtype="bfloat16")
     wide = 4 if kind == "gemma3n_text" else 2
     assert token_bytes(dry.model, dry.blocks) == wide * 2 * 32
+    assert all(p.is_meta for p in dry.model.parameters())
+    dry.fetch(1)
+    real = {name for name, p in dry.model.named_parameters() if not p.is_meta}
+    assert real == set(dry.block_names(1))
+    assert {dry.names[name] for name in real} == set(dry.weights(1))
+    dry.drop(1)
     assert all(p.is_meta for p in dry.model.parameters())
     dry.close()
     plan = Plan(AT_ONCE, None, True, 0, states=3 * BATCH // 2)
@@ -183,23 +167,19 @@ def test_missing_buffers_are_computed(tmp_path):
     check_same(made, whole)
 
 
-@pytest.mark.parametrize(
-    ("kind", "lacks", "says"),
-    [
-        ("qwen3_moe", "model.layers.0.mlp.experts.3.up_proj.weight", "lack model.layers.0.mlp"),
-        ("gemma4_text", "model.layers.0.layer_scalar", r"layers\.0\.layer_scalar"),
-        ("zamba", None, r"share weights \(first model\.layers\.3\."),
-    ],
+@cases(
+    "kind lacks says",
+    ("qwen3_moe", "model.layers.0.mlp.experts.3.up_proj.weight", "lack model.layers.0.mlp"),
+    ("gemma4_text", "model.layers.0.layer_scalar", r"layers\.0\.layer_scalar"),
+    # Its second transformer is its first, though files may hold a copy for each.
+    ("zamba", None, r"share weights \(first model\.layers\.3\."),
 )
 def test_reasons_to_open_a_model_whole(tmp_path, kind, lacks, says):
-    """An expert or a buffer that the files lack; or blocks that share weights: Zamba's second
-    transformer is its first, though files may hold a copy for each."""
     folder = save_tiny_model(tmp_path / "model", kind)
-    stored = with_merged_experts({}, folder) if lacks is None else load_weights(folder)
+    stored = with_merged_experts(folder) if lacks is None else load_weights(folder)
     stored.pop(lacks, None)
-    save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=f"block by block, because .*{says}"):
-        StreamedModel(str(folder))
+    where = str(stored_as(folder, stored))
+    refused(f"block by block, because .*{says}", StreamedModel, where, error=ModelError)
 
 
 def test_checkpoints_of_models_in_memory(tiny_folder, tmp_path):
@@ -207,44 +187,17 @@ def test_checkpoints_of_models_in_memory(tiny_folder, tmp_path):
     opened, text = open_model(str(tiny_folder)), {"calibration": "stories", "sparsity": 0.5}
     report = prune(opened, method="magnitude", pattern=HALF)
     sets = [CalibrationSet(torch.full((2, 4), token), ("a", "a"), {}) for token in (1, 2)]
-    trials = [
-        (None, {"method": "magnitude", "sparsity": 0.5}),
-        (sets[0], text),
-        (sets[1], text),
-        (sets[0], text | {"damping": 0.1}),
-        (sets[0], text | {"method": "wanda"}),
-    ]
+    trials = [(None, {"method": "magnitude", "sparsity": 0.5}), (sets[1], text), (sets[0], text)]
+    trials += [(sets[0], text | {"damping": 0.1}), (sets[0], text | {"method": "wanda"})]
     requests = set()
     for number, (drawn, options) in enumerate(trials):
         out = tmp_path / str(number)
         write_checkpoint(opened, out, report, drawn, prune_request(**options))
         requests.add(json.loads((out / "calmix.json").read_text())["request_sha256"])
     assert len(requests) == len(trials)
-    before = hashes(tmp_path)
-    with pytest.raises(InputError, match="exists and is not empty"):
-        write_checkpoint(opened, out, report, drawn, prune_request(**options))
+    before, again = hashes(tmp_path), (opened, out, report, drawn, prune_request(**options))
+    refused("exists and is not empty", write_checkpoint, *again)
     assert hashes(tmp_path) == before
-
-
-def test_one_block_in_memory(tiny_folder):
-    streamed = StreamedModel(str(tiny_folder))
-    streamed.fetch(1)
-    real = {n for n, p in streamed.model.named_parameters() if not p.is_meta}
-    assert real == set(streamed.block_names(1))
-    assert {streamed.names[name] for name in real} == set(streamed.weights(1))
-    streamed.drop(1)
-    assert all(p.is_meta for p in streamed.model.parameters())
-    streamed.close()
-
-
-# Interruptions
-
-
-SPARSEGPT, DROP = ("--sparsity", 0.5), ("--drop-experts", 0.25)
-MAGNITUDE = (*SPARSEGPT, "--method", "magnitude")
-EMBEDDED, MIXED = ("--bits", 4, "--embeddings", 5), ("--method", "ggml,bits=5.5")
-DENSE = ("--method", "llama", "--pattern", "Q4_0 blocks")
-SHORT = {"n_routed_experts": 8, "dtype": "bfloat16"}
 
 
 def command_of(model, text, *asked):
@@ -253,31 +206,26 @@ def command_of(model, text, *asked):
     return ("prune", model, *data, *asked, "-o")
 
 
-@pytest.mark.parametrize(
-    ("kind", "settings", "asked", "moments"),
-    [
-        ("gemma4_text", {}, SPARSEGPT, "counted:1 renamed:0"),
-        ("llama", {}, MAGNITUDE, "claimed:0 written:1"),
-        ("llama", {}, DENSE, "counted:0"),
-        ("llama", {}, MIXED, "counted:0"),
-        ("llama", {}, EMBEDDED, "solved:1 outside:0"),
-        ("mixtral", {}, DROP, "scored:0"),
-        ("deepseek_v3", SHORT, (*SPARSEGPT, *DROP), "scored:0 counted:0"),
-    ],
-    ids=["sparsegpt", "magnitude", "dense inputs", "mixed", "embeddings", "drop", "both"],
+@cases(
+    "kind settings asked moments",
+    ("gemma4_text", {}, SPARSEGPT, "counted:1 renamed:0"),
+    ("llama", {}, MAGNITUDE, "claimed:0 written:1"),
+    ("llama", {}, DENSE, "counted:0"),
+    ("llama", {}, MIXED, "counted:0"),
+    ("llama", {}, EMBEDDED, "solved:1 outside:0"),
+    ("mixtral", {}, DROP, "scored:0"),
+    ("deepseek_v3", SHORT, (*SPARSEGPT, *DROP), "scored:0 counted:0"),
 )
 def test_killed_prune_resumes_to_the_same_bytes(
     calmix, text_file, tmp_path, monkeypatch, slow_half, kind, settings, asked, moments
 ):
-    """Killed again in each resumed run. The last two blocks of Gemma 4 read what the first two have
-    written; models in half precision are computed in float32 and rounded; biases of routers are
-    not read if scores are known."""
+    """Killed again in each resumed run. Gemma 4's last blocks read what the first have written."""
     if {*asked} & {*MIXED, *DENSE}:
         pytest.importorskip("libggml")
     model = save_tiny_model(tmp_path / "model", kind, **settings)
     stored = load_weights(model)
     biases = {n: torch.linspace(0, 1, 8) for n in stored if n.endswith("correction_bias")}
-    save_file(stored | biases, model / "model.safetensors", {"format": "pt"})
+    stored_as(model, stored | biases)
     command, whole, cut = command_of(model, text_file, *asked), tmp_path / "whole", tmp_path / "cut"
     with monkeypatch.context() as patched:  # as with a small budget, which must not change sums
         patched.setattr(memory, "tokens_at_once", lambda device: 64)
@@ -292,15 +240,10 @@ def test_killed_prune_resumes_to_the_same_bytes(
         versions = record["request"]["versions"]
         assert versions.keys() == {"calmix", "torch", "transformers", "tokenizers"}
     if asked == EMBEDDED:
-        less = calmix(*command, cut, "--resume", "--max-memory", "100MiB")
-        assert "cannot hold one block" in less.line
+        less = (*command, cut, "--resume", "--max-memory", "100MiB")
+        assert "cannot hold one block" in calmix(*less).line
     solved, block = [], Run.block
-
-    def counted(run, index):
-        solved.append(index)
-        block(run, index)
-
-    monkeypatch.setattr(Run, "block", counted)
+    monkeypatch.setattr(Run, "block", lambda run, at: solved.append(at) or block(run, at))
     for look in (LossPass, ScorePass):  # what was seen is kept
         monkeypatch.setattr(look, "block", None)
     ended = calmix(*command, cut, "--resume").ok()
@@ -324,23 +267,18 @@ def test_other_files_are_copied_and_checked_on_resume(calmix, tmp_path):
     model, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
     tokenizer = model / "tokenizer.json"  # not as transformers would write it
     tokenizer.write_text(json.dumps(json.loads(tokenizer.read_bytes()), indent=7))
-    (model / "additional_chat_templates").mkdir()
-    others = (
-        "tokenizer.model",
-        "LICENSE",
-        "modeling_own.py",
-        "chat_template.jinja",
-        "additional_chat_templates/tools.jinja",
-    )
-    for name in others:
-        (model / name).write_text("{{ messages }}")
+    others = [model / name for name in ("tokenizer.model", "LICENSE", "modeling_own.py")]
+    others += [model / "additional_chat_templates/tools.jinja", model / "chat_template.jinja"]
+    others[3].parent.mkdir()
+    for file in others:
+        file.write_text("{{ messages }}")
     command = "prune", model, *MAGNITUDE, "-o", out
     calmix(*command).ok()
-    for name in ("tokenizer.json", *others):
-        assert (out / name).read_bytes() == (model / name).read_bytes(), name
-    (model / "chat_template.jinja").write_text("{{ messages[0] }}")
+    for file in (tokenizer, *others):
+        assert (out / file.relative_to(model)).read_bytes() == file.read_bytes(), file
+    others[-1].write_text("{{ messages[0] }}")
     assert "is not empty" in calmix(*command, "--resume").line
-    (model / "chat_template.jinja").write_text("{{ messages }}")
+    others[-1].write_text("{{ messages }}")
     next(out.glob("*.safetensors")).unlink()
     assert "is not empty" in calmix(*command, "--resume").line
 
@@ -356,7 +294,7 @@ def test_model_changed_during_pruning_is_refused(calmix, text_file, tmp_path, mo
     def changing(self, index):
         block(self, index)
         if index:
-            save_file(changed, file, {"format": "pt"})
+            stored_as(model, changed)
 
     with monkeypatch.context() as patched:
         patched.setattr(Run, "block", changing)
@@ -374,10 +312,8 @@ def test_model_changed_during_pruning_is_refused(calmix, text_file, tmp_path, mo
 
 def test_out_of_memory_keeps_finished_work(calmix, tiny_folder, text_file, tmp_path, monkeypatch):
     """Told by a CUDA device, and by others as torch says it there."""
-    assert all(
-        out_of_memory(RuntimeError(f"{said}."))
-        for said in ("MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
+    for said in ("MPS backend out of memory", "CUBLAS_STATUS_ALLOC_FAILED"):
+        assert out_of_memory(RuntimeError(f"{said}."))
     add, seen = Gram.add, []
 
     def short(self, inputs):
@@ -399,23 +335,18 @@ def test_out_of_memory_keeps_finished_work(calmix, tiny_folder, text_file, tmp_p
     assert "1 blocks done: resume it with --resume" in calmix(*command).line
 
 
-# Half precision: computed in float32 where the CPU is slow with it, and stored as it was
-
-
 @pytest.fixture
 def slow_half(monkeypatch):
+    """Half precision is computed in float32 where the CPU is slow with it, and stored as it was."""
     monkeypatch.setattr("calmix.precision.capabilities", dict)
 
 
-def logits(opened):
+def logits(model):
     with torch.no_grad():
-        return opened.model(tiny_ids(2)).logits
+        return model(tiny_ids(2)).logits
 
 
-@pytest.mark.parametrize(
-    ("half", "way"),
-    [("float16", ("--sparsity", 0.5)), ("bfloat16", ("--bits", 4, "--embeddings", 5))],
-)
+@cases("half way", ("float16", SPARSEGPT), ("bfloat16", EMBEDDED))
 def test_half_model_is_stored_in_its_own_type(calmix, text_file, tmp_path, slow_half, half, way):
     """Pruned and recovered, or rounded with levels that its weights still have."""
     model, out = save_tiny_model(tmp_path / "model", dtype=half), tmp_path / "out"
@@ -458,15 +389,10 @@ def test_pruning_in_memory_matches_the_stored_model(tmp_path, slow_half, kind):
     assert {value.dtype for value in stored.values()} == {torch.float16}
     again = open_model(str(tmp_path / "out"))
     assert again.stored_dtype == torch.float16
-    assert torch.equal(logits(again), logits(opened))
+    assert torch.equal(logits(again.model), logits(opened.model))
 
 
-# Embeddings and output head
-
-TOKENS = "model.embed_tokens.weight"
-
-
-@pytest.mark.parametrize("kind", quick(("llama", "opt"), (*ARCHITECTURES, *MIXTURES)))
+@pytest.mark.parametrize("kind", quick(("llama", "opt"), EVERY))
 def test_embeddings_and_head_are_rounded(kind):
     dense, model = tiny_model(kind), tiny_model(kind)
     prune(dense, tiny_ids(), bits=4)
@@ -478,7 +404,8 @@ def test_embeddings_and_head_are_rounded(kind):
     assert wide == {id(model.get_parameter(name)) for name in changed}
     for one in report.outer:
         assert one.bits == pytest.approx(4, abs=0.7)  # 2 bytes a row or column weigh
-        grid, value = report.grids[f"{one.name}.weight"], model.get_parameter(f"{one.name}.weight")
+        name = f"{one.name}.weight"
+        grid, value = report.grids[name], model.get_parameter(name)
         assert torch.equal(grid.values(grid.levels(value)).to(value.dtype), value)
 
 
@@ -488,8 +415,7 @@ def test_stored_head_is_rounded(tmp_path, alike):
     folder = save_tiny_model(tmp_path / "model", "llama", tie_word_embeddings=True)
     weights, head = load_weights(folder), "lm_head.weight"
     weights[head] = (weights[TOKENS] if alike else weights[TOKENS].flip(0)).clone()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    source = StreamedModel(str(folder))
+    source = StreamedModel(str(stored_as(folder, weights)))
     assert len(outer_layers(source.model)) == 1 or not alike
     source.close()
     model, tensors = in_memory(folder, 5), streamed_prune(folder, tmp_path / "out", embeddings=5)
@@ -498,9 +424,7 @@ def test_stored_head_is_rounded(tmp_path, alike):
         assert 0 < (tensors[name] - weights[name]).norm() < 0.2 * weights[name].norm()
 
 
-@pytest.mark.parametrize(
-    ("kind", "how"), [("llama", {"tie_word_embeddings": False}), ("bert", {"is_decoder": True})]
-)
+@cases("kind how", ("llama", {"tie_word_embeddings": False}), ("bert", {"is_decoder": True}))
 def test_head_is_solved_on_its_inputs(kind, how):
     """Than if its weights were just rounded; in BERT that is not what the decoder returns."""
     ids, apart = tiny_ids(), []
@@ -521,14 +445,13 @@ def test_head_is_solved_on_its_inputs(kind, how):
 def test_unroundable_embeddings_are_refused_first():
     model = tiny_model("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(InputError, match="9 bits"):
-        prune(model, tiny_ids(), bits=4, embeddings=9)
-    with pytest.raises(ModelError, match="LlamaModel has no output head"):
-        prune(model.model, tiny_ids(), bits=4, embeddings=4)
+    refused("9 bits", prune, model, tiny_ids(), bits=4, embeddings=9)
+    how = {"bits": 4, "embeddings": 4, "error": ModelError}
+    refused("LlamaModel has no output head", prune, model.model, tiny_ids(), **how)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     model.lm_head.weight.data[0, 0] = torch.inf
-    with pytest.raises(SolverError, match="its weights or inputs are not finite"):
-        prune(model, pattern=0.5, method="magnitude", embeddings=4)
+    how = {"method": "magnitude", "embeddings": 4, "error": SolverError}
+    refused("its weights or inputs are not finite", prune, model, pattern=0.5, **how)
 
 
 def test_recover_and_pack_two_bits(calmix, text_file, tmp_path):
@@ -537,7 +460,7 @@ def test_recover_and_pack_two_bits(calmix, text_file, tmp_path):
     weights, rng = load_weights(folder), torch.Generator().manual_seed(0)
     low = torch.randn(32, 12, generator=rng) @ torch.randn(12, 64, generator=rng)
     weights["model.layers.1.mlp.down_proj.weight"] = low
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    stored_as(folder, weights)
     data = ("--calibration", text_file, "--length", 32, "--leakage", "off", "--rows", 16)
     two, packed = tmp_path / "two", tmp_path / "pack"
     calmix("prune", folder, *data, "--bits", 4, "--embeddings", 2, "-o", two).ok()

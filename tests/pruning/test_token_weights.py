@@ -5,21 +5,22 @@ from contextlib import contextmanager
 import pytest
 import torch
 
+from calmix import prune
 from calmix.models.blocks import find_blocks, outer_layers
 from calmix.models.streaming import StreamedModel
 from calmix.pruning import token_weights as module
 from calmix.pruning.checkpoint import prune_checkpoint
-from calmix.pruning.engine import costs_in_memory, prune
+from calmix.pruning.engine import costs_in_memory
 from calmix.pruning.requests import prune_request
 from calmix.pruning.token_weights import token_weights, weighting
+from tests.pruning.test_engine import given_to
 from tests.tiny import save_tiny_model, tiny_ids, tiny_model, tiny_text
 
 CPU = torch.device("cpu")
 
 
-def costs_of(model, ids, **options):
-    options = {"rows_at_once": 2, **options}
-    return token_weights(model, find_blocks(model), ids, device=CPU, **options)
+def costs_of(model, ids):
+    return token_weights(model, find_blocks(model), ids, device=CPU, rows_at_once=2)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "gpt2", "mixtral"])
@@ -34,24 +35,19 @@ def test_costs_are_squared_gradients_of_the_whole_model(kind, monkeypatch):
     monkeypatch.setattr(module, "_drawn_slopes", slopes)
     costs = costs_of(model, ids)
     blocks, outputs = find_blocks(model), {}
-    layers = [layer for layer in blocks.layers if layer.expert is None]
-    for layer in layers:
-        layer.module.register_forward_hook(
-            lambda _, args, output, name=layer.name: outputs.update({name: output})
-        )
+    layers = {layer.name: layer.module for layer in blocks.layers if layer.expert is None}
+    for name, layer in layers.items():
+        layer.register_forward_hook(lambda *of, name=name: outputs.update({name: of[-1]}))
     for row in range(3):
         embedded = model.get_input_embeddings()(ids[row : row + 1]).detach().requires_grad_()
         logits = model(inputs_embeds=embedded, use_cache=False).logits
-        loss = sum(
-            (part * slopes(part.detach(), None)[0]).sum()
-            for part in logits[0].split(module.LOGIT_POSITIONS)
-        )
+        parts = logits[0].split(module.LOGIT_POSITIONS)
+        loss = sum((part * slopes(part.detach(), None)[0]).sum() for part in parts)
         gradients = torch.autograd.grad(loss, list(outputs.values()))
         for name, gradient in zip(outputs, gradients, strict=True):
             expected = gradient.float().square().mean(-1).flatten()
             assert torch.allclose(costs[name][row], expected, rtol=1e-3, atol=1e-9), name
-    head = next(iter(outer_layers(model)))
-    assert costs.keys() >= {head, *(layer.name for layer in layers)}
+    assert costs.keys() >= {next(iter(outer_layers(model))), *layers}
     assert not any("experts" in name for name in costs)
 
 
@@ -71,20 +67,14 @@ def test_costs_depend_neither_on_groups_nor_on_what_is_in_memory(tmp_path, monke
 
     @contextmanager
     def loaded(index):
-        fetch, drop = (
-            (lambda: source.fetch_outside(head=True), source.drop_outside)
-            if index is None
-            else (lambda: source.fetch(index), lambda: source.drop(index))
-        )
-        fetch()
+        source.fetch_outside(head=True) if index is None else source.fetch(index)
         yield
-        drop()
+        source.drop_outside() if index is None else source.drop(index)
 
     whole = costs_of(tiny_model("llama", tie_word_embeddings=True), ids)
     monkeypatch.setattr(module, "STORED", 1)
-    streamed = token_weights(
-        source.model, source.blocks, ids, device=CPU, rows_at_once=1, loaded=loaded
-    )
+    how = {"device": CPU, "rows_at_once": 1, "loaded": loaded}
+    streamed = token_weights(source.model, source.blocks, ids, **how)
     assert all(weight.is_meta for weight in source.model.parameters())
     source.close()
     assert streamed.keys() == whole.keys()
@@ -107,18 +97,11 @@ def test_costs_predict_the_distance():
     for seed in range(6):
         model, ids = tiny_model("llama", seed=seed), tiny_ids()
         blocks = find_blocks(model)
-        costs, inputs = costs_in_memory(model, blocks, ids), {}
+        costs = costs_in_memory(model, blocks, ids)
         before = {layer.name: layer.view().clone() for layer in blocks.layers}
-        hooks = [
-            layer.module.register_forward_pre_hook(
-                lambda _, args, name=layer.name, inputs=inputs: inputs.update({name: args[0]})
-            )
-            for layer in blocks.layers
-        ]
+        inputs = {layer.name: given_to(layer.module, model, ids)[0][0] for layer in blocks.layers}
         with torch.no_grad():
             dense = model(input_ids=ids).logits.log_softmax(-1)
-            for hook in hooks:
-                hook.remove()
             prune(model, ids, method="gptq", pattern="6 bits", statistics="plain")
             for layer in blocks.layers:
                 change = inputs[layer.name] @ (layer.view() - before[layer.name]).T
@@ -137,43 +120,40 @@ def test_models_without_gradient_weigh_tokens_alike():
     assert report.layers[0].shrinkage > 0
 
 
-def test_costs_of_a_set_are_computed_once(tiny_folder, tmp_path, monkeypatch):
-    """Another method has the same; without the cache, or with a damaged one, nothing changes."""
-    text = tiny_text(tmp_path / "text.txt")
-    weighed = []
+@pytest.fixture
+def pruned(tmp_path, monkeypatch):
+    """Prune a model with a cache; return the weights as stored, and whether tokens were weighed."""
+    drawn = {"calibration": str(tiny_text(tmp_path / "text.txt")), "rows": 8, "length": 32}
 
-    def pruned(name, cache, **options):
+    def made(model, name, cache, **options):
         monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / cache))
-        drawn = {"calibration": str(text), "rows": 8, "length": 32, "leakage": "off"}
-        notes, out = [], tmp_path / name
-        request = prune_request(**drawn, **options)
-        prune_checkpoint(str(tiny_folder), out, request, note=notes.append)
-        weighed.append(any("weighing tokens" in one for one in notes))
-        return [file.read_bytes() for file in sorted(out.glob("*.safetensors"))]
+        notes, request = [], prune_request(**drawn, leakage="off", **options)
+        prune_checkpoint(str(model), tmp_path / name, request, note=notes.append)
+        files = [file.read_bytes() for file in sorted((tmp_path / name).glob("*.safetensors"))]
+        return files, any("weighing tokens" in one for one in notes)
 
-    first = pruned("first", "a", sparsity=0.5)
-    pruned("other", "a", bits=4, method="gptq,group=32")
-    assert weighed == [True, False]
-    again = pruned("again", "a", sparsity=0.5)
+    return made
+
+
+def test_costs_of_a_set_are_computed_once(tiny_folder, tmp_path, pruned):
+    """Another method has the same; without the cache, or with a damaged one, nothing changes."""
+    first = pruned(tiny_folder, "first", "a", sparsity=0.5)
+    other = pruned(tiny_folder, "other", "a", bits=4, method="gptq,group=32")
+    again = pruned(tiny_folder, "again", "a", sparsity=0.5)
     [file] = (tmp_path / "a" / "token-weights").iterdir()
     file.write_bytes(file.read_bytes()[:-9])
-    damaged, fresh = pruned("damaged", "a", sparsity=0.5), pruned("fresh", "b", sparsity=0.5)
-    assert weighed[2:] == [False, True, True]
-    assert first == again == damaged == fresh
+    damaged = pruned(tiny_folder, "damaged", "a", sparsity=0.5)
+    fresh = pruned(tiny_folder, "fresh", "b", sparsity=0.5)
+    assert first == damaged == fresh == (again[0], True)
+    assert not other[1]
+    assert not again[1]
 
 
-def test_costs_of_a_model_without_some_experts_are_its_own(tmp_path, monkeypatch):
+def test_costs_of_a_model_without_some_experts_are_its_own(tmp_path, pruned):
     """Also where no layer that is pruned tells the two models apart."""
     model = save_tiny_model(tmp_path / "model", "mixtral")
-    drawn = {"calibration": str(tiny_text(tmp_path / "text.txt")), "rows": 8, "length": 32}
-    drawn |= {"leakage": "off", "skip": ["*experts*"], "sparsity": 0.5}
-
-    def pruned(name, cache, **options):
-        monkeypatch.setenv("CALMIX_CACHE", str(tmp_path / cache))
-        prune_checkpoint(str(model), tmp_path / name, prune_request(**drawn, **options))
-        return [one.read_bytes() for one in sorted((tmp_path / name).glob("*.safetensors"))]
-
-    pruned("whole", "shared")
-    after = pruned("after", "shared", drop_experts=0.5)
+    how, fewer = {"skip": ["*experts*"], "sparsity": 0.5}, {"drop_experts": 0.5}
+    pruned(model, "whole", "shared", **how)
+    after, _ = pruned(model, "after", "shared", **how, **fewer)
     assert len([*(tmp_path / "shared" / "token-weights").iterdir()]) == 2
-    assert after == pruned("fresh", "own", drop_experts=0.5)
+    assert after == pruned(model, "fresh", "own", **how, **fewer)[0]

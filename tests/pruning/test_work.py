@@ -5,6 +5,7 @@ import torch
 
 from calmix.errors import DiskError, InputError
 from calmix.pruning.work import States, WorkFolder
+from tests.pruning.toy import refused
 
 ASKED = {"sparsity": 0.5, "only": [], "versions": {"torch": "2"}, "draw": {"torch": "x"}}
 SHARD = "checkpoint/model-00001-of-00002.safetensors"
@@ -13,9 +14,9 @@ CPU, BATCH = torch.device("cpu"), 2 * 3 * 4 * 4  # bytes of a micro-batch of two
 DAMAGED = r"is damaged or missing: start over with --overwrite"
 
 
-def claimed(output, asked=ASKED, *, resume=False, overwrite=False):
+def claimed(output, **how):
     work = WorkFolder(output)
-    work.claim(asked, resume=resume, overwrite=overwrite)
+    work.claim(ASKED, **{"resume": False, "overwrite": False} | how)
     return work
 
 
@@ -32,65 +33,52 @@ def cut(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"[]", b'{"kept": {}}', b"\xff", b"[" * 5000])
 def test_damaged_record(cut, content):
     (WorkFolder(cut).path / "work.json").write_bytes(content)
-    with pytest.raises(InputError, match=r"work\.json " + DAMAGED):
-        claimed(cut, resume=True)
+    refused(r"work\.json " + DAMAGED, claimed, cut, resume=True)
     work = claimed(cut, overwrite=True)
     assert not work.resumes
     work.abandon()
 
 
-@pytest.mark.parametrize("how", ["changed", "missing", "of another run"])
-def test_damaged_file(cut, how):
+def test_damaged_file(cut):
     work = claimed(cut, resume=True)
-    path = work.path / SHARD
-    if how == "changed":
-        path.write_bytes(path.read_bytes()[:-1] + b"x")
-    elif how == "missing":
-        path.unlink()
-    else:
-        work.state["files"] = {}
-    with pytest.raises(InputError, match="safetensors " + DAMAGED):
-        work.load(SHARD)
+    path, files = work.path / SHARD, work.state["files"]
+    work.state["files"] = {}  # of another run
+    refused("safetensors " + DAMAGED, work.load, SHARD)
+    work.state["files"] = files
+    work.load(SHARD)
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    refused("safetensors " + DAMAGED, work.load, SHARD)
+    path.unlink()
+    refused("safetensors " + DAMAGED, work.load, SHARD)
     work.leave(InputError("damaged"), print)
     assert work.path.exists()  # an earlier run's work stays
 
 
 def test_errors_leave_nothing_full_disk_keeps_work(tmp_path):
-    for error, done, stays in (
-        (InputError("x"), 1, False),
-        (DiskError("x"), 1, True),
-        (DiskError("x"), 0, False),
-        (RuntimeError("x"), 1, True),
-    ):
-        work = claimed(tmp_path / "out", overwrite=True)
+    ends = ((InputError, 1, 0), (DiskError, 1, 1), (DiskError, 0, 0), (RuntimeError, 1, 1))
+    for error, done, stays in ends:
+        work, said = claimed(tmp_path / "out", overwrite=True), []
         work.keep(done=done)
-        said = []
-        work.leave(error, said.append)
-        assert bool(said) == stays
-        assert work.path.exists() == stays
+        work.leave(error("x"), said.append)
+        assert bool(said) == work.path.exists() == stays
 
 
 def test_work_folder_lock(tmp_path):
     work = claimed(tmp_path / "out")
-    with pytest.raises(InputError, match="is at work on"):
-        claimed(tmp_path / "out", overwrite=True)
+    refused("is at work on", claimed, tmp_path / "out", overwrite=True)
     work.abandon()
     claimed(tmp_path / "out").abandon()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_foreign_files_are_not_replaced(tmp_path):
-    work = claimed(tmp_path / "out")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "mine").touch()
-    with pytest.raises(DiskError, match="was created while calmix was running"):
-        work.complete()
+    work, mine = claimed(tmp_path / "out"), tmp_path / "other.unfinished"
+    for folder in (tmp_path / "out", mine):
+        folder.mkdir()
+        (folder / "mine").touch()
+    refused("was created while calmix was running", work.complete, error=DiskError)
     work.abandon()
-    mine = tmp_path / "other.unfinished"
-    mine.mkdir()
-    (mine / "mine").touch()
-    with pytest.raises(InputError, match="is in the way"):
-        claimed(tmp_path / "other", overwrite=True)
+    refused("is in the way", claimed, tmp_path / "other", overwrite=True)
     WorkFolder(tmp_path / "other").remove_leftover()
     assert (mine / "mine").exists()
 
@@ -107,8 +95,8 @@ def test_leftovers_of_a_late_kill_are_removed(tmp_path):
 
 def test_finished_work_is_not_resumed(cut):
     """It was killed after the renaming, and then the output was moved away."""
-    WorkFolder(cut).remove_leftover()  # none yet
     work = WorkFolder(cut)
+    work.remove_leftover()  # none yet
     work.checkpoint.rename(work.path / "gone")
     again = claimed(cut, resume=True)
     assert not again.resumes
@@ -118,9 +106,8 @@ def test_finished_work_is_not_resumed(cut):
 @pytest.mark.parametrize(("room", "files"), [(0, 3), (BATCH, 2), (2**20, 0)])
 def test_states_round_trip(tmp_path, room, files):
     states = States(tmp_path, CPU, room)
-    for block in range(4):
-        dtype = torch.bfloat16 if block == 2 else torch.float32
-        values = [torch.randn(rows, 3, 4).to(dtype) for rows in (2, 2, 1)]
+    for block, kind in enumerate((torch.float32, torch.float32, torch.bfloat16, torch.float32)):
+        values = [torch.randn(rows, 3, 4).to(kind) for rows in (2, 2, 1)]
         for number, value in enumerate(values):
             states[number] = value
             states[number].zero_()  # a copy

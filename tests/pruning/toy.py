@@ -2,19 +2,32 @@
 
 import json
 
+import pytest
 import torch
 from pydantic import Field
 
-from calmix.models.blocks import find_blocks
+from calmix.errors import InputError
 from calmix.pruning.gram import Statistic
 from calmix.pruning.methods import METHODS, Method, Solution
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.methods.ggml import Typed
 from calmix.pruning.patterns import clear
-from calmix.pruning.trace import Calls, observe_block
+from tests.tiny import ARCHITECTURES, MIXTURES
 
+EVERY = (*ARCHITECTURES, *MIXTURES)
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
 SPARSE = [n for n, kind in METHODS.items() if not issubclass(kind, Quantiser | Typed)]
+
+
+def cases(names, *rows):
+    """Parametrise a test with rows of the arguments that are named."""
+    return pytest.mark.parametrize(names.replace(" ", ","), rows)
+
+
+def refused(says, act, /, *given, error=InputError, **more):
+    """Such a call fails in these words."""
+    with pytest.raises(error, match=says):
+        act(*given, **more)
 
 
 class Absolute(Statistic):
@@ -50,10 +63,3 @@ class Toy(Method):
 def pruning_of(folder):
     """What the manifest of a checkpoint says of its pruning."""
     return json.loads((folder / "calmix.json").read_text(encoding="utf-8"))["pruning"]
-
-
-def wiring(model, ids):
-    """The distinct inputs of every block of a model in memory, as the engine sees them."""
-    found = find_blocks(model)
-    hidden, batch = Calls(model, found, ids[:1, :8]).record(ids[:1, :8])
-    return [observe_block(found, index, batch, hidden)[0] for index in range(len(found))]
