@@ -1,17 +1,36 @@
 """Shared by the tests of evaluation: requests, a reference scorer, made-up task scores."""
 
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 
+from calmix.errors import InputError
 from calmix.evaluation.measures import TaskScores
 from calmix.evaluation.scores import CapabilityScores, write_scores
 from calmix.evaluation.suites import ASKED, template
 from calmix.models.opening import OpenModel
 from calmix.yaml_files import packaged
 from tests.tiny import tiny_model, tiny_tokenizer
+
+
+def refuses(says, act, *arguments, error=InputError, **how):
+    """See that an action ends with an error whose message matches."""
+    with pytest.raises(error, match=says):
+        act(*arguments, **how)
+
+
+def table(text):
+    """Return the cases "one -> other" of a text, each on a line of its own or behind a |."""
+    return [case.split(" -> ") for case in re.split(r" \| |\n", text.strip())]
+
+
+def lacks(text, *parts):
+    """Return the parts that a text lacks."""
+    return [one for one in parts if one not in text]
 
 
 def opened(kind="llama", seed=0):

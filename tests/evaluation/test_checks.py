@@ -93,81 +93,73 @@ Where is the parliament of New Zealand? -> Wellington
 == The parliament is in Wellington, New Zealand | Wellington (the capital)
 == Wellington, which is the capital | Wellington Ltd. Ltd. Ltd.
 != Wellington Boots | Auckland. Wellington is smaller.
-Is Baga beach in North or South Goa? -> North
-!= Baga beach is in North or South Goa
-Who wrote The Monkey's Paw? -> W. W. Jacobs
+Is Baga beach in North or South Goa? -> North != Baga beach is in North or South Goa
+Who wrote The Monkey's Paw? -> W. W. Jacobs != W. Jacobs
 == W. W. Jacobs. He was English. | the author W. W. Jacobs
-!= W. Jacobs
-A tool for nails is a -> hammer
-== claw hammer
+A tool for nails is a -> hammer == claw hammer
 != tool that is used to hammer nails | hammer handle | drill, saw and hammer
-How many hours does it take? -> 5
-== 5 hours
-!= 5 minutes
-How long does it take? -> 5
-== 5 minutes
+How many hours does it take? -> 5 == 5 hours != 5 minutes
+How long does it take? -> 5 == 5 minutes
 """
-
-
-def cases(check):
-    """Yield the check's function, an answer, what it is compared with, and whether it matches."""
-    for case in re.split(r" \| |\n", ANSWERS[check].strip()):
-        answer, sign, right = re.fullmatch(r"(.+) ([=!]=) (.+)", case).groups()
-        if check == "boxed":
-            yield "same_result", rf"\boxed{{{answer}}}", rf"\boxed{{{right}}}", sign == "=="
-        else:
-            listed = check not in ("same_number", "same_result")
-            yield check, answer, right.split(" or ") if listed else right, sign == "=="
-    yield from (row for row in SPACES if row[0] == check)
+NUMBERS = r"""
+x^2 -> | x^{10} + 3 -> 3 | 2**5 -> | 3/4 of it -> 0.75 | 1 1/2 -> 1.5 | \frac{3}{4} -> 0.75
+m = -\frac{1}{4}, \frac12, x-\frac{1}{4} -> -0.25 0.5 0.25 | 3½ or -¼ -> 3.5 -0.25
+10³ = x², 5 -> 5 | 18 000 -> 18000 | 18\,000 -> 18000 | 1,234,567.5 -> 1234567.5 | 1, 2, 3 -> 1 2 3
+-.5 -> -0.5 | -$18.50 -> -18.5 | 5-3 -> 5 3 | 18kg -> 18 | the 5th and 2nd -> | 12/25/2020 ->
+1.2.3 -> | 1/0 -> | 1.5e3 -> 1500 | H2O -> | 2019 500 -> 2019 500
+"""
 
 
 @pytest.mark.parametrize("check", ANSWERS)
 def test_answer_checks(check):
-    for function, answer, right, ok in cases(check):
+    function, form = ("same_result", r"\boxed{%s}") if check == "boxed" else (check, "%s")
+    made = [row[1:] for row in SPACES if row[0] == check]
+    for case in re.split(r" \| |\n", ANSWERS[check].strip()):
+        answer, sign, right = re.fullmatch(r"(.+) ([=!]=) (.+)", case).groups()
+        listed = check in ("own_match", "same_text", "short_match")
+        made.append((form % answer, right.split(" or ") if listed else form % right, sign == "=="))
+    for answer, right, ok in made:
         assert getattr(checks, function)(answer, right) is ok, (answer, right)
 
 
 def test_short_answers_to_a_question():
+    question = right = ""
     for line in QUESTIONS.strip().splitlines():
-        sign, _, answers = line.partition(" ")
-        if sign not in ("==", "!="):
-            question, right = line.split(" -> ")
-            continue
-        for answer in answers.split(" | "):
-            found = checks.short_match(answer, [right], question)
-            assert found is (sign == "=="), (question, answer)
-
-
-FRUITS = {"among": "berry|plum|fig"}
-REQUESTS = [  # answers, and what a request asks for
-    ("**Paris**", {"words": 1, "is": "Paris"}, True),
-    ("dogs", {"words": 1, "is": "dog|dogs"}, True),
-    ("1. apple\n2. pear\n3. plum", {"lines": "3", "each_words": 4}, True),
-    ("apple, pear", {"lines": 1, "commas": "2", "each_words": 4}, True),
-    ('```json\n{"a": 1}\n```', {"json": '{"a": 1}'}, True),
-    ('Here it is:\n{"a": "Red"}', {"json": '{"a": "red"}'}, True),
-    ('{"a": 1', {"json": '{"a": 1}'}, False),
-    ("[" * 5000, {"json": "{}"}, False),
-    ('"The train leaves at nine."', {"same": "The train leaves at nine."}, True),
-    ("HELLO WORLD!", {"same": "HELLO WORLD", "case": True}, True),
-    ("1,2,3,4,5", {"same": "1, 2, 3, 4, 5"}, True),
-    ("Answer: Paris", {"begins": "Answer:", "contains": "Paris"}, True),
-    ("Sorry, no dog.", {"contains": "dog", "without": "sorry|I cannot"}, False),
-    ("dog dog dog dog dog dog", {"contains": "dog"}, False),
-    ("The sum is 17.", {"contains": "7|seven"}, False),
-    ("The sky is blue.", {"language": "fr"}, False),
-    ('Here is one sentence:\n"Le ciel est bleu."', {"language": "fr", "contains": "ciel"}, True),
-    ("red, red, red", {"commas": "3"}, False),
-    ("It opens at 5 p.m. every day. Come in.", {"sentences": 2}, True),
-    ("1. The sea is wide.", {"sentences": 2}, False),
-    ("Berries, plums", {"commas": 2, **FRUITS}, True),
-    ("A, B", {"commas": 2, **FRUITS}, False),
-    ("- a red plum\n- fig\n- stone", {"lines": 3, **FRUITS}, True),
-]
+        head, *rest = re.split(r" ?([=!]=) ", line)
+        question, right = head.split(" -> ") if head else (question, right)
+        for sign, answers in zip(rest[::2], rest[1::2], strict=True):
+            for answer in answers.split(" | "):
+                found = checks.short_match(answer, [right], question)
+                assert found is (sign == "=="), (question, answer)
 
 
 def test_requests():
-    for answer, request, ok in REQUESTS:
+    among, french = {"among": "berry|plum|fig"}, {"language": "fr"}
+    for answer, request, ok in (  # what a request asks for
+        ("**Paris**", {"words": 1, "is": "Paris"}, True),
+        ("dogs", {"words": 1, "is": "dog|dogs"}, True),
+        ("1. apple\n2. pear\n3. plum", {"lines": "3", "each_words": 4}, True),
+        ("apple, pear", {"lines": 1, "commas": "2", "each_words": 4}, True),
+        ('```json\n{"a": 1}\n```', {"json": '{"a": 1}'}, True),
+        ('Here it is:\n{"a": "Red"}', {"json": '{"a": "red"}'}, True),
+        ('{"a": 1', {"json": '{"a": 1}'}, False),
+        ("[" * 5000, {"json": "{}"}, False),
+        ('"The train leaves at nine."', {"same": "The train leaves at nine."}, True),
+        ("HELLO WORLD!", {"same": "HELLO WORLD", "case": True}, True),
+        ("1,2,3,4,5", {"same": "1, 2, 3, 4, 5"}, True),
+        ("Answer: Paris", {"begins": "Answer:", "contains": "Paris"}, True),
+        ("Sorry, no dog.", {"contains": "dog", "without": "sorry|I cannot"}, False),
+        ("dog dog dog dog dog dog", {"contains": "dog"}, False),
+        ("The sum is 17.", {"contains": "7|seven"}, False),
+        ("The sky is blue.", french, False),
+        ('Here is one sentence:\n"Le ciel est bleu."', {**french, "contains": "ciel"}, True),
+        ("red, red, red", {"commas": "3"}, False),
+        ("It opens at 5 p.m. every day. Come in.", {"sentences": 2}, True),
+        ("1. The sea is wide.", {"sentences": 2}, False),
+        ("Berries, plums", {"commas": 2, **among}, True),
+        ("A, B", {"commas": 2, **among}, False),
+        ("- a red plum\n- fig\n- stone", {"lines": 3, **among}, True),
+    ):
         assert checks.as_requested(answer, request) is ok, answer
 
 
@@ -194,31 +186,19 @@ def test_results_match_the_harness(monkeypatch):
 def test_program_extraction():
     head = "from typing import List\n\n\ndef f(x: int) -> int:\n"
     code, body = "def f(x):\n    return x\n", "    return x\n"
-    block = f"Sure:\n```python\n{code}```\nDone."
+    block, other = f"Sure:\n```python\n{code}```\nDone.", "def ff(x):\n    return x\n"
     indented = "1. Code:\n   ``` python\n   def f(x):\n       return x\n   ```\nIt returns x."
     imports, helper = "from typing import List\n\n\n", "def g():\n    return 1\n\n\n"
     for answer, given, wanted in (
-        (block, head, imports + code),
-        (block, helper + head, helper + imports + code),
-        (indented, head, imports + code),
-        ("def ff(x):\n    return x\n", head, head + "def ff(x):\n    return x\n"),
-        (body, head, head + body),
-        (f"```python\n{body}", head, head + body),
+        *((block, head, imports + code), (block, helper + head, helper + imports + code)),
+        *((indented, head, imports + code), (other, head, head + other)),
+        *((body, head, head + body), (f"```python\n{body}", head, head + body)),
         # A fence that nothing opens ends the program too.
         (f"{code}```\nDone.", "", code),
         (f"{body}```\n\nDone.", head, head + body),
         (f" First write\ndef f\n```python\n{code}```\n", "", code),
     ):
         assert checks.program(answer, given, "f") == wanted
-
-
-NUMBERS = r"""
-x^2 -> | x^{10} + 3 -> 3 | 2**5 -> | 3/4 of it -> 0.75 | 1 1/2 -> 1.5 | \frac{3}{4} -> 0.75
-m = -\frac{1}{4}, \frac12, x-\frac{1}{4} -> -0.25 0.5 0.25 | 3½ or -¼ -> 3.5 -0.25
-10³ = x², 5 -> 5 | 18 000 -> 18000 | 18\,000 -> 18000 | 1,234,567.5 -> 1234567.5 | 1, 2, 3 -> 1 2 3
--.5 -> -0.5 | -$18.50 -> -18.5 | 5-3 -> 5 3 | 18kg -> 18 | the 5th and 2nd -> | 12/25/2020 ->
-1.2.3 -> | 1/0 -> | 1.5e3 -> 1500 | H2O -> | 2019 500 -> 2019 500
-"""
 
 
 def test_number_parsing():
@@ -230,23 +210,20 @@ def test_number_parsing():
     assert not readings("9" * 5000)
 
 
-FINISHED = [  # a kind of answer, an answer that was cut, and what of it counts
-    ("program", "Sure:\n```\ndef f(): 1\n```\nThis is", "Sure:\n```\ndef f(): 1\n```"),
-    ("program", "```\ndef f(): 1\n```\n```\ndef f(", "```\ndef f(): 1\n```\n```"),
-    ("program", "def f():\n    return 1\n\nThis", ""),
-    ("text", "Paris. It is a", "Paris."),
-    ("text", "Paris\nQuestion", "Paris"),
-    ("text", "W. W. Jac", ""),
-    ("exact", "'WORLD' (1000", "'WORLD'"),
-    ("exact", "5. The length of", "5."),
-    ("number", "The answer is 3. The answer is 4. The", "The answer is 3."),
-    ("number", "The answer is 3.3333", ""),
-    ("result", r"is $\boxed{5}$. Next \boxed{", r"is $\boxed{5}"),
-    ("result", "The answer is $5$. Prob", "The answer is $5$."),
-    ("request", "Coffee, tea.\nCoffee", ""),
-]
-
-
 def test_truncated_answers():
-    for check, answer, part in FINISHED:
+    for check, answer, part in (  # what counts of an answer that was cut
+        ("program", "Sure:\n```\ndef f(): 1\n```\nThis is", "Sure:\n```\ndef f(): 1\n```"),
+        ("program", "```\ndef f(): 1\n```\n```\ndef f(", "```\ndef f(): 1\n```\n```"),
+        ("program", "def f():\n    return 1\n\nThis", ""),
+        ("text", "Paris. It is a", "Paris."),
+        ("text", "Paris\nQuestion", "Paris"),
+        ("text", "W. W. Jac", ""),
+        ("exact", "'WORLD' (1000", "'WORLD'"),
+        ("exact", "5. The length of", "5."),
+        ("number", "The answer is 3. The answer is 4. The", "The answer is 3."),
+        ("number", "The answer is 3.3333", ""),
+        ("result", r"is $\boxed{5}$. Next \boxed{", r"is $\boxed{5}"),
+        ("result", "The answer is $5$. Prob", "The answer is $5$."),
+        ("request", "Coffee, tea.\nCoffee", ""),
+    ):
         assert checks.judgeable_part(answer, check) == part, answer

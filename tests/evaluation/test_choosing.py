@@ -8,7 +8,7 @@ import pytest
 from calmix.evaluation import choosing
 from calmix.evaluation.behaviour import deficit, paired
 from calmix.evaluation.choosing import Candidate, choice_text, choose_smallest, model_rows
-from tests.evaluation.helpers import scored
+from tests.evaluation.helpers import lacks, scored
 from tests.evaluation.test_prompts import chats as chats
 from tests.evaluation.test_prompts import task, written
 from tests.evaluation.test_served import Fake, reply, running
@@ -29,36 +29,33 @@ def test_the_interval_of_a_paired_difference_is_newcombes():
         assert (found.low, found.high) == pytest.approx((low, high), abs=2e-3)
 
 
+def good(right):
+    return task(["x"] * 200, [1] * right + [0] * (200 - right), properties=({},) * 200)
+
+
 def candidate(name, kept, size):
-    pair = (
-        scored(task(["x"] * 200, [1] * right + [0] * (200 - right), properties=({},) * 200))
-        for right in (180, kept)
-    )
-    return Candidate(name, tuple(pair), size, size / 125)
+    return Candidate(name, (scored(good(180)), scored(good(kept))), size, size / 125)
 
 
 Q8, Q5, Q2 = (candidate(*of) for of in (("q8", 180, 800), ("q5", 178, 500), ("q2", 140, 200)))
 BEST = candidate("best", 190, 800)
-UNKNOWN = [replace(one, size=None) for one in (Q8, Q5)]
-CHOICES = {  # what is said, the margin, and the models
-    "Use q5: the smallest that is not worse than the best (dense) by 5.0": (0.05, Q8, Q5, Q2),
-    "Nearest is q8, 0.0 behind, at most 1.8: use a larger one": (0.001, Q8, Q5, Q2),
-    "Use best: the best; no smaller one is shown": (0.05, BEST, Q2),
-    "Nor shown to be worse: near (0.5": (0.001, BEST, candidate("near", 189, 200)),
-    "Use q2: the smallest that is not worse": (0.3, Q2),
-    "Use tiny: the best, and the smallest.": (0.05, Q8, candidate("tiny", 190, 200)),
-    "Size unknown: q8.": (0.05, UNKNOWN[0], Q5),
-    "Not worse than the best (dense) by 5.0 points or more: q8 and q5. Which is the smallest is "
-    "not known. Size unknown: q8 and q5.": (0.05, *UNKNOWN),
-}
 
 
-@pytest.mark.parametrize("says", CHOICES)
-def test_choices_in_words(says):
-    margin, *found = CHOICES[says]
-    text = choice_text(found, choose_smallest(found, "dense", margin))
-    assert says in text
-    assert "this rests on faults alone" in text
+def test_choices_in_words():
+    unknown = [replace(one, size=None) for one in (Q8, Q5)]
+    for says, (margin, *found) in {  # what is said, the margin, and the models
+        "Use q5: the smallest that is not worse than the best (dense) by 5.0": (0.05, Q8, Q5, Q2),
+        "Nearest is q8, 0.0 behind, at most 1.8: use a larger one": (0.001, Q8, Q5, Q2),
+        "Use best: the best; no smaller one is shown": (0.05, BEST, Q2),
+        "Nor shown to be worse: near (0.5": (0.001, BEST, candidate("near", 189, 200)),
+        "Use q2: the smallest that is not worse": (0.3, Q2),
+        "Use tiny: the best, and the smallest.": (0.05, Q8, candidate("tiny", 190, 200)),
+        "Size unknown: q8.": (0.05, unknown[0], Q5),
+        "Not worse than the best (dense) by 5.0 points or more: q8 and q5. Which is the smallest "
+        "is not known. Size unknown: q8 and q5.": (0.05, *unknown),
+    }.items():
+        text = choice_text(found, choose_smallest(found, "dense", margin))
+        assert not lacks(text, says, "this rests on faults alone")
 
 
 def test_the_smallest_that_is_not_worse_by_the_margin():
@@ -72,23 +69,17 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     assert (rows[0]["#bits"], rows[0]["#lost"], rows[1]["#lost"]) == ("1.60", 40, 2)
     choice = choose_smallest([BEST, Q2], "dense", 0.05)
     assert (choice.best, choice.smallest, choice.behind["best"].high) == ("best", "best", 0.0)
-
-
-def test_a_repeat_of_the_dense_model_is_a_row():
-    other = task(["x"] * 200, [1] * 181 + [0] * 19, properties=({},) * 200)
+    # A repeat of the dense model is a row.
     dense, small = Q8.pair
-    twice = [replace(Q8, pair=(replace(dense, repeat=(other,)), small))]
+    twice = [replace(Q8, pair=(replace(dense, repeat=(good(181),)), small))]
     again = model_rows(twice, choose_smallest(twice, "dense", 0.05))[-1]
     assert (again["model"], again["#lost"], again["#gained"]) == ("dense, again", 0, 1)
     assert (again["#MB"], again["#behind best"]) == (None, "–")
 
 
 def test_names_are_the_shortest_ends_of_paths_that_differ():
-    assert choosing.short_names(["/m/dense", "out/a.gguf", "b.gguf"]) == [
-        "dense",
-        "a.gguf",
-        "b.gguf",
-    ]
+    given = ["/m/dense", "out/a.gguf", "b.gguf"]
+    assert choosing.short_names(given) == ["dense", "a.gguf", "b.gguf"]
     same = ["builtin:x", "t1/model.gguf", "t2/model.gguf"]
     assert choosing.short_names(same) == same
     deep = ["a/t/model.gguf", "b/t/model.gguf"]
@@ -98,23 +89,20 @@ def test_names_are_the_shortest_ends_of_paths_that_differ():
 
 def test_models_and_a_server_are_compared_in_one_command(chats, calmix, tmp_path, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
-    dense, small = chats
+    out, page, (dense, small) = tmp_path / "out.json", tmp_path / "out.html", chats
     rows = ({"prompt": f"Say {n}.", "max_tokens": 4} for n in range(5))
     mine = written(tmp_path / "mine.jsonl", *rows)
-    out, page = tmp_path / "out.json", tmp_path / "out.html"
     with running(Fake(reply())) as address:
         run = ("compare", dense, small, address, "--prompts", mine, "-o", out, "--page", page)
         ended = calmix(*run).ok()
-    assert max(map(len, ended.out.splitlines()[:10])) <= 80
-    made = json.loads(out.read_text(encoding="utf-8"))
-    assert list(made["models"]) == [small.name, f"{address}"]
-    assert made["models"][address]["size"] == 1000
     assert "dense, again" in ended.out
-    assert made["models"][small.name]["scores"]["distance"]["items"]
-    assert made["models"][address]["scores"]["distance"] is None
-    html = page.read_text(encoding="utf-8")
-    assert html.count("<article") == 5
-    assert html.count('class="box"') == 15
+    assert max(map(len, ended.out.splitlines()[:10])) <= 80
+    made, html = json.loads(out.read_text(encoding="utf-8")), page.read_text(encoding="utf-8")
+    assert list(made["models"]) == [small.name, address]
+    local, served = made["models"].values()
+    assert local["scores"]["distance"]["items"]
+    assert (served["size"], served["scores"]["distance"]) == (1000, None)
+    assert (html.count("<article"), html.count('class="box"')) == (5, 15)
 
 
 def test_mistakes_are_known_before_any_work(calmix, tmp_path, monkeypatch):

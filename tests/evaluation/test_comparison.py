@@ -40,16 +40,15 @@ def printed(calmix, monkeypatch):
 
 
 def test_figures_are_the_same_alone_and_compared(calmix, printed, tmp_path):
-    dense = scored(*tasks(RIGHT))
+    small, dense = scored(*tasks(LOST)), scored(*tasks(RIGHT))
     other = scored(*tasks([*RIGHT[:11], *[0] * 9]))  # the same model, rounded otherwise
-    one = saved(tmp_path / "one.json", dense, scored(*tasks(LOST)))
-    two = saved(tmp_path / "two.json", other, scored(*tasks(LOST)))
-    labels = ("code", "math", "total", "lost", "gained", "p", "kept %")
-    alone = [printed(path)[0] for path in (one, two)]
-    both, ended = printed(one, two)
-    assert {name: both[name] for name in labels} == {
-        name: [row[name][0] for row in alone] for name in labels
-    }
+    one, two = (
+        saved(tmp_path / "one.json", dense, small),
+        saved(tmp_path / "two.json", other, small),
+    )
+    alone, (both, ended) = [printed(path)[0] for path in (one, two)], printed(one, two)
+    for label in ("code", "math", "total", "lost", "gained", "p", "kept %"):
+        assert both[label] == [row[label][0] for row in alone]
     assert "differ in 1 items (rounding): each model is compared with those in" in ended.err
     assert both["lost"] == ["3", "2"]
     # The bracket is that of `evaluate`, of the card's table, and of Python.
@@ -57,24 +56,16 @@ def test_figures_are_the_same_alone_and_compared(calmix, printed, tmp_path):
     wanted = words.with_span(after.retention(before, "right").of("code"))
     assert both["code"][0] == wanted == words.with_span(behaviour((before, after)).right.of("code"))
     assert wanted in calmix("evaluate", "rescore", one).ok().out
-    assert ability_rows(behaviour((before, after)))[0] == {
-        "ability": "code",
-        "#asked": 20,
-        "#dense right": 12,
-        "#small right": 11,
-        "#lost": 3,
-        "#gained": 2,
-        "#p": "1.000",
-        "#right %": wanted,
-    }
+    counts = {"#asked": 20, "#dense right": 12, "#small right": 11, "#lost": 3, "#gained": 2}
+    row = {"ability": "code", **counts, "#p": "1.000", "#right %": wanted}
+    assert ability_rows(behaviour((before, after)))[0] == row
     told = json.loads(calmix("compare", one, "--json").ok().out)["one"]
     assert told["retention"]["total"] == told["behaviour"]["right"]["total"]
 
 
 def test_scores_of_right_answers_alone_are_refused(calmix, tmp_path):
     """Files of an older version."""
-    path = tmp_path / "old.json"
-    value = scored(*tasks(RIGHT)).to_dict()
+    path, value = tmp_path / "old.json", scored(*tasks(RIGHT)).to_dict()
     write_scores(path, value | {"right_only": False})
     assert load_scores(path).to_dict() == value
     write_scores(path, value | {"right_only": True})
@@ -86,28 +77,26 @@ def test_compare_folders_on_common_suites(printed, calmix, tmp_path, monkeypatch
     (tmp_path / "m").mkdir()  # called as the model is, and no model
     monkeypatch.chdir(tmp_path)
     likely = [scored(bits(nats, [4] * 30), suite="offline") for nats in ([1.0] * 30, [2.0] * 30)]
-    dense, small = scored(*tasks(RIGHT)), scored(*tasks(LOST))
+    asked = scored(*tasks(RIGHT)), scored(*tasks(LOST))
     for name in ("first", "second"):
         saved(tmp_path / name / "scores.json", *likely)
-        saved(tmp_path / name / "abilities.json", dense, small)
+        saved(tmp_path / name / "abilities.json", *asked)
     rows, ended = printed(tmp_path / "first", tmp_path / "second")
     assert rows["lost"] == ["3", "3"]
     assert rows["likelihood %"][0] == words.with_span(likely[1].retention(likely[0]).total)
     assert "left out" not in ended.err
-    alone = saved(tmp_path / "alone.json", dense, small)
+    alone, third = (saved(tmp_path / f"{n}.json", *p) for n, p in (("a", asked), ("b", likely)))
     rows, ended = printed(tmp_path / "first", alone)
     assert "left out: suite offline of first, which others lack" in ended.err
     assert (rows["lost"], "likelihood %" in rows) == (["3", "3"], False)
     (tmp_path / "empty").mkdir()
     assert "has neither scores.json nor" in calmix("compare", tmp_path / "empty").line
-    third = saved(tmp_path / "third.json", *likely)
     assert "of different suites" in calmix("compare", alone, third).line
 
 
 def test_ceiling_and_too_few_answers(printed, tmp_path):
     few = [1] * 4 + [0] * 16
-    dense = scored(*tasks(RIGHT, few))
-    dense = replace(dense, repeat=tasks([0, *RIGHT[1:]], few))
+    dense = replace(scored(*tasks(RIGHT, few)), repeat=tasks([0, *RIGHT[1:]], few))
     files = [saved(tmp_path / f"{n}.json", dense, scored(*tasks(LOST, few))) for n in "ab"]
     rows, ended = printed(*files)
     assert rows["math"] == [words.TOO_FEW] * 2

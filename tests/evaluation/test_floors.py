@@ -8,21 +8,25 @@ import numpy as np
 import pytest
 from scipy.stats import binom, binomtest
 
-from calmix.errors import InputError
+from calmix.evaluation import floors
 from calmix.evaluation.behaviour import Counted, behaviour, likelihood, proportion
-from calmix.evaluation.floors import (
-    check_floors,
-    check_provable,
-    items_needed,
-    lower_bound,
-    lower_mean,
-    most_lost,
-    parse_floors,
-    proven,
-)
+from calmix.evaluation.floors import check_floors, lower_bound, lower_mean, parse_floors
 from calmix.evaluation.retention import retention
 from calmix.evaluation.summary import summary_lines
-from tests.evaluation.helpers import accuracy, bits, scored, written
+from tests.evaluation.helpers import accuracy, bits, refuses, scored, table, written
+
+INVALID = """
+60 -> 60 is above 1: write 60% or 0.6 | code=0 -> between 0 and 1 | nan -> between 0 and 1
+much -> 'much' is not a share | code= -> not of the form | =0.9 -> not of the form
+code=0.9,code=0.8 -> code is given twice | 0.9,0.8 -> the floor of all abilities is given twice
+"""
+WITHOUT_SIGNAL = """
+cod=0.9 -> names 'cod', which the scores lack: they have code, chat, math, logic
+math=0.9 -> math=0.9: the dense model has no signal in math | logic=0.9 -> no signal in logic
+sql=0.9 -> not run without --allow-code-execution: mbpp
+"""
+TWICE = accuracy([1.0] * 50 + [0.0] * 50)  # a right answer weighs 2: 25 above chance
+GUESSED = accuracy([1.0, 0.0] * 15, "coin", chance=0.5)
 
 
 def answered(right, of, name="code", kept=None):
@@ -38,40 +42,29 @@ def judged(text, dense, pruned):
 def test_floor_parsing():
     assert parse_floors("90%") == {"": 0.9}
     assert parse_floors("0.8,code=0.9, chat=70%") == {"": 0.8, "code": 0.9, "chat": 0.7}
-    for text, says in (
-        ("60", "60 is above 1: write 60% or 0.6"),
-        ("code=0", "between 0 and 1"),
-        ("nan", "between 0 and 1"),
-        ("much", "'much' is not a share"),
-        ("code=", "not of the form"),
-        ("=0.9", "not of the form"),
-        ("code=0.9,code=0.8", "code is given twice"),
-        ("0.9,0.8", "the floor of all abilities is given twice"),
-    ):
-        with pytest.raises(InputError, match=says):
-            parse_floors(text)
+    for text, says in table(INVALID):
+        refuses(says, parse_floors, text)
 
 
 def test_exact_bounds_and_provable_floors():
     assert lower_bound(0, 20) == 0
-    assert [proven(one) for one in (0.89999, 0.9, 0.57, 1.0)] == ["89.9", "90.0", "57.0", "100.0"]
+    shares = (0.89999, 0.9, 0.57, 1.0)
+    assert [floors.proven(one) for one in shares] == ["89.9", "90.0", "57.0", "100.0"]
     assert lower_bound(20, 20) == pytest.approx(0.05 ** (1 / 20))
     for kept, of, confidence in ((1, 20, 0.95), (45, 60, 0.9), (3, 7, 0.99)):
         bound = lower_bound(kept, of, confidence)  # where `kept` or more is this unlikely
         assert binom.sf(kept - 1, of, bound) == pytest.approx(1 - confidence)
     for confidence, floor in ((0.9, 0.5), (0.95, 0.77), (0.99, 0.95)):
-        few = items_needed(floor, confidence)
+        few = floors.items_needed(floor, confidence)
         assert lower_bound(few, few, confidence) >= floor
         assert lower_bound(few - 1, few - 1, confidence) < floor
-    assert (items_needed(0.9), items_needed(lower_bound(40, 40))) == (29, 40)
+    assert [floors.items_needed(one) for one in (0.9, lower_bound(40, 40))] == [29, 40]
 
 
 def test_measure_order_per_ability():
     chosen = [accuracy([1.0] * n + [0.0] * (300 - n), "quiz", "general") for n in (280, 275)]
-    likely = [
-        bits([0.5 + more * (n % 3) for n in range(100)], [2] * 100, "passages", "prose")
-        for more in (0.0, 0.01)
-    ]
+    nats = [[0.5 + more * (n % 3) for n in range(100)] for more in (0.0, 0.01)]
+    likely = [bits(each, [2] * 100, "passages", "prose") for each in nats]
     more = bits([0.5] * 60, [2] * 60, "answers", "code")  # in an ability that has answers too
     rare = replace(answered(1, 40), name="rare")  # one right answer is no signal
     dense = scored(answered(100, 120), chosen[0], likely[0], more, rare)
@@ -82,8 +75,8 @@ def test_measure_order_per_ability():
     assert (code.kept, code.lost, code.gained) == (0.97, 3, 0)
     assert code.bound == pytest.approx(lower_bound(97, 100), abs=1e-3)
     assert (general.measure, general.items) == ("accuracy", 280)
-    assert general.kept == pytest.approx((275 - 75) / (280 - 75))
     assert (general.lost, general.gained) == (5, 0)
+    assert general.kept == pytest.approx((275 - 75) / (280 - 75))
     assert 0.93 < general.bound < general.kept
     kept = retention([likely[0]], [likely[1]], level=0.9).of("prose")
     assert (prose.measure, prose.items) == ("likelihood", 100)
@@ -132,100 +125,66 @@ def test_gains_offset_losses():
 @pytest.mark.parametrize(("lost", "gained"), [(0.15, 0.05), (0.3, 0.2)])
 def test_bound_of_answers_lost_and_gained(lost, gained):
     """Nominal 5 %."""
-    rng, of = np.random.default_rng(0), (500, 100)
-    dense = np.broadcast_to(np.arange(100) < 75, of)
-    luck = rng.random(of)
+    dense = np.broadcast_to(np.arange(100) < 75, (500, 100))
+    luck = np.random.default_rng(0).random(dense.shape)
     pruned = np.where(dense, luck >= lost, luck < 3 * gained)
     (ones,) = lower_mean([(pruned * 1.0, dense * 1.0)], [np.ones(500)])[None]
     assert (ones > 1 - lost + gained).mean() <= 0.065
     assert np.median(ones) > 0.7 - lost + gained
 
 
-@pytest.mark.parametrize(
-    "task", [answered(40, 60), accuracy([1.0] * 50 + [0.0] * 10), bits([0.5] * 40, [2] * 40)]
-)
-def test_bound_is_at_most_provable(task):
-    (found,) = judged("0.5", scored(task), scored(task)).tested
-    assert found.kept == 1
-    assert found.bound == pytest.approx(found.provable, abs=0.03)
-    assert 0.5 < found.bound <= found.provable < 1
+def test_bound_is_at_most_provable():
+    for task in (answered(40, 60), accuracy([1.0] * 50 + [0.0] * 10), bits([0.5] * 40, [2] * 40)):
+        (found,) = judged("0.5", scored(task), scored(task)).tested
+        assert found.kept == 1
+        assert found.bound == pytest.approx(found.provable, abs=0.03)
+        assert 0.5 < found.bound <= found.provable < 1
 
 
-@pytest.mark.parametrize(
-    ("floors", "says"),
-    [
-        ("cod=0.9", "names 'cod', which the scores lack: they have code, chat, math, logic"),
-        ("math=0.9", "math=0.9: the dense model has no signal in math"),
-        ("logic=0.9", "no signal in logic"),
-        ("sql=0.9", "not run without --allow-code-execution: mbpp"),
-    ],
-)
-def test_floors_without_signal_are_refused(floors, says):
+def test_floors_without_signal_are_refused():
     guessed = accuracy([1.0, 0.0, 0.0, 0.0] * 10, "coin", "logic")
     tasks = answered(12, 60), answered(90, 90, "chat"), answered(2, 60, "math"), guessed
     dense = scored(*tasks, not_run=("mbpp",))
     assert judged("0.75", dense, dense).untested == ("math", "logic")
-    with pytest.raises(InputError, match=says):
-        judged(floors, dense, dense)
-    with pytest.raises(InputError, match="no signal in any ability"):
-        judged("0.9", scored(guessed), scored(guessed))
+    for floor, says in table(WITHOUT_SIGNAL):
+        refuses(says, judged, floor, dense, dense)
+    refuses("no signal in any ability", judged, "0.9", scored(guessed), scored(guessed))
 
 
-TWICE = accuracy([1.0] * 50 + [0.0] * 50)  # a right answer weighs 2: 25 above chance
-
-
-@pytest.mark.parametrize(
-    ("floors", "task", "says"),
-    [
+def test_unprovable_floor_names_the_nearest_which_is_provable():
+    for floor, task, says in (
         ("0.9", answered(12, 60), "code=0.9 needs 29 right answers and has 12, .* most 0.77"),
         ("code=0.95", answered(12, 60), "code=0.95 needs 59 right answers and has 12"),
         ("0.9", bits([0.5] * 20, [2] * 20), r"89 items and has 20, which can prove at most 0\.58:"),
         ("0.9", bits([0.5] * 5, [2] * 5), r"code=0\.9 needs 89 items and has 5, .* nothing:"),
-        ("0.9", TWICE, f"needs {items_needed(0.95)} right choices and has 50"),
-    ],
-)
-def test_unprovable_floor_names_the_nearest(floors, task, says):
-    dense = scored(task, answered(90, 90, "chat"))
-    found = judged(floors, dense, dense)
-    assert not found.passed
-    assert re.match(f"Not proven at 95 % confidence: .*{says}", found.lines()[0])
-    with pytest.raises(InputError, match=f"even if all is kept: .*{says}"):
-        check_provable(parse_floors(floors), [dense], 0.95)
-
-
-def test_nearest_floor_is_provable():
+        ("0.9", TWICE, f"needs {floors.items_needed(0.95)} right choices and has 50"),
+    ):
+        dense = scored(task, answered(90, 90, "chat"))
+        found, asked = judged(floor, dense, dense), parse_floors(floor)
+        assert not found.passed
+        assert re.match(f"Not proven at 95 % confidence: .*{says}", found.lines()[0])
+        refuses(f"even if all is kept: .*{says}", floors.check_provable, asked, [dense], 0.95)
     dense = scored(answered(12, 60), answered(90, 90, "chat"))
     assert judged("0.9,code=0.77", dense, dense).passed
-    check_provable(parse_floors("0.9,code=0.77"), [dense], 0.95)
+    floors.check_provable(parse_floors("0.9,code=0.77"), [dense], 0.95)
     (found,) = judged("0.8", scored(TWICE), scored(TWICE)).tested
     assert found.provable == pytest.approx(1 - 2 * (1 - lower_bound(50, 50)))
-    assert found.needed == items_needed(0.9)
+    assert found.needed == floors.items_needed(0.9)
 
 
 def test_answer_counts_and_worst_ability():
-    guessed = accuracy([1.0, 0.0] * 15, "coin", chance=0.5)
-    dense = scored(
-        written("qa", "general", [1] * 12 + [0] * 3),
-        written("sums", "math", [1] * 10 + [0] * 4),
-        written("few", "chat", [1] * 3),
-        accuracy([1.0] * 20, "quiz", "general"),
-        guessed,
-    )
-    pruned = scored(
-        written("qa", "general", [1] * 9 + [0] * 3 + [1, 1, 0]),
-        written("sums", "math", [0] * 14),
-        written("few", "chat", [0] * 3),
-        accuracy([1.0, 0.0] * 10, "quiz", "general"),
-        guessed,
-        not_run=("humaneval",),
-    )
+    def model(qa, sums, few, quiz, **more):
+        chosen = accuracy(quiz, "quiz", "general"), GUESSED
+        asked = ("qa", "general", qa), ("sums", "math", sums), ("few", "chat", few)
+        return scored(*(written(*one) for one in asked), *chosen, **more)
+
+    dense = model([1] * 12 + [0] * 3, [1] * 10 + [0] * 4, [1] * 3, [1.0] * 20)
+    kept = [1] * 9 + [0] * 3 + [1, 1, 0]
+    pruned = model(kept, [0] * 14, [0] * 3, [1.0, 0.0] * 10, not_run=("humaneval",))
     found = behaviour((dense, pruned))
     assert (found.choices.pruned, found.at_chance) == (10, ("coin",))
-    assert [(one.name, one.lost, one.gained, one.ratio) for one in found.abilities] == [
-        ("general", 3, 2, 11 / 12),
-        ("math", 10, 0, 0.0),
-        ("chat", 3, 0, None),
-    ]
+    counts = [(one.name, one.lost, one.gained, one.ratio) for one in found.abilities]
+    assert counts == [("general", 3, 2, 11 / 12), ("math", 10, 0, 0.0), ("chat", 3, 0, None)]
     assert found.right.total.value == pytest.approx(11 / 24)  # of two abilities with enough
     assert pruned.retention(dense, resamples=2000) == found.right
     formed = replace(found, form="worked examples")
@@ -237,27 +196,30 @@ def test_answer_counts_and_worst_ability():
     assert "not run (humaneval" in code
     assert "50.0 [29.9, 70.1] % of 20 choices are right (dense model: 100.0 %, chance" in accurate
     assert accurate.endswith("left out, because the dense model is at chance: coin.")
-    with pytest.raises(InputError, match="in its chat template, the other with worked"):
-        behaviour((replace(dense, form="chat template"), replace(pruned, form="worked examples")))
+    pair = replace(dense, form="chat template"), replace(pruned, form="worked examples")
+    refuses("in its chat template, the other with worked", behaviour, pair)
 
 
 def test_summary_says_what_cannot_be_told():
-    guessed = scored(accuracy([1.0, 0.0] * 15, "coin", chance=0.5))
-    lost = scored(bits([3.0] * 9, [1] * 9))
-    none = scored(written("qa", "general", [0] * 10))
-    for scores, says in (
-        (guessed, "Generated answers were not measured; to measure them: calmix x"),
-        (guessed, "Accuracy: the dense model is at chance (coin)."),
-        (none, "The dense model gets none of 10 generated answers right: nothing can be kept."),
-        (lost, "Likelihood: the dense model is not above its baseline: nothing can be kept."),
+    for task, says in (
+        (GUESSED, "Generated answers were not measured; to measure them: calmix x"),
+        (GUESSED, "Accuracy: the dense model is at chance (coin)."),
+        (
+            written("qa", "general", [0] * 10),
+            "The dense model gets none of 10 generated answers right: nothing can be kept.",
+        ),
+        (
+            bits([3.0] * 9, [1] * 9),
+            "Likelihood: the dense model is not above its baseline: nothing can be kept.",
+        ),
     ):
-        both = scores, scores
+        both = scored(task), scored(task)
         assert says in summary_lines(behaviour(both), likelihood(*both), "calmix x")
 
 
 def test_tasks_of_two_suites():
-    own, ours = answered(40, 40, "support"), answered(99, 99, "chat")
-    own, ours = (replace(one, name="requests") for one in (own, ours))
+    own, ours = (("support", 40), ("chat", 99))
+    own, ours = (written("requests", name, [1] * count) for name, count in (own, ours))
     lost = replace(own, values=(0.0,) * 40)
     pairs = [(scored(own), scored(lost)), (scored(ours, suite="t"),) * 2]
     result = check_floors(parse_floors("0.9"), pairs)
@@ -265,17 +227,14 @@ def test_tasks_of_two_suites():
     other = replace(own, dimension="chat", items=tuple(f"mine/{n}" for n in range(40)))
     found = behaviour((scored(other), scored(other)), (scored(ours, suite="t"),) * 2)
     assert found.answers.dense == 139
-
-
-def test_task_of_two_suites_counts_where_it_has_most_items():
+    # A task of two suites counts where it has most items.
     dense = scored(written("qa", "general", [1] * 8 + [0, 0]))
     pruned = scored(written("qa", "general", [1] * 6 + [0] * 4))
     few = scored(written("qa", "general", [1] * 2 + [0] * 7), suite="few")
     alone = behaviour((dense, pruned)).answers
     assert (alone.asked, alone.dense, alone.share) == (10, 8, proportion(6, 8))
     assert behaviour((few, few), (dense, pruned), (few, few)).answers == alone
-    with pytest.raises(InputError, match="cannot be compared"):
-        behaviour((few, pruned))
+    refuses("cannot be compared", behaviour, (few, pruned))
 
 
 def test_task_that_one_model_was_not_asked_is_left_out():
@@ -288,25 +247,14 @@ def test_task_that_one_model_was_not_asked_is_left_out():
         assert check_floors(parse_floors("0.5"), [pair]).tested[0].items == 20
 
 
-def test_mcnemar_p():
-    for lost, gained in ((12, 11), (0, 0), (5, 0), (700, 600), (1, 3)):
-        wanted = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
-        one, other = (Counted("", 9, *both, 0) for both in ((lost, gained), (gained, lost)))
-        assert one.p == other.p == pytest.approx(wanted)
-
-
 def test_dense_repeat():
     texts = tuple(map(str, range(20)))
-    dense = scored(
-        replace(written("qa", "general", [1] * 12 + [0] * 8), answers=texts),
-        replace(written("sums", "math", [1] * 10 + [0] * 10), answers=texts),
-        accuracy([1.0] * 20, "quiz", "general"),
-    )
-    again = tuple(
-        replace(one, values=(0.0, *one.values[1:18], 1.0, 1.0), answers=("other", *texts[1:]))
-        for one in dense.tasks[:2]
-    )
-    found = behaviour((replace(dense, repeat=again), dense))
+    right = ("qa", "general", [1] * 12 + [0] * 8), ("sums", "math", [1] * 10 + [0] * 10)
+    asked = [replace(written(*one), answers=texts) for one in right]
+    dense = scored(*asked, accuracy([1.0] * 20, "quiz", "general"))
+    values, other = ((0.0, *one.values[1:18], 1.0, 1.0) for one in asked), ("other", *texts[1:])
+    again = (replace(one, values=v, answers=other) for one, v in zip(asked, values, strict=True))
+    found = behaviour((replace(dense, repeat=tuple(again)), dense))
     counts = found.repeat.answers
     assert (counts.lost, counts.gained, counts.same) == (2, 4, 38 / 40)
     assert found.repeat.right.total.value == pytest.approx((13 / 12 + 11 / 10) / 2)
@@ -316,7 +264,11 @@ def test_dense_repeat():
     assert line.endswith("2 of 22 lost, 4 gained; 90.9 % kept, 95.0 % of its answers identical.")
 
 
-def test_wilson_interval():
+def test_mcnemar_p_and_wilson_interval():
+    for lost, gained in ((12, 11), (0, 0), (5, 0), (700, 600), (1, 3)):
+        wanted = binomtest(lost, lost + gained).pvalue if lost + gained else 1.0
+        one, other = (Counted("", 9, *both, 0) for both in ((lost, gained), (gained, lost)))
+        assert one.p == other.p == pytest.approx(wanted)
     for right, of, low, high in ((0, 13, 0.0, 0.228), (13, 48, 0.166, 0.410), (5, 5, 0.566, 1)):
         found = proportion(right, of)
         assert (found.low, found.high) == pytest.approx((low, high), abs=1e-3)
@@ -343,20 +295,17 @@ def test_likelihood_bound_on_skewed_losses(draw, times, items, tasks):
     for _ in range(tasks):
         whole = rng.gamma(4, 2.5, (300, items // tasks))
         rows.append((whole - draw(rng, whole), whole))
-    bounds = lower_mean(rows, [most_lost(*row, times) for row in rows])
+    bounds = lower_mean(rows, [floors.most_lost(*row, times) for row in rows])
     assert (bounds > 0.9).mean() <= 0.065
     assert np.median(bounds) > 0.7
 
 
-@pytest.mark.parametrize(("kept", "of"), [(20, 20), (45, 60), (3, 7), (290, 300)])
-def test_bound_of_a_mean_is_exact_for_items_kept_or_lost(kept, of):
-    values = np.array([[1.0] * kept + [0.0] * (of - kept)])
-    (bound,) = lower_mean([(values, np.ones_like(values))], [np.ones(1)])
-    assert bound == pytest.approx(lower_bound(kept, of), abs=0.01)
-
-
-def test_one_more_item_is_lost_where_it_does_most_harm():
-    few, many = np.ones((1, 10)), np.ones((1, 1000))
+def test_bound_of_a_mean_is_exact_for_items_kept_or_lost():
+    for kept, of in ((20, 20), (45, 60), (3, 7), (290, 300)):
+        values = np.array([[1.0] * kept + [0.0] * (of - kept)])
+        (bound,) = lower_mean([(values, np.ones_like(values))], [np.ones(1)])
+        assert bound == pytest.approx(lower_bound(kept, of), abs=0.01)
+    few, many = np.ones((1, 10)), np.ones((1, 1000))  # one more is lost where it does most harm
     (bound,) = lower_mean([(few, few), (many, many)], [np.ones(1)] * 2)
     assert bound == pytest.approx(1 - (1 - lower_bound(10, 10)) / 2, abs=0.01)
 

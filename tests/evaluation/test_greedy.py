@@ -12,7 +12,7 @@ from calmix.evaluation import greedy
 from calmix.evaluation.greedy import Prompt, answers
 from calmix.models.chat import end_tokens, in_chat
 from calmix.models.opening import OpenModel, open_model
-from tests.evaluation.helpers import opened
+from tests.evaluation.helpers import opened, refuses
 from tests.tiny import ARCHITECTURES, quick, save_tiny_model, tiny_tokenizer
 
 QUICK = ("gemma3_text", "opt", "mamba")
@@ -22,22 +22,16 @@ QUICK = ("gemma3_text", "opt", "mamba")
 def test_batched_answers_match_single_ones(tmp_path, monkeypatch, kind):
     monkeypatch.setattr(greedy, "ROWS", 3)  # so that most rows start in the place of a finished one
     opened = open_model(str(save_tiny_model(tmp_path / kind, kind)), dtype="float32")
-    rng = random.Random(19)
+    rng, asked, known = random.Random(19), [], range(5, 300)
     head = [rng.randrange(5, 300) for _ in range(10)]
-    asked = [
-        Prompt(head + rng.choices(range(5, 300), k=rng.randrange(1, 20)), rng.choice([3, 8, 12]))
-        for _ in range(10)
-    ]
+    for _ in range(10):
+        ids = head + rng.choices(known, k=rng.randrange(1, 20))
+        asked.append(Prompt(ids, rng.choice([3, 8, 12])))
+    how = {"do_sample": False, "eos_token_id": end_tokens(opened), "pad_token_id": 0}
     for one, (text, _) in zip(asked, answers(opened, asked), strict=True):
         ids = torch.tensor([one.ids])
-        alone = opened.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            max_new_tokens=one.tokens,
-            eos_token_id=end_tokens(opened),
-            pad_token_id=0,
-        )
+        how |= {"attention_mask": torch.ones_like(ids), "max_new_tokens": one.tokens}
+        alone = opened.model.generate(ids, **how)
         assert text == opened.tokenizer.decode(alone[0, len(one.ids) :], skip_special_tokens=True)
 
 
@@ -52,30 +46,22 @@ def test_rearranged_batches(monkeypatch, kind):
         return forward(input_ids, **how)
 
     monkeypatch.setattr(model.model, "forward", noted)
-    asked = [Prompt([10 + n, 40, 50], 3 + n // 4) for n in range(10)]
-    texts = []
+    asked, texts = [Prompt([10 + n, 40, 50], 3 + n // 4) for n in range(10)], []
     for rearranged in (False, True):
         batches.append([])
         texts.append(answers(model, asked, rearranged=rearranged))
     assert texts[0] == texts[1]  # in order; this tiny model's answers do not hang on rounding
-    once, again = ([len(ids) for ids in one] for one in batches)
-    assert (max(once), max(again)) == (10, 6)
-    first, last = (one[0][0][0] for one in batches)
-    assert first != last
+    assert [max(map(len, one)) for one in batches] == [10, 6]
+    assert batches[0][0][0][0] != batches[1][0][0][0]
 
 
 def test_window_of_a_row_with_another_prefix(tmp_path):
-    """All places are filled before the first row leaves: positions in a window are those of the
-    longest row."""
+    """All places are filled before the first leaves: in a window, positions are the longest's."""
     folder = save_tiny_model(tmp_path / "m", "mistral", sliding_window=16)
-    opened, rng = open_model(str(folder), dtype="float32"), random.Random(0)
-    head, other = ([n] * 10 for n in (40, 250))
-    asked = [
-        Prompt(start + [rng.randrange(5, 300) for _ in range(20)], tokens)
-        for start, tokens in [(head, 24)] * 14 + [(head, 20)] * 3 + [(other, 20)]
-    ]
-    (alone,) = answers(opened, asked[-1:])
-    assert answers(opened, asked)[-1] == alone
+    opened, rng, asked = open_model(str(folder), dtype="float32"), random.Random(0), []
+    for start, tokens in [(40, 24)] * 14 + [(40, 20)] * 3 + [(250, 20)]:
+        asked.append(Prompt([start] * 10 + [rng.randrange(5, 300) for _ in range(20)], tokens))
+    assert answers(opened, asked)[-1:] == answers(opened, asked[-1:])
 
 
 def test_first_space_and_end_of_turn(monkeypatch):
@@ -113,8 +99,8 @@ def test_no_end_token():
 def test_nan_logits_are_refused(kind):
     model = opened(kind)
     next(model.model.parameters()).data.fill_(torch.nan)
-    with pytest.raises(ModelError, match="logits that are not finite in float32: check its"):
-        answers(model, [Prompt([7, 8, 9], 4)])
+    says = "logits that are not finite in float32: check its"
+    refuses(says, answers, model, [Prompt([7, 8, 9], 4)], error=ModelError)
 
 
 def test_answer_length_limit(monkeypatch):

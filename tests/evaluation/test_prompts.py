@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 
-from calmix.errors import InputError
 from calmix.evaluation import evaluate as capability
 from calmix.evaluation import prompts
 from calmix.evaluation.answers import compare_answers
@@ -22,18 +21,14 @@ from calmix.evaluation.tasks import load_items
 from calmix.models.opening import open_model
 from tests.browser import needs_chromium, readable
 from tests.evaluation import helpers
-from tests.evaluation.helpers import scored
+from tests.evaluation.helpers import lacks, refuses, scored
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
-WEATHER = {
-    "name": "weather",
-    "parameters": {
-        "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
-        "required": ["city"],
-    },
-}
+ARGUMENTS = {"city": {"type": "string"}, "days": {"type": "integer"}}
+WEATHER = {"name": "weather", "parameters": {"properties": ARGUMENTS, "required": ["city"]}}
 TOOLS = [{"type": "function", "function": WEATHER}]
 CALL = {"name": "weather", "arguments": {"city": "Rome"}}
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
 def written(path, *some):
@@ -42,22 +37,15 @@ def written(path, *some):
 
 
 def test_rows_are_read_in_every_form(tmp_path):
-    chat = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "Hello"},
-        {"role": "assistant", "content": "left out: it is the answer"},
-    ]
-    path = written(
-        tmp_path / "mine.jsonl",
-        {"prompt": "One?", "answer": "1"},
-        {"messages": chat, "max_tokens": 9, "thinking": True},
-        {"question": "Two?", "answer": 2},
-        "Three?",
-        {"prompt": "One?", "answer": "again"},
+    said = ("system", "Be brief."), ("user", "Hello"), ("assistant", "left out: it is the answer")
+    chat = [{"role": role, "content": content} for role, content in said]
+    rows = [
+        *({"prompt": "One?", "answer": "1"}, {"messages": chat, "max_tokens": 9, "thinking": True}),
+        *({"question": "Two?", "answer": 2}, "Three?", {"prompt": "One?", "answer": "again"}),
         {"prompt": "Four?", "answer": CALL, "check": "tool", "tools": [WEATHER]},
         {"prompt": "Five?", "check": {"lines": 3, "contains": ["a", "b"]}},
-    )
-    notes = []
+    ]
+    path, notes = written(tmp_path / "mine.jsonl", *rows), []
     one, two, three, four, five, six = read_prompts(path, notes.append)
     assert (one.question, one.check, one.right) == ("One?", "text", ["1"])
     assert [turn["role"] for turn in two.messages] == ["system", "user"]
@@ -67,21 +55,19 @@ def test_rows_are_read_in_every_form(tmp_path):
     assert (five.tools, five.right) == (tuple(TOOLS), CALL)
     assert six.right == {"lines": "3", "contains": "a|b"}
     assert "prompts repeated, and asked once: 1" in notes[0]
-    table = tmp_path / "mine.csv"
+    table, lines = tmp_path / "mine.csv", tmp_path / "mine.txt"
     tools = json.dumps([WEATHER]).replace('"', '""')
     table.write_text(f'prompt,answer,check,tools\nA?,x,contains,\nB?,,,"{tools}"\n', "utf-8")
     first, second = read_prompts(table)
     assert (first.right, second.tools, second.check) == ({"contains": "x"}, tuple(TOOLS), "")
-    lines = tmp_path / "mine.txt"
     lines.write_text("A?\n\n B? \n", encoding="utf-8")
     assert [one.question for one in read_prompts(lines)] == ["A?", "B?"]
     table.write_text("prompt,body\nA?,other\n", "utf-8")
     assert read_prompts(f"{table}@body")[0].question == "other"
 
 
-@pytest.mark.parametrize(
-    ("row", "says"),
-    [
+def test_a_row_that_cannot_be_asked_is_named(tmp_path):
+    for row, says in (
         ({"prompt": " "}, "line 2: the prompt is empty: write"),
         ({"messages": [{"role": "assistant", "content": "x"}]}, "line 2: the prompt is empty"),
         ({"messages": [{"content": "x"}]}, "message 0 of 'messages' has no role"),
@@ -97,11 +83,9 @@ def test_rows_are_read_in_every_form(tmp_path):
         ({"prompt": "x", "tools": [{"title": "y"}]}, "a tool must be"),
         ({"prompt": "x", "tools": TOOLS, "check": "tool", "answer": {}}, "must be a valid call"),
         ({"prompt": "\ud800"}, "unpaired surrogate"),
-    ],
-)
-def test_a_row_that_cannot_be_asked_is_named(tmp_path, row, says):
-    with pytest.raises(InputError, match=re.escape(says)):
-        read_prompts(written(tmp_path / "mine.jsonl", {"prompt": "first"}, row))
+    ):
+        path = written(tmp_path / "mine.jsonl", {"prompt": "first"}, row)
+        refuses(re.escape(says), read_prompts, path)
 
 
 def test_files_that_hold_no_prompts_and_options_without_effect(tmp_path, calmix):
@@ -122,16 +106,15 @@ def test_files_that_hold_no_prompts_and_options_without_effect(tmp_path, calmix)
 
 def test_prompts_are_split_by_what_they_ask_whatever_else_is_there(tmp_path):
     path = written(tmp_path / "mine.jsonl", *({"prompt": f"Question {n}?"} for n in range(200)))
-    asked = read_prompts(path)
-    calibrate, test = prompts.halves(asked)
+    calibrate, test = prompts.halves(asked := read_prompts(path))
     assert len(calibrate) + len(test) == 200
     assert 70 < len(test) < 130
     assert prompts.halves(asked[50:])[1] == [one for one in test if one in asked[50:]]
     suite = prompt_suite(path, test_half=True)
     assert load_items(suite.tasks["mine"]) == test
     assert suite.hash != prompt_suite(path).hash
-    with pytest.raises(InputError, match="1 prompts cannot be split"):
-        prompt_suite(written(path, {"prompt": "x"}), test_half=True)
+    one = written(path, {"prompt": "x"})
+    refuses("1 prompts cannot be split", prompt_suite, one, test_half=True)
 
 
 def faulty(answer, ended=True, dense=None, **more):
@@ -181,16 +164,11 @@ def test_calls_of_tools_are_valid_by_their_schema():
 
 
 def test_languages_and_loops():
-    for text, name in {
-        "Вода нужна всем людям": "ru",
-        "水は大切です": "ja",
-        "水很重要": "zh",
-        "물은 중요하다": "ko",
-        "Die Katze ist in dem Haus und hat eine Maus": "de",
-        "`the a an the is are`": "",
-        "ok": "",
-    }.items():
+    others = {"ru": "Вода нужна всем людям", "ja": "水は大切です", "zh": "水很重要"}
+    german = "Die Katze ist in dem Haus und hat eine Maus"
+    for name, text in ({"ko": "물은 중요하다", "de": german} | others).items():
         assert prompts.language(text) == name
+    assert prompts.language("`the a an the is are`") == prompts.language("ok") == ""
     assert prompts.loops("a" * 130)
     assert prompts.loops("intro " + "and so it goes on, " * 8)
     assert not prompts.loops("\n".join(f"{n}. item" for n in range(60)))
@@ -228,23 +206,21 @@ def test_answers_are_compared_in_pairs(example):
     assert faults == {"text": (3, 0, 0), "end": (3, 1, 0), "json": (1, 1, 0)}
     assert found.again == {"text": 0.0, "end": 0.0}
     assert [row["fault"] for row in fault_rows(found)] == ["empty", "unfinished", "broken JSON"]
-    said = " ".join(answer_lines(found, example[1].distance))
-    assert "Identical answers: 1 of 3, 33.3 [" in said
-    assert "(the dense model's own repeat: 66.7 %)" in said
-    assert "KL on the dense model's answers: 0.500 nats per token [0.400, 0.600]" in said
-    assert "Answers without a fault: 2 of 3 (dense model: 3), 1 lost, 0 gained" in said
+    assert not lacks(
+        " ".join(answer_lines(found, example[1].distance)),
+        *("Identical answers: 1 of 3, 33.3 [", "(the dense model's own repeat: 66.7 %)"),
+        "KL on the dense model's answers: 0.500 nats per token [0.400, 0.600]",
+        "Answers without a fault: 2 of 3 (dense model: 3), 1 lost, 0 gained",
+    )
     assert compare_answers((scored(), scored())) is None
 
 
 def test_the_page_shows_the_worst_first_and_escapes_what_models_write(example):
     page = answers_page({"small": example})
-    assert "<b>Why" not in page
-    assert "&lt;b&gt;Why?" in page
+    assert lacks(page, "<b>Why", "&lt;b&gt;Why?") == ["<b>Why"]
     worst, changed, same = page.split("<article")[1:]
-    assert "<mark>&lt;i&gt;c</mark>" in worst
-    assert '<span class="fault">unfinished</span>' in worst
-    assert "one two <mark>four</mark>" in changed
-    assert "KL 0.700" in changed
+    assert not lacks(worst, "<mark>&lt;i&gt;c</mark>", '<span class="fault">unfinished</span>')
+    assert not lacks(changed, "one two <mark>four</mark>", "KL 0.700")
     assert "<mark>" not in same
 
 
@@ -255,15 +231,17 @@ def test_the_page_can_be_read_on_a_telephone(page, example, tmp_path):
     name = "http://localhost:8080/v1#a-model-with-a-long-name"
     row = {"model": "small", "#MB": "30", "#good %": "33.3 [6.1, 79.2]", "#behind best": None}
     text = answers_page({name: (dense, replace(small, tasks=(long,)))}, [row], "Use small.")
-    path = tmp_path / "page.html"
-    path.write_text(text, encoding="utf-8")
+    (path := tmp_path / "page.html").write_text(text, encoding="utf-8")
     readable(page, path, figures=0, texts=20)
 
 
 def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(capability, "CHUNK", 2)
-    path, model = tmp_path / "mine.jsonl", open_model(str(tiny_folder))
-    suite = prompt_suite(written(path, *({"prompt": f"p{n}", "max_tokens": 3} for n in range(5))))
+    model, rows = (
+        open_model(str(tiny_folder)),
+        ({"prompt": f"p{n}", "max_tokens": 3} for n in range(5)),
+    )
+    suite = prompt_suite(written(tmp_path / "mine.jsonl", *rows))
     real, calls, output = capability.answers, [], tmp_path / "out.json"
 
     def answers(opened, prompts, **how):
@@ -282,8 +260,7 @@ def test_answers_in_the_journal_are_not_generated_again(tiny_folder, tmp_path, m
     calls.clear()
     with journal_beside(output) as journal:
         assert evaluate(model, suite, journal=journal).tasks == whole.tasks
-    assert calls == [1]
-    assert not kept.exists()
+    assert (calls, kept.exists()) == ([1], False)
 
 
 def test_one_prompt_has_no_interval_of_its_distance():
@@ -301,9 +278,6 @@ def test_answers_without_a_check_are_good_ones():
     assert "9 of 9 good answers lost" in result.lines()[0]
 
 
-CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
-
-
 @pytest.fixture
 def chats(tmp_path):
     """Two tiny models that answer in a chat template."""
@@ -315,18 +289,15 @@ def chats(tmp_path):
 
 def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
     """In `abilities` and for a user's prompts; items that are not chats are left out."""
-    _, small = chats
-    mine = written(tmp_path / "mine.jsonl", {"prompt": "Say x.", "max_tokens": 4})
+    small, mine = chats[1], written(tmp_path / "mine.jsonl", {"prompt": "Say x.", "max_tokens": 4})
     run = ("evaluate", small, "--prompts", mine)
     assert f"the chat template of {small} has no switch" in calmix(*run, "--thinking").line
-    switch = "{% if enable_thinking %}<think>{% endif %}"
-    tiny_tokenizer(CHAT + switch).save_pretrained(small)
+    tiny_tokenizer(CHAT + "{% if enable_thinking %}<think>{% endif %}").save_pretrained(small)
     assert "--thinking asks for it" in calmix(*run).ok().err
     scores = json.loads(calmix(*run, "--thinking", "--json").ok().out)["scores"]
     assert scores["suite"]["hash"] != prompt_suite(mine).hash
     assert "thought" in scores["tasks"][0]["properties"][0]
-    opened = open_model(small)
-    suite = choose("abilities", tasks=["stopping", "sums"])
+    opened, suite = open_model(small), choose("abilities", tasks=["stopping", "sums"])
     for thinking in (False, True):
         items = suite_asks(suite.model_copy(update={"thinking": thinking}))
         text = opened.tokenizer.decode(as_prompt(opened, items["stopping"][0]).ids)
@@ -341,15 +312,13 @@ def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
 
 
 def test_the_command_compares_prints_and_gates(chats, calmix, tmp_path):
-    dense, small = chats
+    out, page, (dense, small) = tmp_path / "out.json", tmp_path / "out.html", chats
     rows = [{"prompt": f"Say {n}.", "max_tokens": 6} for n in range(6)]
     mine = written(tmp_path / "mine.jsonl", *rows)
-    out, page = tmp_path / "out.json", tmp_path / "out.html"
     run = ("evaluate", small, "--against", dense, "--prompts", mine)
     ended = calmix(*run, "-o", out, "--page", page).ok()
     assert "KL" not in ended.err
-    assert "Identical answers: 0 of 6" in ended.out
-    assert "KL on the dense model's answers:" in ended.out
+    assert not lacks(ended.out, "Identical answers: 0 of 6", "KL on the dense model's answers:")
     made = json.loads(out.read_text(encoding="utf-8"))
     assert made["prompts"]["faults"][0]["name"] == "text"
     assert page.read_text(encoding="utf-8").count("<article") == 6
@@ -358,8 +327,7 @@ def test_the_command_compares_prints_and_gates(chats, calmix, tmp_path):
     assert re.search("begins 'word word.* tokens, and the context of", calmix(*run).line)
     written(mine, {"prompt": "x", "tools": [WEATHER]})
     assert "has no tools, which the prompt that begins 'x' gives" in calmix(*run).line
-    tokenizer = tiny_tokenizer(CHAT)
-    tokenizer.add_tokens(["another"])
+    (tokenizer := tiny_tokenizer(CHAT)).add_tokens(["another"])
     tokenizer.save_pretrained(small)
     written(mine, {"prompt": "Say x.", "max_tokens": 4})
     ended = calmix(*run).ok()

@@ -5,12 +5,9 @@ from dataclasses import astuple, replace
 import numpy as np
 import pytest
 
-from calmix.errors import InputError
 from calmix.evaluation.measures import baseline_scores, has_signal, item_scores, parts, score_of
 from calmix.evaluation.retention import flips, interval, item_weights, resampled, retention
-from tests.evaluation.helpers import accuracy, bits, choices, written
-
-LN2 = math.log(2)
+from tests.evaluation.helpers import accuracy, bits, choices, refuses, written
 
 
 def right(count, of, name="quiz", dimension="general", chance=0.25):
@@ -49,39 +46,35 @@ def test_accuracy_skips_unjudged_tasks():
     found = retention([right(8, 10), text], [right(6, 10), text], measure="accuracy", resamples=9)
     assert [one.name for one in found.tasks] == ["quiz"]
     assert found.total.value == pytest.approx((0.6 - 0.25) / (0.8 - 0.25))
-    with pytest.raises(InputError, match="no task has right or wrong answers"):
-        retention([text], [text], measure="accuracy")
+    says = "no task has right or wrong answers"
+    refuses(says, retention, [text], [text], measure="accuracy")
 
 
 def test_other_items_are_refused():
     a, b, c = (right(5, 10, name) for name in "abc")
     for dense, pruned, first in (([a], [b], "a"), ([c, b], [c], "b"), ([a, b], [b, a], "b")):
-        with pytest.raises(InputError, match=rf"different tasks \(first: {first}\): eval"):
-            retention(dense, pruned)
+        refuses(rf"different tasks \(first: {first}\): eval", retention, dense, pruned)
     for act in (retention, flips):
-        with pytest.raises(InputError, match=r"different items of task quiz \(10 and 20\)"):
-            act([right(5, 10)], [right(5, 20)])
+        says = r"different items of task quiz \(10 and 20\)"
+        refuses(says, act, [right(5, 10)], [right(5, 20)])
 
 
 @pytest.mark.parametrize("measure", ["primary", "ratio"])
 def test_dimension_and_total_are_means(measure):
     rng = np.random.default_rng(0)
     nats, sizes = rng.uniform(2, 6, 40), rng.integers(9, 20, 40)
-    pairs = [
-        (right(40, 80, "a"), right(30, 80, "a")),
-        (right(40, 50, "b"), right(30, 50, "b")),
-        (bits(nats, sizes, "c", "code"), bits(1.3 * nats, sizes, "c", "code")),
-    ]
-    found = retention(*zip(*pairs, strict=True), measure=measure, resamples=50)
-    made = [parts(*both, measure) for both in pairs]
-    points = [
-        resampled(name, own, resamples=50, seed=0) for name, own in zip("abc", made, strict=True)
-    ]
+    dense, pruned = (
+        [right(count, 80, "a"), right(count, 50, "b"), bits(times * nats, sizes, "c", "code")]
+        for count, times in ((40, 1.0), (30, 1.3))
+    )
+    found = retention(dense, pruned, measure=measure, resamples=50)
+    made = {one.name: parts(one, two, measure) for one, two in zip(dense, pruned, strict=True)}
+    points = [resampled(*one, resamples=50, seed=0) for one in made.items()]
     assert [one.kept for one in found.tasks] == list(map(interval, points))
     baselines = [0.25, 0.25, 3 / LN2] if measure == "primary" else [None] * 3
     assert [one.baseline for one in found.tasks] == pytest.approx(baselines)
     # Items are pooled, except for the paper's measures.
-    shares = [1.0, 1.0] if measure == "ratio" else [own.whole.sum() for own in made[:2]]
+    shares = [1.0, 1.0] if measure == "ratio" else [made[name].whole.sum() for name in "ab"]
     rolled = [np.average(points[:2], axis=0, weights=shares), points[2]]
     told = [*(one.kept for one in found.dimensions), found.total]
     for one, point in zip(told, [*rolled, np.mean(rolled, 0)], strict=True):
@@ -97,21 +90,18 @@ def test_resamples_depend_on_seed_name_and_count():
     assert found.dtype == float
 
 
-RIGHT = {  # by task: its ability, and which answers the dense and the pruned model get right
-    "a": ("code", "1" * 8 + "0" * 8, "0" * 4 + "1" * 12),
-    "b": ("code", "1" * 4 + "0" * 4, "1" * 3 + "0" * 5),
-    "c": ("code", "0" * 6, "1" * 3 + "0" * 3),
-    "d": ("math", "1" * 30 + "0" * 10, "1" * 15 + "0" * 25),
-    "e": ("chat", "1" * 9, "0" * 9),
-}
-
-
 def test_right_answers_by_ability():
     other = [right(80, 100), bits([3.0], [2])], [right(10, 100), bits([9.0], [2])]
-    dense, pruned = (
-        [written(name, row[0], [*map(int, row[1 + side])]) for name, row in RIGHT.items()] + more
-        for side, more in enumerate(other)
-    )
+    dense, pruned = map(list, other)
+    for name, ability, before, after in (  # which answers the dense and the pruned get right
+        ("a", "code", "1" * 8 + "0" * 8, "0" * 4 + "1" * 12),
+        ("b", "code", "1" * 4 + "0" * 4, "1" * 3 + "0" * 5),
+        ("c", "code", "0" * 6, "1" * 3 + "0" * 3),
+        ("d", "math", "1" * 30 + "0" * 10, "1" * 15 + "0" * 25),
+        ("e", "chat", "1" * 9, "0" * 9),
+    ):
+        dense.append(written(name, ability, [*map(int, before)]))
+        pruned.append(written(name, ability, [*map(int, after)]))
     found = retention(dense, pruned, measure="right")
     # The dense model gets nothing of c right, where the pruned one gains, and too little of e.
     values = {one.name: one.kept.value for one in found.dimensions}
@@ -121,19 +111,15 @@ def test_right_answers_by_ability():
     assert [(one.name, one.items, one.score) for one in found.tasks] == sizes
     assert [one.without_signal for one in found.dimensions] == [(), (), ("chat",)]
     for name, size, _ in sizes[:2]:  # items are resampled within abilities
-        both = [
-            np.concatenate([one.values for one in some if one.dimension == name])
-            for some in (dense, pruned)
-        ]
+        values = ([one.values for one in some if one.dimension == name] for some in (dense, pruned))
         times = item_weights(name, size, resamples=2000, seed=0)
-        ratios = (times @ both[1]) / (times @ both[0])
-        one = found.of(name)
-        assert [one.low, one.high] == pytest.approx(np.quantile(ratios, [0.025, 0.975]))
+        before, after = (times @ np.concatenate(some) for some in values)
+        wanted, one = np.quantile(after / before, [0.025, 0.975]), found.of(name)
+        assert [one.low, one.high] == pytest.approx(wanted)
     # If no answer changed, the interval is Wilson's of all right answers, to both sides.
     whole, reach = retention(dense, dense, measure="right").total, 1.96**2 / (42 + 1.96**2)
     assert astuple(whole) == pytest.approx((1, 1 - reach, 1 + reach), abs=1e-4)
-    with pytest.raises(InputError, match="no task has generated answers"):
-        retention(*other, measure="right")
+    refuses("no task has generated answers", retention, *other, measure="right")
 
 
 def test_flips():
@@ -150,15 +136,15 @@ def test_flips():
     assert flips(dense[2:3], pruned[2:3]) == {}
 
 
+LN2 = math.log(2)
 DENSE = choices([[-1.0, -3.0, -2.0], [-4.0, -2.0, -2.5]], [0, 1], [[-2.0] * 3, [-2.0, -3.0, -4.0]])
 TEXT, GONE = bits([10, 30], [20, 20], baseline=2.0), bits([90, 90], [20, 20])
 TWICE = bits([20, 60], [20, 20])
 MOST, FEW = right(75, 100), right(10, 100)
 
 
-@pytest.mark.parametrize(
-    ("dense", "pruned", "measure", "kept"),
-    [
+def test_retention_by_hand():
+    for dense, pruned, measure, kept in (
         (MOST, FEW, "primary", (0.10 - 0.25) / (0.75 - 0.25)),
         (MOST, FEW, "ratio", 10 / 75),
         (TEXT, GONE, "primary", (80 - 180) / (80 - 40)),
@@ -166,10 +152,8 @@ MOST, FEW = right(75, 100), right(10, 100)
         (TEXT, TWICE, "ratio", 0.5),  # in the paper, dense over pruned
         (TEXT, bits([40, 40], [20, 20]), "smoothed", 0.0),
         (DENSE, DENSE, "smoothed", 1.0),
-    ],
-)
-def test_retention_by_hand(dense, pruned, measure, kept):
-    assert parts(dense, pruned, measure).retention == pytest.approx(kept)
+    ):
+        assert parts(dense, pruned, measure).retention == pytest.approx(kept)
 
 
 def test_bits_baseline():
@@ -207,8 +191,7 @@ def test_missing_fields_are_named():
     old = replace(DENSE, gold=(), loglikelihoods=(), bytes=(), baselines=(), unigram=())
     assert parts(old, old, "accuracy").retention == 1.0
     pruned_alone = replace(DENSE, baselines=(), unigram=())
-    with pytest.raises(InputError, match="lack the baseline without task knowledge"):
-        parts(pruned_alone, DENSE)
+    refuses("lack the baseline without task knowledge", parts, pruned_alone, DENSE)
     assert parts(DENSE, pruned_alone).retention == 1.0  # a pruned model needs no baselines
 
 

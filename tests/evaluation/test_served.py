@@ -16,6 +16,7 @@ from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.served import KEY, connect
 from calmix.evaluation.suites import choose, prompt_suite
 from calmix.options import ServerOptions
+from tests.evaluation.helpers import lacks, refuses
 from tests.evaluation.test_prompts import WEATHER, written
 
 SECRET = "sk-very-secret"
@@ -30,8 +31,8 @@ def reply(text="Yes.", reason="stop", **more):
 
 
 class Fake:
-    """A server that answers each request by the next of its `plan` (the last one repeats): a
-    status and a body, or a function of the request's handler."""
+    """A server that answers by the next of its `plan` (the last one repeats): a status and a body,
+    or a function of the request's handler."""
 
     def __init__(self, *plan, models=(200, MODELS)):
         self.plan, self.models, self.bodies, self.keys = [*plan], models, [], []
@@ -112,15 +113,13 @@ def test_a_request_that_fails_is_sent_again(mine):
     fake = Fake(BUSY, BROKEN, dropped, half, reply(), CUT_JSON, (503, {}), reply())
     with running(fake) as address:
         assert asked(address, mine, concurrency=1) == ["Yes.", "Yes."]
-    assert len(fake.bodies) == 8
     body = fake.bodies[0]
     assert (body["path"], body["model"], body["temperature"]) == ("/v1/chat/completions", "tiny", 0)
     assert [one["messages"][0]["content"] for one in fake.bodies] == ["One?"] * 5 + ["Two?"] * 3
 
 
-@pytest.mark.parametrize(
-    ("plan", "times", "says"),
-    [
+def test_a_failure_is_one_line_and_only_what_can_succeed_is_sent_again(mine):
+    for plan, times, says in (
         (BUSY, 5, r"answers 429 \(slow down\), 5 times"),
         (BROKEN, 5, "answers 500, 5 times"),
         (dropped, 5, "breaks the connection, 5 times"),
@@ -131,27 +130,23 @@ def test_a_request_that_fails_is_sent_again(mine):
         ((404, {}), 1, "does the address end in /v1"),
         ((200, {"object": "x"}), 1, "answers without choices or finish_reason"),
         ((200, {"choices": [{"message": {"content": "x"}}]}), 1, "choices or finish_reason"),
-    ],
-)
-def test_a_failure_is_one_line_and_only_what_can_succeed_is_sent_again(mine, plan, times, says):
-    fake = Fake(plan)
-    error = InputError if times == 1 else PassingError
-    with running(fake) as address, pytest.raises(error, match=says):
-        asked(address, mine, concurrency=1)
-    sent = [body["messages"][0]["content"] for body in fake.bodies]
-    assert sent.count("One?") == times  # the next prompt may have been asked by then
+    ):
+        with running(fake := Fake(plan)) as address:
+            error = InputError if times == 1 else PassingError
+            refuses(says, asked, address, mine, concurrency=1, error=error)
+        sent = [body["messages"][0]["content"] for body in fake.bodies]
+        assert sent.count("One?") == times  # the next prompt may have been asked by then
 
 
 def test_a_server_that_hangs(mine):
     gate = threading.Event()
     with running(Fake(lambda handler: gate.wait(20))) as address:
-        with pytest.raises(PassingError, match=r"gives no answer in 0\.1 s, 5 times"):
-            asked(address, mine, timeout=0.1)
+        says = r"gives no answer in 0\.1 s, 5 times"
+        refuses(says, asked, address, mine, timeout=0.1, error=PassingError)
         gate.set()
     gate.clear()
-    with running(Fake(models=lambda handler: gate.wait(20))) as address:
-        with pytest.raises(InputError, match="no server answers at"):  # it is not asked again
-            connect(address, ServerOptions(timeout=0.1))
+    with running(Fake(models=lambda handler: gate.wait(20))) as address:  # it is not asked again
+        refuses("no server answers at", connect, address, ServerOptions(timeout=0.1))
         gate.set()
 
 
@@ -160,53 +155,45 @@ def test_a_server_is_reached_before_slow_imports(mine):
     code = f"import sys; from calmix.cli import main; sys.argv = {words}\n"
     code += "try: main()\nfinally: print({'torch', 'scipy', 'pandas'} & set(sys.modules))"
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert "no server answers at" in ended.stderr
-    assert ended.stdout == "set()\n"
+    assert ("no server answers at" in ended.stderr, ended.stdout) == (True, "set()\n")
 
 
-@pytest.mark.parametrize(
-    ("models", "name", "says"),
-    [
+def test_what_a_server_serves_is_known_before_anything_is_asked():
+    for models, name, says in (
         ({"data": [{"id": "a"}, {"id": "b"}]}, None, r"name one with --model \(a, b\)"),
         (MODELS, "tony", "serves no model 'tony': did you mean tiny"),
-        ({"data": []}, None, "lists no model"),
-        ([1], None, "lists no model"),
-    ],
-)
-def test_what_a_server_serves_is_known_before_anything_is_asked(models, name, says):
-    with running(Fake(models=(200, models))) as address, pytest.raises(InputError, match=says):
-        connect(address, ServerOptions(model_name=name))
+        *(({"data": []}, None, "lists no model"), ([1], None, "lists no model")),
+    ):
+        with running(Fake(models=(200, models))) as address:
+            refuses(says, connect, address, ServerOptions(model_name=name))
 
 
 def test_a_server_that_is_not_there_and_an_address_with_a_key(calmix, mine):
     with running(Fake()) as address:
         pass
-    ended = calmix("evaluate", address, "--prompts", mine)
-    assert f"no server answers at {address}: start it, or correct" in ended.line
+    said = calmix("evaluate", address, "--prompts", mine).line
+    assert f"no server answers at {address}: start it, or correct" in said
     for secret in ("http://me:pw@localhost/v1", f"http://localhost/v1?key={SECRET}"):
-        said = calmix("evaluate", secret, "--prompts", mine).line
-        assert KEY in said
-        assert SECRET not in said
+        assert lacks(calmix("evaluate", secret, "--prompts", mine).line, KEY, SECRET) == [SECRET]
     local = ("evaluate", "builtin:smollm2-135m", "--prompts", mine, "--model", "x")
     assert "no http:// address is given" in calmix(*local).line
     with running(Fake(reply())) as address:
         said = calmix("evaluate", address, "--suite", "smoke").line
-        assert "a server gives no likelihoods, which task" in said
+    assert "a server gives no likelihoods, which task" in said
 
 
 def test_the_key_is_sent_and_written_nowhere(calmix, mine, tmp_path, monkeypatch):
     monkeypatch.setenv(KEY, SECRET)
-    fake = Fake(reply(), (401, {}))
-    out = tmp_path / "out.json"
-    with running(fake) as address:
-        run = ("evaluate", address, "--prompts", mine, "-o", out, "--concurrency", 1)
+    out, how = tmp_path / "out.json", ("--concurrency", 1)
+    with running(fake := Fake(reply(), (401, {}))) as address:
+        run = ("evaluate", address, "--prompts", mine, "-o", out, *how)
         failed = calmix(*run)
         assert "refuses the key" in failed.line
         fake.plan = [reply()]
         ended = calmix(*run).ok()
-    assert fake.keys[0] == f"Bearer {SECRET}"
     assert "resumed: 1 answers" in ended.err
-    assert len(fake.bodies) == 3  # the first answer was not asked again
+    # The first answer was not asked again.
+    assert (fake.keys[0], len(fake.bodies)) == (f"Bearer {SECRET}", 3)
     files = [path.read_text(encoding="utf-8") for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(SECRET in text for text in (*files, failed.err, ended.err, ended.out))
     assert not (tmp_path / ".out.json.answers").exists()
@@ -216,11 +203,10 @@ def test_an_answer_is_written_as_a_local_model_would_write_it(tmp_path):
     call = {"function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Sun?"}]
     row = {"messages": chat, "tools": [WEATHER], "thinking": True}
-    path = written(tmp_path / "mine.jsonl", row)
+    suite = prompt_suite(written(tmp_path / "mine.jsonl", row))
     fake = Fake(reply(None, "tool_calls", tool_calls=[call], reasoning_content="hm"))
     with running(fake) as address:
-        one = connect(address, ServerOptions())
-        scores = evaluate(one, prompt_suite(path)).tasks[0]
+        scores = evaluate(one := connect(address, ServerOptions()), suite).tasks[0]
     assert scores.properties[0]["tool call"]
     assert scores.answers[0].startswith("<think>\nhm\n</think>")
     (body,) = fake.bodies
@@ -228,11 +214,9 @@ def test_an_answer_is_written_as_a_local_model_would_write_it(tmp_path):
     assert body["tools"][0]["function"]["name"] == "weather"
     assert body["chat_template_kwargs"] == {"enable_thinking": True}
     assert (one.size, one.bits, one.tokens) == (1000, 20, 7)
-    cut = Fake(reply("", "length", reasoning_content="hm"))
-    with running(cut) as address:
-        scores = evaluate(connect(address, ServerOptions()), prompt_suite(path)).tasks[0]
-    assert scores.ended == (0,)
-    assert not scores.properties[0]["thought"]
+    with running(Fake(reply("", "length", reasoning_content="hm"))) as address:
+        scores = evaluate(connect(address, ServerOptions()), suite).tasks[0]
+    assert (scores.ended, scores.properties[0]["thought"]) == ((0,), False)
 
 
 def test_items_of_a_suite_are_asked_as_text_where_they_have_no_chat():
@@ -242,8 +226,7 @@ def test_items_of_a_suite_are_asked_as_text_where_they_have_no_chat():
     with running(fake) as address:
         scores = evaluate(connect(f"{address}#tiny", ServerOptions()), suite)
     assert {body["path"] for body in fake.bodies} == {"/v1/completions", "/v1/chat/completions"}
-    assert scores.model == f"{address}#tiny"
-    assert scores.form == "chat template"
+    assert (scores.model, scores.form) == (f"{address}#tiny", "chat template")
 
 
 def test_a_journal_serves_the_same_requests_alone(mine, tmp_path):

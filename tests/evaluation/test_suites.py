@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from calmix.errors import InputError
 from calmix.evaluation import checks
 from calmix.evaluation.evaluate import evaluate, is_right
 from calmix.evaluation.scores import write_scores
@@ -13,7 +12,7 @@ from calmix.evaluation.tasks import load_items, suite_items
 from calmix.sources.registry import offline_sources
 from calmix.study.cells import TOTAL, WORST
 from calmix.yaml_files import parse_model
-from tests.evaluation.helpers import benchmark, benchmarks_read, new_suite
+from tests.evaluation.helpers import benchmark, benchmarks_read, lacks, new_suite, refuses
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 MBPP = "{archive: codex_mbpp/gold_bpb, form: answer, metric: bits_per_byte, shots: 0}"
@@ -28,6 +27,7 @@ dimensions:
   code:
     mbpp: {MBPP}
 """
+CITY = {"question": "What is the capital of France? Answer with one word.", "answer": "Paris"}
 
 
 def test_builtin_suites():
@@ -38,20 +38,17 @@ def test_builtin_suites():
     assert set(suites["paper"].tasks) == {*wanted.split(), "gsm8k", "math"}
     offline, read = suites["offline"].tasks, benchmarks_read(offline_sources().values())
     assert all((task.quick or 0) < (task.limit or 0) for task in offline.values())
-    # It leaves the odd items to the sources.
-    parts = {
-        name for name, task in offline.items() if task.items == "all" and benchmark(task) in read
-    }
-    assert parts == {"math500"}  # its source leaves out all similar items
-    with pytest.raises(InputError, match="unknown suite 'offlin': did you mean offline"):
-        load_suite("offlin")
+    # It leaves the odd items to the sources; the source of math500 leaves out all similar items.
+    parts = [name for name, task in offline.items() if task.items == "all"]
+    assert [name for name in parts if benchmark(offline[name]) in read] == ["math500"]
+    refuses("unknown suite 'offlin': did you mean offline", load_suite, "offlin")
 
 
 def parsed(text):
     return parse_model(Suite, text, "mine.yaml")
 
 
-def test_selection_hashes():
+def test_selections_and_their_hashes():
     suite = parsed(GOOD)
     assert suite.dimension_of("mbpp") == "code"
     ways = [{}, {"quick": True}, {"limit": 3}, {"dimensions": ["code"]}]
@@ -59,21 +56,14 @@ def test_selection_hashes():
     assert suite.hash == suite.model_copy(update={"description": "other words"}).hash
     assert suite.hash != suite.model_copy(update={"version": 4}).hash
     for limit, how in (
-        (2, {"quick": True}),
-        (10, {"quick": True, "whole": ["general"]}),
-        (10, {"limit": 99}),
-        (3, {"limit": 3}),
-        (1, {"quick": True, "limit": 1}),
+        *((2, {"quick": True}), (10, {"quick": True, "whole": ["general"]})),
+        *((10, {"limit": 99}), (3, {"limit": 3}), (1, {"quick": True, "limit": 1})),
     ):
         assert choose(suite, **how).tasks["sciq"].limit == limit
     assert choose(suite, limit=3).tasks["mbpp"].limit == 3
     for chosen in ({"tasks": ["mbpp"]}, {"without": ["sciq"]}, {"dimensions": ["code"]}):
         assert list(choose(suite, **chosen).tasks) == ["mbpp"]
-
-
-@pytest.mark.parametrize(
-    ("how", "says"),
-    [
+    for how, says in (
         ({"whole": ["code"]}, "no effect without --quick"),
         ({"quick": True, "whole": ["codes"]}, "no dimension 'codes': did you mean code"),
         ({"quick": True, "whole": ["code"], "dimensions": ["general"]}, "no dimension 'code'"),
@@ -81,16 +71,12 @@ def test_selection_hashes():
         ({"without": ["sciqq"]}, "no task 'sciqq': did you mean sciq"),
         ({"dimensions": ["code"], "tasks": ["sciq"]}, "no task of suite mine is left"),
         ({"limit": 0}, "at least 1 item"),
-    ],
-)
-def test_invalid_selections(how, says):
-    with pytest.raises(InputError, match=says):
-        choose(parsed(GOOD), **how)
+    ):
+        refuses(says, choose, suite, **how)
 
 
-@pytest.mark.parametrize(
-    ("old", "new", "line", "says"),
-    [
+def test_suite_errors_name_line_and_key():
+    for old, new, line, says in (
         ("limit: 10", "limt: 10", 6, "dimensions.general.sciq.limt: unknown key: did you mean"),
         ("code:\n", "code: {}\n  math:\n", 7, "dimensions.code: Dictionary"),
         ("version: 3", "versoin: 3", 2, "versoin: unknown key: did you mean version"),
@@ -107,15 +93,9 @@ def test_invalid_selections(how, says):
         (MBPP, "{file: a, kind: programs, shots: 1}", 8, "'shots' has no effect on such a task"),
         (MBPP, "{asked: sums, metric: as_asked, shots: 2}", 8, "'shots' has no effect"),
         (MBPP, "{asked: nothing, metric: as_asked}", 8, "unknown asked task 'nothing'"),
-    ],
-)
-def test_suite_errors_name_line_and_key(old, new, line, says):
-    assert old in GOOD
-    with pytest.raises(InputError, match=rf"^mine\.yaml line {line}: .*{says}.*$"):
-        parsed(GOOD.replace(old, new, 1))
-
-
-CITY = {"question": "What is the capital of France? Answer with one word.", "answer": "Paris"}
+    ):
+        assert old in GOOD
+        refuses(rf"^mine\.yaml line {line}: .*{says}.*$", parsed, GOOD.replace(old, new, 1))
 
 
 @pytest.fixture
@@ -137,16 +117,14 @@ def test_template_suite_is_valid(folder):
     (item,) = load_items(suite.tasks["my_choices"])
     assert ([answer for _, answer in item.requests], item.gold) == ([" a stone", " an apple"], 1)
     for name, text, other in (
-        ("my_answers", "Downwards", "left"),
-        ("my_numbers", "That is 42 pens.", "75"),
+        *(("my_answers", "Downwards", "left"), ("my_numbers", "That is 42 pens.", "75")),
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
     ):
         first, *_ = load_items(suite.tasks[name])
-        assert is_right(first, text), (name, text)
-        assert not is_right(first, other), (name, other)
+        assert [is_right(first, one) for one in (text, other)] == [True, False], name
     texts = [text for _, _, text in suite_items(suite)]  # the texts of the leakage check
-    assert f"{CITY['question']}\nParis" in texts
-    assert "returns x times two.\ndouble(4) == 8\ndouble(0) == 0" in texts
+    program = "returns x times two.\ndouble(4) == 8\ndouble(0) == 0"
+    assert not lacks(texts, f"{CITY['question']}\nParis", program)
 
 
 def test_hashes_follow_rows_and_checks(folder, monkeypatch):
@@ -154,11 +132,10 @@ def test_hashes_follow_rows_and_checks(folder, monkeypatch):
     with (folder / "mine-answers.jsonl").open("a", encoding="utf-8") as file:
         file.write("\n")
     assert load_suite(folder / "mine.yaml").hash != before
-    suites = {name: load_suite(name) for name in ("abilities", "offline")}
-    older = {name: suite.hash for name, suite in suites.items()}
+    suites = [load_suite(name) for name in ("abilities", "offline")]
+    older = [suite.hash for suite in suites]
     monkeypatch.setattr(checks, "VERSION", checks.VERSION + 1)
-    assert suites["abilities"].hash != older["abilities"]
-    assert suites["offline"].hash == older["offline"]
+    assert [suite.hash == one for suite, one in zip(suites, older, strict=True)] == [False, True]
 
 
 def test_shots_are_the_last_rows(folder):
@@ -166,8 +143,8 @@ def test_shots_are_the_last_rows(folder):
     (only,) = load_items(suite.tasks["my_answers"])
     assert only.plain.startswith("Question: What is the capital of France?")
     assert " Paris\n\nQuestion: What is the opposite of up?" in only.plain
-    with pytest.raises(InputError, match="has 2 rows, 2 of them worked examples: add rows"):
-        changed(folder, "shots: 1", "shots: 2")
+    says = "has 2 rows, 2 of them worked examples: add rows"
+    refuses(says, changed, folder, "shots: 1", "shots: 2")
 
 
 def test_renamed_file_is_scored_again(folder, tiny_folder, monkeypatch):
@@ -182,9 +159,8 @@ def test_renamed_file_is_scored_again(folder, tiny_folder, monkeypatch):
 
 def test_all_kinds_are_scored(folder, tiny_folder, calmix, monkeypatch):
     scores = evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
-    assert [len(one.items) for one in scores.tasks] == [1, 2, 1, 1]
-    assert [len(one.answers) for one in scores.tasks] == [0, 2, 1, 1]
-    assert all(one.consistent for one in scores.tasks)
+    sizes = [(len(one.items), len(one.answers), one.consistent) for one in scores.tasks]
+    assert sizes == [(1, 0, True), (2, 2, True), (1, 1, True), (1, 1, True)]
     assert (scores.form, scores.tasks[1].primary) == ("worked examples", "kept")
     monkeypatch.setenv("COLUMNS", "300")  # so that paths are not wrapped
     rows = folder / "mine-numbers.jsonl"
@@ -196,8 +172,8 @@ def test_all_kinds_are_scored(folder, tiny_folder, calmix, monkeypatch):
 def test_missing_sandbox_is_reported_first(folder, tiny_folder, monkeypatch):
     monkeypatch.setattr("calmix.evaluation.evaluate.check_sandbox", lambda: 1 / 0)
     monkeypatch.setattr("calmix.evaluation.evaluate.Scorer", None)
-    with pytest.raises(ZeroDivisionError):
-        evaluate(tiny_folder, folder / "mine.yaml", allow_code_execution=True)
+    how = {"allow_code_execution": True, "error": ZeroDivisionError}
+    refuses(None, evaluate, tiny_folder, folder / "mine.yaml", **how)
 
 
 def test_new_suite_overwrites_nothing(calmix, tmp_path):
@@ -209,9 +185,9 @@ def test_new_suite_overwrites_nothing(calmix, tmp_path):
     assert "cannot name a suite" in calmix(*run, tmp_path / "a b").line
 
 
-@pytest.mark.parametrize(
-    ("kind", "row", "message"),
-    [
+def test_invalid_rows_name_their_line(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for kind, row, message in (
         ("choices", "{", "not valid JSON"),
         ("choices", "[" * 9999, "not valid JSON"),
         ("choices", "[1]", "not a JSON object"),
@@ -227,15 +203,10 @@ def test_new_suite_overwrites_nothing(calmix, tmp_path):
         ("programs", {"head": "f(x)", "tests": ["f(1), f(2)"]}, "expressions"),
         ("programs", {"head": "f(x)", "tests": ["-" * 3000 + "1"]}, "expressions"),
         ("programs", {"head": "f(x)", "tests": ["-" * 9999 + "1"]}, "expressions"),
-    ],
-    ids=range(15),
-)
-def test_invalid_rows_name_their_line(tmp_path, kind, row, message):
-    path = tmp_path / "rows.jsonl"
-    text = row if isinstance(row, str) else json.dumps({"question": "x"} | row)
-    path.write_text(template("x")[f"x-{kind}.jsonl"] + text + "\n", encoding="utf-8")
-    with pytest.raises(InputError, match=f"line 2: .*{message}"):
-        read_rows(str(path), kind)
+    ):
+        text = row if isinstance(row, str) else json.dumps({"question": "x"} | row)
+        path.write_text(template("x")[f"x-{kind}.jsonl"] + text + "\n", encoding="utf-8")
+        refuses(f"line 2: .*{message}", read_rows, str(path), kind)
 
 
 def test_rows_with_any_text_and_long_numbers(folder):
@@ -244,11 +215,9 @@ def test_rows_with_any_text_and_long_numbers(folder):
     row = {"question": "one\u2028line\x85?", "answer": long}
     path.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
     (item,) = load_items(load_suite(folder / "mine.yaml").tasks["my_numbers"])
-    assert is_right(item, f"It is {long}.")
-    assert not is_right(item, f"It is {long + 1}.")
+    assert [is_right(item, f"It is {one}.") for one in (long, long + 1)] == [True, False]
     path.write_bytes(b'{"question": "caf\xe9", "answer": 1}\n')
-    with pytest.raises(InputError, match="is not UTF-8 text"):
-        read_rows(str(path), "numbers")
+    refuses("is not UTF-8 text", read_rows, str(path), "numbers")
 
 
 def test_other_prompt_forms_are_refused_first(folder, calmix, tiny_folder, tmp_path, monkeypatch):

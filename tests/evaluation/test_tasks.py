@@ -3,7 +3,6 @@ from collections import Counter
 import pytest
 
 from calmix import assets
-from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, is_right, takes_tools
 from calmix.evaluation.greedy import prompt
 from calmix.evaluation.suites import ASKED, Suite, TaskSpec, choose, load_suite, runnable, spread
@@ -11,8 +10,25 @@ from calmix.evaluation.tasks import load_asked, load_items, preamble, suite_item
 from calmix.models.opening import OpenModel
 from calmix.yaml_files import packaged, parse_model
 from tests.evaluation.archive import suite_text, use_archive
-from tests.evaluation.helpers import opened
+from tests.evaluation.helpers import opened, refuses
 from tests.tiny import tiny_tokenizer
+
+MADE = ("sums", "small_programs", "requests", "stopping", "languages", "tool_calls")
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+WORDINGS = {  # tasks with several right answers: an item, answers that match it, one that does not
+    "triviaqa": ("2046", [" The Bank of England"], " The Old Lady of Threadneedle Street"),
+    "common_knowledge": ("1068", ["a telephone", " phone."], "fax"),
+}
+SENTENCES = {
+    "fr": "Le pain est dans la maison.",
+    "de": "Das Brot ist in dem Haus.",
+    "es": "El pan es bueno y está en la mesa.",
+    "it": "Il pane è buono e si mangia con gli amici.",
+    "pt": "O pão é bom e não se come com os pés.",
+}
 
 
 def test_even_spread():
@@ -31,11 +47,11 @@ def archive(monkeypatch):
 
 def spec(**fields):
     base = {"archive": "quiz/rc", "form": "question", "metric": "acc_norm", "shots": 2}
-    return TaskSpec(**{**base, "chance": "choices", **fields})
+    return TaskSpec(**base | {"chance": "choices"} | fields)
 
 
 @pytest.mark.usefixtures("archive")
-def test_item_selection():
+def test_item_selection_and_missing_entries():
     assert [item.id for item in load_items(spec())] == [f"quiz/{n}" for n in range(10)]
     assert [item.number for item in load_items(spec(items="even", limit=2))] == [0, 4]
     suite = parse_model(Suite, suite_text(), "suite")
@@ -43,9 +59,14 @@ def test_item_selection():
     assert [item.number for item in load_items(mbpp)] == [12, 14]  # its own numbers, from 11 on
     texts = {identifier: text for _, identifier, text in suite_items(suite)}  # for leakage
     assert texts["quiz/2"] == "Question: what is 2?\nAnswer: two 2\n not 2\n none 2"
-    assert texts["which/0"] == "The moon 0 is hot."
-    assert texts["mbpp/1"] == "Write 12.\nreturn 12"
+    assert (texts["which/0"], texts["mbpp/1"]) == ("The moon 0 is hot.", "Write 12.\nreturn 12")
     assert preamble(["Q: x", "Q: y"]) == preamble(["same\n\ntext"] * 2) == preamble([]) == 0
+    for fields, says in (
+        ({"archive": "quizz/rc"}, "no 'quizz/rc' with 2 shots: did you mean quiz/rc_2shot"),
+        ({"form": "contexts", "metric": "acc"}, "item quiz/0 of the archive is not of form 'con"),
+        ({"archive": "which/rc", "shots": 0}, "item which/0 of the archive is not of form 'quest"),
+    ):
+        refuses(says, load_items, spec(**fields))
 
 
 @pytest.mark.usefixtures("archive")
@@ -61,25 +82,9 @@ def test_passage_scoring(monkeypatch):
     monkeypatch.setattr(assets, "read_jsonl", read)
     first, long = load_items(passages)
     assert (first.id, first.requests) == ("quiz/0", (("one two three", " four five"),))
-    assert long.id == "quiz/2"
-    assert long.requests[0][1] == " word" * 119  # whole words only
+    assert (long.id, long.requests[0][1]) == ("quiz/2", " word" * 119)  # whole words only
     texts.append("single")
-    with pytest.raises(InputError, match="item quiz/3 of the archive has no passage before"):
-        load_items(passages)
-
-
-@pytest.mark.usefixtures("archive")
-@pytest.mark.parametrize(
-    ("fields", "says"),
-    [
-        ({"archive": "quizz/rc"}, "no 'quizz/rc' with 2 shots: did you mean quiz/rc_2shot"),
-        ({"form": "contexts", "metric": "acc"}, "item quiz/0 of the archive is not of form 'con"),
-        ({"archive": "which/rc", "shots": 0}, "item which/0 of the archive is not of form 'quest"),
-    ],
-)
-def test_missing_archive_entries(fields, says):
-    with pytest.raises(InputError, match=says):
-        load_items(spec(**fields))
+    refuses("item quiz/3 of the archive has no passage before", load_items, passages)
 
 
 @pytest.mark.real
@@ -94,13 +99,6 @@ def test_real_archive_items(name):
     if name == "gsm8k":
         _, _, text = next(iter(suite_items(choose("offline", tasks=[name]))))
         assert text.startswith("Question: Janet’s ducks")
-
-
-MADE = ("sums", "small_programs", "requests", "stopping", "languages", "tool_calls")
-TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
 
 
 def asked(name, template):
@@ -118,8 +116,7 @@ def test_prompt_forms():
         assert text.endswith(f"Request: {question}\nReply:")
         assert (text.count("Request:"), until) == (4, ("\nRequest:",))
     text, _ = asked("sums", TEMPLATE)  # short answers have worked examples in any case
-    assert text.endswith(" =")
-    assert text.count(" = ") == 5
+    assert (text[-2:], text.count(" = ")) == (" =", 5)
 
 
 def test_generated_items_have_right_answers():
@@ -136,7 +133,6 @@ def test_generated_items_have_right_answers():
     answer = "```python\ndef double(x):\n    return 2 * x\n```\nThis function"
     assert is_right(double, answer, False)
     assert not is_right(double, answer.partition("\n```")[0], False)
-    assert len(requests) == 150
     solved = 0
     for item in requests:
         for key in {"is", "json", "same"} & set(item.right):
@@ -145,7 +141,7 @@ def test_generated_items_have_right_answers():
             assert not is_right(item, answer, False), "cut"
             solved += 1
         assert not is_right(item, "  ")
-    assert solved >= 80
+    assert (len(requests), solved >= 80) == (150, True)
 
 
 def test_programs_need_permission():
@@ -155,14 +151,8 @@ def test_programs_need_permission():
     assert "string_operations" in kept.tasks
     assert runnable(suite, allowed=True) == (suite, [])
     for refused, whole in ((choose(suite, tasks=left), False), (suite, True)):
-        with pytest.raises(InputError, match="humaneval, mbpp, small_programs runs code"):
-            runnable(refused, allowed=False, whole=whole)
-
-
-WORDINGS = {  # tasks with several right answers: an item, answers that match it, one that does not
-    "triviaqa": ("2046", [" The Bank of England"], " The Old Lady of Threadneedle Street"),
-    "common_knowledge": ("1068", ["a telephone", " phone."], "fax"),
-}
+        says = "humaneval, mbpp, small_programs runs code"
+        refuses(says, runnable, refused, allowed=False, whole=whole)
 
 
 @pytest.mark.real
@@ -177,13 +167,11 @@ def test_archive_items_have_right_answers(name):
         right = item.right[0]
     else:
         right = f"so the answer is {item.right}" if item.check == "number" else doc["solution"]
-    assert is_right(item, right)
-    assert not is_right(item, "pass")
+    assert [is_right(item, one) for one in (right, "pass")] == [True, False]
     if name in WORDINGS:
         number, good, bad = WORDINGS[name]
         (item,) = [one for one in others if one.id == f"{name}/{number}"]
-        assert all(is_right(item, one) for one in good)
-        assert not is_right(item, bad)
+        assert [is_right(item, one) for one in (*good, bad)] == [True] * len(good) + [False]
 
 
 def test_tool_calls_are_asked_only_if_the_template_shows_tools(monkeypatch):
@@ -197,8 +185,7 @@ def test_tool_calls_are_asked_only_if_the_template_shows_tools(monkeypatch):
 
     monkeypatch.setattr("calmix.evaluation.evaluate.answers", answers)
     monkeypatch.setattr(OpenModel, "fingerprint", "x")
-    model = opened()
-    called = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    model, called = opened(), "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
     for template, values in ((TEMPLATE, ()), (called + TEMPLATE, (1.0, 0.0))):
         model.tokenizer.chat_template = template
         assert takes_tools(model.tokenizer) is bool(values)
@@ -209,15 +196,6 @@ def test_tool_calls_are_asked_only_if_the_template_shows_tools(monkeypatch):
         assert len(scores.retention(scores, "primary").tasks) == 1 + bool(values)
     assert sum("[get_weather]" in one for one in prompts) == 1
     assert not any("[" in one for one in prompts if "tips" in one or "Explain" in one)
-
-
-SENTENCES = {
-    "fr": "Le pain est dans la maison.",
-    "de": "Das Brot ist in dem Haus.",
-    "es": "El pan es bueno y está en la mesa.",
-    "it": "Il pane è buono e si mangia con gli amici.",
-    "pt": "O pão é bom e não se come com os pés.",
-}
 
 
 def test_requests_in_five_languages_have_answers_that_count():
