@@ -8,9 +8,12 @@ import pytest
 
 from calmix.cli import app
 from calmix.compression.plan import check_request
+from calmix.compression.run_stages import stages
 from calmix.compression.stages import Stage
+from calmix.errors import InputError
 from calmix.evaluation.scores import write_scores
 from calmix.options import Compression
+from calmix.progress import Progress
 from tests.conftest import write_text_file
 from tests.evaluation.archive import suite_text, use_archive
 
@@ -82,9 +85,38 @@ def interrupts(calmix, words, stages):
             yield calmix(*words)
 
 
+def build(count, request, out):
+    """Run the first stages of a request."""
+    for stage in stages(request, out)[:count]:
+        stage.run(Progress())
+
+
 def names(folder):
     """Return the names of what is in a folder."""
     return " ".join(sorted(path.name for path in folder.iterdir()))
+
+
+def read(file):
+    """Return what is in a JSON file."""
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def pages(out):
+    """Return the texts of the card and of the model card."""
+    readme = out / ("model" if (out / "model").is_dir() else "") / "README.md"
+    return [page.read_text(encoding="utf-8") for page in (out / "card.html", readme)]
+
+
+def shows(text, *parts):
+    """Assert that a text has every part."""
+    for part in parts:
+        assert part in text
+
+
+def refused(said, act, *words, **options):
+    """Assert that a call is refused."""
+    with pytest.raises(InputError, match=said):
+        act(*words, **options)
 
 
 def damage(file):
@@ -121,12 +153,11 @@ def compressed(place, command):
     out = place / "out"
     finish(place, command(out))
     shutil.copy(out / "scores.json", place / "measured.json")
-    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    scores = read(out / "scores.json")
     for whose, nats in (("dense", 1.0), ("scores", 2.5)):
         for task in scores[whose]["tasks"]:
-            for number, (row, gold) in enumerate(
-                zip(task["loglikelihoods"], task["gold"], strict=True)
-            ):
+            pairs = zip(task["loglikelihoods"], task["gold"], strict=True)
+            for number, (row, gold) in enumerate(pairs):
                 row[gold] = -nats - 0.1 * (number % 3)
     write_scores(out / "scores.json", scores)
     finish(place, ("report", str(out)))

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -10,26 +11,23 @@ import torch
 
 from calmix.compression import card
 from calmix.compression.card import read_card
-from calmix.compression.plan import check_request, recoveries
+from calmix.compression.plan import recoveries
 from calmix.compression.results import read_compressed
 from calmix.compression.run_stages import stages
 from calmix.deploy import gguf, speed
 from calmix.errors import ModelError
 from calmix.manifest import MANIFEST
 from calmix.models.opening import open_model
-from calmix.options import Compression
 from calmix.progress import Progress
 from calmix.pruning.solvers.ggml_types import TYPES
 from calmix.pruning.solvers.grids import read_blocks
-from tests.compress.conftest import arguments, damage, finish, interrupts, names
+from tests.compress.conftest import arguments, build, damage, finish, interrupts, names, pages, read
 from tests.pruning.test_imatrix import save_gguf, vectors
 from tests.tiny import save_tiny_model, tiny_gguf
 
 STAGES = ["calibrate", "prune", "export", "evaluate", "report"]
-FILES = (
-    "Modelfile README.md calibration card.html compress-run.json compress.json model.gguf "
-    "model.gguf.json recipe.yaml scores.json"
-)
+MADE = "calibration card.html compress-run.json compress.json model.gguf model.gguf.json"
+FILES = f"Modelfile README.md {MADE} recipe.yaml scores.json"
 
 
 @pytest.fixture(scope="session")
@@ -45,6 +43,12 @@ def words(options, file):
 
 
 @pytest.fixture(scope="session")
+def planned(asked, options, file):
+    """Return a function that checks the same options in Python."""
+    return lambda **more: asked(**options | {"model": str(file), "product": None} | more)
+
+
+@pytest.fixture(scope="session")
 def compressed(place, words):
     """A finished compression, which tests must not change."""
     finish(place, words(place / "whole"))
@@ -52,33 +56,26 @@ def compressed(place, words):
 
 
 def test_an_interrupt_after_any_stage_resumes_to_the_same_file(calmix, words, compressed, tmp_path):
-    out = tmp_path / "out"
+    out, file = tmp_path / "out", tmp_path / "out" / "model.gguf"
     for done, ended in enumerate(interrupts(calmix, words(out), len(STAGES))):
-        assert ended.code == 130
-        assert (out / "quantised").exists() == (done == 2)
+        assert (ended.code, (out / "quantised").exists()) == (130, done == 2)
     ended = calmix(*words(out)).ok()
     assert ended.err.count("already done") == len(STAGES) - 1
     assert names(out) == FILES
-    assert (out / "model.gguf").read_bytes() == (compressed / "model.gguf").read_bytes()
-    record = read_compressed(out)
-    assert [one.split()[1] for one in record["commands"].values()] == STAGES
-    # What is scored is the file.
-    scored = json.loads((out / "scores.json").read_text(encoding="utf-8"))["model"]
-    file = out / "model.gguf"
+    assert file.read_bytes() == (compressed / "model.gguf").read_bytes()
+    assert [one.split()[1] for one in read_compressed(out)["commands"].values()] == STAGES
+    scored = read(out / "scores.json")["model"]  # what is scored is the file
     assert (scored["name"], scored["sha256"]) == (str(file), open_model(file).fingerprint)
     named = [line.split(": ")[0] for line in ended.out.splitlines()[1:]]
     assert named == ["size", "speed", "types", "run", "run", "card", "next"]
-    assert f"run: llama-cli -m {out}/model.gguf" in ended.out
+    assert f"run: llama-cli -m {file}" in ended.out
     made = read_card(out)
-    assert made.title == "tiny.gguf quantised to Q4_K_M"
-    assert made.size == (out / "model.gguf").stat().st_size
+    assert (made.title, made.size) == ("tiny.gguf quantised to Q4_K_M", file.stat().st_size)
     assert made.substitutes == 15  # its rows have 32 and 64 weights
     assert 5 < made.bits < 7
-    for page in (out / "card.html", out / "README.md"):
-        text = page.read_text(encoding="utf-8")
-        assert f"llama-cli -m {out}/model.gguf" in text
-        assert f"{made.bits:.2f} bits per weight" in text
-        assert "pip install llama-cpp-py-sync" in text
+    run = f"llama-cli -m {file}", "pip install llama-cpp-py-sync"
+    for text in pages(out):
+        assert all(part in text for part in (*run, f"{made.bits:.2f} bits per weight")), text
     inspected = json.loads(calmix("doctor", "inspect", out, "--json").ok().out)
     assert inspected["facts"]["model.gguf"] == "GGUF file"
     assert "left to do" not in inspected["facts"]
@@ -96,19 +93,17 @@ def test_a_file_that_was_changed_or_moved(calmix, words, out):
     (out / "model.gguf").unlink()
     ended = calmix(*words(out)).ok()  # made again, from the calibration set that is left
     assert (out / "model.gguf").read_bytes() == before
-    assert ended.err.count("already done") == 2
-    assert not (out / "quantised").exists()
+    assert (ended.err.count("already done"), (out / "quantised").exists()) == (2, False)
 
 
-def test_what_cannot_be_written_is_refused_before_any_work(
-    calmix, words, tmp_path, tiny_folder, file, monkeypatch
-):
+def test_impossible_files_are_refused(calmix, words, tmp_path, tiny_folder, file, monkeypatch):
+    """Before any work."""
     out = tmp_path / "out"
     monkeypatch.setattr(gguf.shutil, "which", lambda name: None)
     save_tiny_model(tmp_path / "mixture", "mixtral")
     save_tiny_model(tmp_path / "qwen", "qwen3")
-    shutil.copy(file, tmp_path / "cut.gguf")
     (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:3000])
+    far = "bits per weight are out of reach: GGUF files of this"
     for model, more, said in (
         (tiny_folder, (), "with --like FILE.gguf; or write safetensors: --for none"),
         (tmp_path / "qwen", ("--like", file), "tiny.gguf is not a file of the model"),
@@ -120,6 +115,10 @@ def test_what_cannot_be_written_is_refused_before_any_work(
         (file, ("--type", "Q3_K_M", "--bits", 4), "--bits has no effect with --type: leave it out"),
         (file, ("--for", "none", "--type", "Q4_0"), "--type has no effect with --for none"),
         (file, ("--for", "gguf", "--sparsity", 0.5), "a GGUF file has no use for zeros"),
+        (file, ("--bits", 3), f"3 {far} model have 4."),
+        (file, ("--size", "1MB"), "--size 1MB: "),
+        (file, ("--size", "1kB"), f"--size 1kB: 0 {far}"),
+        (file, ("--bits", 1), "--bits 1: below 2 bits per weight"),
     ):
         assert said in calmix(*words(out, *more, model=model)).line
         assert not out.exists()
@@ -135,74 +134,65 @@ shutil.copy({template!r}, file)
 """
 
 
-def test_a_folder_is_converted_for_its_layout(
-    calmix, words, options, tmp_path, file, compressed, monkeypatch
-):
-    """Once, by a process of its own; the file is that of the same model in GGUF."""
+def test_folder_is_converted_once(calmix, words, planned, tmp_path, file, compressed, monkeypatch):
+    """For its layout, by a process of its own; the file is that of the same model in GGUF."""
     folder = Path(shutil.copytree(open_model(file).folder, tmp_path / "folder"))
     out, script = tmp_path / "out", tmp_path / "convert.py"
+
+    def refused(said, model=folder):
+        assert said in calmix(*words(out, model=model)).line
+
     monkeypatch.setenv("CALMIX_CONVERTER", str(script))
-    assert "cannot convert" in calmix(*words(out, model=folder)).line
+    refused("cannot convert")
     script.write_text(CONVERTER.format(template=str(file)))
-    save_tiny_model(tmp_path / "mixture", "mixtral")
-    said = calmix(*words(out, model=tmp_path / "mixture")).line
-    assert "mixture: ERROR:hf-to-gguf:Model MixtralForCausalLM is not supported; or" in said
+    mixture = save_tiny_model(tmp_path / "mixture", "mixtral")
+    said = "mixture: ERROR:hf-to-gguf:Model MixtralForCausalLM is not supported; or"
+    refused(said, mixture)
     (folder / "modeling.py").write_text("")
-    assert "which the converter would run" in calmix(*words(out, model=folder)).line
+    refused("which the converter would run")
     (folder / "modeling.py").unlink()
     monkeypatch.setenv("CALMIX_CONVERTER", str(tmp_path / "none"))
-    assert "CALMIX_CONVERTER" in calmix(*words(out, model=folder)).line
+    refused("CALMIX_CONVERTER")
     assert not out.exists()
     monkeypatch.setenv("CALMIX_CONVERTER", str(script))
-    for stage in stages(check_request(Compression(model=str(folder), **options)), out)[:3]:
+    for stage in stages(planned(model=str(folder)), out)[:3]:
         stage.run(Progress())
         script.unlink(missing_ok=True)
     assert (out / "model.gguf").read_bytes() == (compressed / "model.gguf").read_bytes()
 
 
-def test_bits_and_sizes_choose_types_by_matrix(calmix, words, options, file, tmp_path):
+def test_bits_and_sizes_choose_types_by_matrix(calmix, words, planned, tmp_path):
     """A file of the size that was asked for."""
     out = tmp_path / "out"
-    for more, said in (
-        (("--bits", 3), "3 bits per weight are out of reach: GGUF files of this model have 4."),
-        (("--size", "1MB"), "--size 1MB: "),
-        (("--size", "1kB"), "--size 1kB: 0 bits per weight are out of reach: GGUF files of this"),
-        (("--bits", 1), "--bits 1: below 2 bits per weight"),
-    ):
-        assert said in calmix(*words(out, *more)).line
     told = calmix(*words(out, "--keep-at-least", "code=0.3", "--dry-run")).ok().out
     assert "--bits 6 " in told  # first the middle of those that the model's rows allow
     assert "--bits 3.2" not in told
-    request = check_request(Compression(model=str(file), size="28kB", **options))
+    request = planned(size="28kB")
     assert request.target == "5.88 bits"
-    for stage in stages(request, out)[:3]:
-        stage.run(Progress())
+    build(3, request, out)
     assert 0.98 * 28_000 < (out / "model.gguf").stat().st_size <= 28_000
 
 
-def test_coarse_types_are_recovered_at_effort_best(options, file, tmp_path):
+def test_coarse_types_are_recovered_at_effort_best(planned, tmp_path):
     """The levels stay, their scales are trained, and the file holds both."""
-    usual, out = options | {"model": str(file), "effort": "best"}, tmp_path / "out"
-    assert recoveries(check_request(Compression(**usual, type="Q3_K_M"))) == ("distill",)
-    assert not recoveries(check_request(Compression(**usual)))
-    standard = usual | {"type": "Q2_K", "effort": "standard"}
-    assert not recoveries(check_request(Compression(**standard)))
-    request = check_request(Compression(**usual, type="Q2_K")).model_copy(update={"rows": 16})
-    for stage in stages(request, out)[:4]:
-        stage.run(Progress())
+    out = tmp_path / "out"
+    for kind, effort, wanted in (
+        ({"type": "Q3_K_M"}, "best", ("distill",)),
+        ({}, "best", ()),
+        ({"type": "Q2_K"}, "standard", ()),
+    ):
+        assert recoveries(planned(**kind, effort=effort)) == wanted
+    request = planned(type="Q2_K", effort="best").model_copy(update={"rows": 16})
+    build(4, request, out)
     state = open_model(out / "model.gguf").model.state_dict()
     before, after = (read_blocks(out / name) for name in ("pruned", "quantised"))
     assert before.keys() == after.keys()
-    manifest = json.loads((out / "quantised" / MANIFEST).read_text())
-    assert manifest["recovery"]["method"] == "distill"
+    assert read(out / "quantised" / MANIFEST)["recovery"]["method"] == "distill"
     for name, one in after.items():
         assert torch.equal(state[name], one.values().bfloat16())
-        steps = TYPES[one.name].steps
-        rest = [
-            np.delete(blocks.data.numpy().reshape(-1, TYPES[one.name].bytes), np.r_[steps], 1)
-            for blocks in (before[name], one)
-        ]
-        np.testing.assert_array_equal(*rest)
+        kind = TYPES[one.name]
+        rows = (blocks.data.numpy().reshape(-1, kind.bytes) for blocks in (before[name], one))
+        np.testing.assert_array_equal(*(np.delete(row, np.r_[kind.steps], 1) for row in rows))
 
 
 def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp_path):
@@ -217,11 +207,9 @@ def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp
     assert "is of another model" in calmix(*words, "--imatrix", other).line
     assert not out.exists()
     assert "calibrat" not in calmix(*words, "--dry-run").ok().out
-    ended = calmix(*words).ok()
-    assert "--method llama,type=Q4_0" in ended.err
+    assert "--method llama,type=Q4_0" in calmix(*words).ok().err
     assert names(out) == FILES.replace("calibration ", "")
-    text = (out / "card.html").read_text(encoding="utf-8")
-    assert f"The text of the importance matrix {matrix} is not known." in text
+    assert f"The text of the importance matrix {matrix} is not known." in pages(out)[0]
     assert calmix(*words).ok().err.count("already done") == 3
     calmix("doctor", "inspect", out).ok()
     matrix.write_bytes(other.read_bytes())
@@ -230,22 +218,19 @@ def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp
 
 def test_the_speed_is_measured_where_llama_cpp_is_installed(calmix, out, monkeypatch):
     speeds = {"prompt": 400.0, "writing": 70.0, "memory": 3e8}
-    monkeypatch.setattr(card, "engine", lambda: True)
-
-    def broken(*_):
-        raise ModelError("it does not run")
-
-    monkeypatch.setattr(card, "measure", broken)
-    assert "speed was not measured: it does not run" in calmix("report", out).ok().err
     both = {"threads": 2, "llama.cpp": speeds, "transformers": speeds | {"writing": 30.0}}
-    monkeypatch.setattr(card, "measure", lambda *_: both)
+    measure = Mock(side_effect=[ModelError("it does not run"), both])  # once is enough
+    monkeypatch.setattr(card, "engine", lambda: True)
+    monkeypatch.setattr(card, "measure", measure)
+    assert "speed was not measured: it does not run" in calmix("report", out).ok().err
     calmix("report", out).ok()
+    page, readme = pages(out)
     said = "the file in llama.cpp: prompt 400 tokens/s, writing 70, 300 MB of memory; dense in "
-    assert said in (out / "README.md").read_text(encoding="utf-8")
-    assert "70 tokens/s" in (out / "card.html").read_text(encoding="utf-8")
-    monkeypatch.setattr(card, "measure", broken)  # once is enough
+    assert said in readme
+    assert "70 tokens/s" in page
     assert "not measured" not in calmix("report", out).ok().err
     calmix("doctor", "inspect", out).ok()
+    assert measure.call_count == 2
 
 
 STUB = """

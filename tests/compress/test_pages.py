@@ -23,9 +23,8 @@ def test_pages_in_a_browser(page, whole, compressed, tmp_path):
     for at, numbers in ((0, False), (9, True)):
         for again in (False, True):
             page.run(f"{table}.tHead.rows[0].cells[{at}].querySelector('button').click()")
-            cells = page.run(
-                f"[...{table}.tBodies[0].rows].map(r => r.cells[{at}].textContent.trim())"
-            )
+            rows = f"[...{table}.tBodies[0].rows]"
+            cells = page.run(f"{rows}.map(r => r.cells[{at}].textContent.trim())")
             values = [float(text.split()[0]) if numbers else text for text in cells]
             assert len(values) == 10
             assert values == sorted(values, reverse=numbers != again)
@@ -40,26 +39,19 @@ def test_pages_in_a_browser(page, whole, compressed, tmp_path):
 @needs_chromium
 @pytest.mark.long
 @pytest.mark.skipif(not (SITE / "index.html").exists(), reason="make docs has built no site")
-def test_home_page_in_a_browser(page):
+def test_site_is_readable_and_can_be_searched_when_opened_from_the_disk(page):
     def shown():
         assert page.run("document.images.length")
         assert page.run("[...document.images].every(e => e.complete && e.naturalWidth > 0)")
 
     with served(SITE) as address:
         readable(page, address, figures=0, texts=60, home=address, then=shown)
-
-
-@needs_chromium
-@pytest.mark.long
-@pytest.mark.skipif(not (SITE / "index.html").exists(), reason="make docs has built no site")
-def test_search_of_a_site_opened_from_the_disk(page):
     page.open(SITE / "index.html", width=1280)
     page.run("document.querySelector('#__search').click()")
     page.run("document.querySelector('[data-md-component=search-query]').focus()")
     hits = "document.querySelectorAll('.md-search-result__item').length"
     for word in ("lea", "kage"):
         page.send("Input.insertText", text=word)
-    page.run(
-        f"new Promise(r => {{const t = setInterval(() => {hits} && r(clearInterval(t)), 50)}})"
-    )
+    till = f"setInterval(() => {hits} && r(clearInterval(t)), 50)"
+    page.run(f"new Promise(r => {{const t = {till}}})")
     assert all(url.startswith(("file:", "data:")) for url in page.requests)

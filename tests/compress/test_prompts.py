@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 
 from calmix.calibration.dataset import CalibrationSet
-from calmix.calibration.request import calibration_set
 from calmix.compression.card import read_card
 from calmix.compression.run_stages import stages
 from calmix.compression.stages import Draw
 from calmix.evaluation.prompts import halves, read_prompts
 from calmix.evaluation.scores import load_scores
-from calmix.models.opening import open_model
+from tests.compress.conftest import pages, read
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
 
@@ -34,29 +33,27 @@ def chatting(tmp_path):
     return folder
 
 
-def test_half_of_the_prompts_calibrate_and_the_others_test(
-    calmix, command, asked, chatting, mine, place, tmp_path
-):
+def test_half_of_the_prompts_is_held_out(calmix, command, asked, chatting, mine, place, tmp_path):
+    """The others calibrate."""
     out = tmp_path / "out"
     text = f"prompts:0.5,{place / 'text.txt'}:0.5"
-    words = [*command(out, "--bits", 4, "--calibration", text, "--prompts", mine, sparse=False)]
-    words[1] = str(chatting)
+    verb, _, *words = command(out, "--bits", 4, "--calibration", text, "--prompts", mine)
+    words = (verb, chatting, *words)
     printed = calmix(*words).ok().out
     calibrate, test = halves(read_prompts(mine))
     said = f"answers to {len(calibrate)} prompts were calibrated on, 8 of 16 rows;"
     card = read_card(out)
-    assert said in card.split
     assert f"the test is the other {len(test)} prompts" in " ".join(printed.split())
-    assert said in (out / "card.html").read_text(encoding="utf-8")
+    for shown in (card.split, pages(out)[0]):
+        assert said in shown
     assert {*card.prompted[0].tasks[0].prompts} == {one.question for one in test}
     drawn = CalibrationSet.open(out / "calibration")
     written = "".join(tiny_tokenizer("").batch_decode(drawn.ids[:, :].tolist()))
     assert all(f"<user>{one.question}" in written for one in calibrate)
     assert not any(f"<user>{one.question}\n" in written for one in test)
     page = (out / "prompts.html").read_text(encoding="utf-8")
-    assert page.count("<article") == len(test)
+    assert (page.count("<article"), page.count("<b>&")) == (len(test), 0)
     assert "Say &lt;b&gt;&amp; " in page
-    assert "<b>&" not in page
     assert "mine" in calmix("check", out, "--keep-at-least", "min=0.5").line
     # Later tests ask only the other half, too; of another file they may ask all.
     other = tmp_path / "other.jsonl"
@@ -68,9 +65,8 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
         (other, (), "half of another file of prompts: if", len(calibrate + test) + 1),
     ):
         again = ("evaluate", out / "model", "--prompts", file, "-o", scores, "--overwrite", *half)
-        ended = calmix(*again).ok()
-        assert seen in " ".join(ended.err.split())
-        assert ("calibrated" in ended.err) == bool(seen)
+        said = " ".join(calmix(*again).ok().err.split())
+        assert (seen in said, "calibrated" in said) == (True, bool(seen))
         assert len(load_scores(scores).tasks[0].items) == count
     # Wherever the folder is moved, it is compared with its size.
     (tmp_path / "moved").mkdir()
@@ -78,23 +74,20 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
     assert "Size unknown" not in calmix("compare", moved).ok().out
     moved.rename(out)
     # The printed command draws the same set.
-    record = json.loads((out / "compress.json").read_text(encoding="utf-8"))
-    draw = shlex.split(record["commands"]["write the calibration set"])[1:]
+    commands = read(out / "compress.json")["commands"]
+    draw = shlex.split(commands["write the calibration set"])[1:]
     draw[draw.index("-o") + 1] = str(tmp_path / "drawn")
     calmix(*draw).ok()
     assert CalibrationSet.open(tmp_path / "drawn").sha256 == drawn.sha256
     # A saved set without the prompts leaves all of them for the test.
-    plain = calibration_set(
-        str(place / "text.txt"), open_model(chatting), rows=4, length=32, leakage="off"
-    )
-    plain.save(tmp_path / "plain")
+    small = ("--rows", 4, "--length", 32, "--leakage", "off")
+    calmix("calibrate", place / "text.txt", "-m", chatting, *small, "-o", tmp_path / "plain").ok()
     for folder, half in ((out / "calibration", True), (tmp_path / "plain", False)):
         request = asked(model=str(chatting), calibration=str(folder), prompts=str(mine))
         listed = stages(request, tmp_path)
-        assert [isinstance(one.request, Draw) for one in listed] == [False] * len(listed)
-        assert [("--test-half" in one.command) for one in listed if "--prompts" in one.command] == [
-            half
-        ]
+        assert not any(isinstance(one.request, Draw) for one in listed)
+        (tested,) = (one.command for one in listed if "--prompts" in one.command)
+        assert ("--test-half" in tested) == half
     every = "6 prompts were the test, all that the file has; none was calibrated on."
     assert replace(card, calibration={}).split == every
     mine.write_text('{"prompt": "another"}\n{"prompt": "x"}\n{"prompt": "y"}\n', "utf-8")
@@ -102,10 +95,12 @@ def test_half_of_the_prompts_calibrate_and_the_others_test(
 
 
 def test_prompts_of_calibration_text(calmix, chatting, mine, tmp_path):
-    draw = ("calibrate", "--model", chatting, "-o", tmp_path / "set")
-    assert "needs a file of prompts: --prompts" in calmix(*draw, "prompts").line
-    assert (
-        "needs a share of the source 'prompts'" in calmix(*draw, "stories", "--prompts", mine).line
-    )
-    mine.write_text('{"prompt": "x"}\n', encoding="utf-8")
-    assert "1 prompts cannot be split" in calmix(*draw, "prompts", "--prompts", mine).line
+    single = tmp_path / "single.jsonl"
+    single.write_text('{"prompt": "x"}\n', encoding="utf-8")
+    for text, more, said in (
+        ("prompts", (), "needs a file of prompts: --prompts"),
+        ("stories", ("--prompts", mine), "needs a share of the source 'prompts'"),
+        ("prompts", ("--prompts", single), "1 prompts cannot be split"),
+    ):
+        draw = ("calibrate", "--model", chatting, "-o", tmp_path / "set", text, *more)
+        assert said in calmix(*draw).line

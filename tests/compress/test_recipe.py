@@ -6,12 +6,13 @@ import pytest
 
 from calmix.compression.recipe import recipe_text, with_recipe
 from calmix.options import Compression, checked
+from tests.compress.conftest import shows
 
-RECIPES = sorted(Path("recipes").glob("*.yaml"))
+RECIPES, MODEL = sorted(Path("recipes").glob("*.yaml")), "builtin:smollm2-135m"
 
 
 def options(**values):
-    return checked(Compression, {"model": "builtin:smollm2-135m", **values})
+    return checked(Compression, {"model": MODEL, **values})
 
 
 @pytest.mark.parametrize("file", RECIPES, ids=lambda path: path.stem)
@@ -25,24 +26,17 @@ def test_options_beside_a_recipe_come_first(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("for: none\nsparsity: 60%\neffort: best\nkeep_at_least: code=0.9\n")
     made = with_recipe(options(effort="quick"), file)
-    assert (made.product, made.sparsity, made.effort) == ("none", 0.6, "quick")
-    assert made.keep_at_least == "code=0.9"
+    actual = (made.product, made.sparsity, made.effort, made.keep_at_least)
+    assert actual == ("none", 0.6, "quick", "code=0.9")
 
 
 def test_recipe_of_a_run_gives_its_options(tmp_path):
-    asked = options(bits=3.4, effort="quick", seed=3, calibration="chat,c4:0.5", max_memory="9GiB")
-    record = asked.model_dump(mode="json") | {"keep_at_least": "code=0.9"}
+    given = {"bits": 3.4, "effort": "quick", "seed": 3, "calibration": "chat,c4:0.5"}
+    record = options(**given, max_memory="9GiB").model_dump(mode="json")
     file = tmp_path / "recipe.yaml"
-    file.write_text(recipe_text(record))
-    again = with_recipe(options(), file)
-    changed = again.model_dump(exclude_unset=True)
-    assert changed == {
-        "model": "builtin:smollm2-135m",
-        "bits": 3.4,
-        "effort": "quick",
-        "seed": 3,
-        "calibration": "chat,c4:0.5",
-    }
+    file.write_text(recipe_text(record | {"keep_at_least": "code=0.9"}))
+    again = with_recipe(options(), file).model_dump(exclude_unset=True)
+    assert again == {"model": MODEL, **given}
 
 
 def test_wrong_recipes_name_the_file(tmp_path, calmix):
@@ -54,7 +48,5 @@ def test_wrong_recipes_name_the_file(tmp_path, calmix):
         ("output: here\n", "unknown key 'output'"),
     ):
         file.write_text(text)
-        line = calmix("compress", "builtin:smollm2-135m", "--recipe", file, "-o", out).line
-        assert said in line
-        assert "mine.yaml" in line
+        shows(calmix("compress", MODEL, "--recipe", file, "-o", out).line, said, "mine.yaml")
         assert not out.exists()

@@ -14,10 +14,9 @@ from calmix.evaluation.scores import load_scores, write_scores
 from calmix.files import sha256_file, write_json
 from calmix.manifest import sealed
 from calmix.models.opening import open_model
-from calmix.progress import Progress
 from calmix.pruning.engine import Run
 from calmix.pruning.work import SUFFIX
-from tests.compress.conftest import damage, stopping
+from tests.compress.conftest import build, damage, read, stopping
 from tests.pruning.stopper import interrupting
 from tests.tiny import hashes, tiny_gguf
 
@@ -28,37 +27,38 @@ FLOOR = ("--keep-at-least", "0.05")
 def lines(calmix, command):
     """Return a function that reads a compression in every way and returns the refusals."""
 
-    def read(out):
+    def read_by_all(out):
         inspected = calmix("doctor", "inspect", out, "--json")
         ways = (("report", out), ("check", out, *FLOOR), ("compare", out), command(out))
         assert inspected.code == 2
         return [json.loads(inspected.out)["problems"][0], *(calmix(*way).line for way in ways)]
 
-    return read
+    return read_by_all
 
 
 def changed(path, change):
     """Change a sealed JSON file as another run would have written it."""
-    value = json.loads(path.read_text(encoding="utf-8"))
+    value = read(path)
     change(value)
     write_json(path, sealed(value))
 
 
-def other_weights(model):
+def other_weights(out, _=None):
     """Change a weight, and the manifest too, as another run of the same request would."""
-    shard = max(model.glob("*.safetensors"))
-    damage(shard)
+    shard = damaged_weights(out)
     files = {shard.name: sha256_file(shard)}
-    changed(model / "calmix.json", lambda value: value["files"].update(files))
+    changed(out / "model" / "calmix.json", lambda value: value["files"].update(files))
 
 
-def swap_model(out, remake):
+def damaged_weights(out, _=None):
+    shard = max((out / "model").glob("*.safetensors"))
+    damage(shard)
+    return shard
+
+
+def other_model(out, prune):
     shutil.rmtree(out / "model")
-    remake("prune", "--method", "magnitude", "--sparsity", 0.6, "-o", out / "model")
-
-
-def unlisted_weights(out, _):
-    damage(max((out / "model").glob("*.safetensors")))
+    prune("--method", "magnitude", "--sparsity", 0.6, "-o", out / "model")
 
 
 def other_scores(out, _):
@@ -73,9 +73,9 @@ def older_folder(out, _):
 
 
 OTHERS = {
-    "model was made on another request (method: magnitude, now distill)": swap_model,
-    "scores.json was made from ": lambda out, _: other_weights(out / "model"),
-    ".safetensors is damaged or changed": unlisted_weights,
+    "model was made on another request (method: magnitude, now distill)": other_model,
+    "scores.json was made from ": other_weights,
+    ".safetensors is damaged or changed": damaged_weights,
     "(000000000000), but ": other_scores,
     "was made by an older calmix, which did not record what its results were": older_folder,
 }
@@ -83,27 +83,26 @@ OTHERS = {
 
 @pytest.mark.parametrize(("said", "change"), OTHERS.items())
 def test_results_of_another_run_are_refused(calmix, lines, out, tiny_folder, said, change):
-    change(out, lambda verb, *words: calmix(verb, tiny_folder, *words).ok())
+    change(out, lambda *words: calmix("prune", tiny_folder, *words).ok())
     for line in lines(out):
         assert said in line
 
 
 def test_edited_scores_are_refused(calmix, lines, out):
-    value = json.loads((out / "scores.json").read_text(encoding="utf-8"))
+    file = out / "scores.json"
+    value = read(file)
     for task in value["scores"]["tasks"]:
         task["values"] = [1.0] * len(task["values"])
-    (out / "scores.json").write_text(json.dumps(value), encoding="utf-8")
+    write_json(file, value)
     for line in lines(out):
         assert "scores.json is damaged or changed: its hash does not match" in line
     del value["manifest_sha256"]
-    (out / "scores.json").write_text(json.dumps(value), encoding="utf-8")
-    for line in (*lines(out)[1:], calmix("check", out / "scores.json", *FLOOR).line):
+    write_json(file, value)
+    for line in (*lines(out)[1:], calmix("check", file, *FLOOR).line):
         assert "scores.json is damaged or of an older calmix" in line
 
 
-def test_text_that_changed_since_is_not_taken_for_the_one_that_was_drawn(
-    calmix, command, out, place, tmp_path
-):
+def test_text_changed_since_the_draw_is_refused(calmix, command, out, place):
     text = place / "text.txt"
     before = text.read_bytes()
     try:
@@ -116,7 +115,7 @@ def test_text_that_changed_since_is_not_taken_for_the_one_that_was_drawn(
 
 
 def test_killed_and_moved_run_resumes(calmix, command, compressed, tmp_path, monkeypatch):
-    with pytest.MonkeyPatch.context() as patch:
+    with monkeypatch.context() as patch:
         patch.setattr(Run, "block", interrupting(Run.block))
         assert calmix(*command(tmp_path / "cut")).code == 130
     moved = (tmp_path / "cut").rename(tmp_path / "moved")
@@ -128,23 +127,22 @@ def test_killed_and_moved_run_resumes(calmix, command, compressed, tmp_path, mon
     assert ours == theirs
 
 
-def test_check_compares_scores_with_their_model(calmix, compressed, out, tmp_path):
+def test_check_compares_scores_with_their_model(calmix, out, tmp_path):
     file = tmp_path / "measured.json"
-    value = json.loads((compressed / "scores.json").read_text(encoding="utf-8"))
+    value = read(out / "scores.json")
     value["scores"]["model"] = str(out / "model")
     write_scores(file, value)
     ended = calmix("check", file, *FLOOR)
     assert (ended.code in (0, 1), "were checked" in ended.err) == (True, False)
-    other_weights(out / "model")
-    line = calmix("check", file, *FLOOR).line
-    assert f"measured.json was made from {out}/model (" in line
+    other_weights(out)
+    assert f"measured.json was made from {out}/model (" in calmix("check", file, *FLOOR).line
     shutil.rmtree(out / "model")
-    ended = calmix("check", file, *FLOOR)
-    assert f"only the scores of {out}/model were checked: its files are not here" in ended.err
-    file = tiny_gguf(tmp_path / "any.gguf")  # that calmix did not make
-    results, scores = Results(sha256_file), load_scores(tmp_path / "measured.json")
-    scores = replace(scores, model=str(file), fingerprint=open_model(str(file)).fingerprint)
-    assert results.check_scores(out, scores)
+    said = f"only the scores of {out}/model were checked: its files are not here"
+    assert said in calmix("check", file, *FLOOR).err
+    any_file = str(tiny_gguf(tmp_path / "any.gguf"))  # that calmix did not make
+    results, scores = Results(sha256_file), replace(load_scores(file), model=any_file)
+    same = replace(scores, fingerprint=open_model(any_file).fingerprint)
+    assert results.check_scores(out, same)
     with pytest.raises(InputError, match="put back what was there"):
         results.check_scores(out, replace(scores, fingerprint="of another file"))
 
@@ -157,9 +155,9 @@ def test_inspect_lists_unhashed_files(calmix, compressed):
 
 def test_mix_without_written_rows_resumes(asked, place, tmp_path):
     """Its set names no model that wrote it."""
-    text = f"{place / 'text.txt'}:0.999,self-written:0.001"
-    suite = str(place / "made.yaml")
-    stage = stages(asked(calibration=text, effort="quick", suite=suite), tmp_path)[0]
+    text, suite = f"{place / 'text.txt'}:0.999,self-written:0.001", str(place / "made.yaml")
+    request = asked(calibration=text, effort="quick", suite=suite)
+    stage = stages(request, tmp_path)[0]
     assert stage.name == "write the calibration set"
-    stage.run(Progress())
+    build(1, request, tmp_path)
     Results().check(stage.result)

@@ -10,12 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from calmix.compression.card import read_card
 from calmix.compression.compress import begin
-from calmix.compression.plan import check_request, checkpoint_bytes
+from calmix.compression.plan import checkpoint_bytes
 from calmix.compression.run_stages import stages
 from calmix.models.opening import open_model
 from calmix.options import Compression
-from calmix.progress import Progress
-from tests.compress.conftest import arguments, damage, finish, interrupts
+from tests.compress.conftest import arguments, build, damage, finish, interrupts, pages, read, shows
 from tests.tiny import load_weights, save_tiny_model
 
 STAGES = ["calibrate", "prune", "export", "evaluate", "report"]
@@ -24,17 +23,14 @@ STAGES = ["calibrate", "prune", "export", "evaluate", "report"]
 @pytest.fixture(scope="session")
 def words(options, tiny_folder):
     """Return a function that makes the arguments of a compression to a checkpoint."""
-
-    def made(output, *more, model=tiny_folder):
-        return arguments(options, model, output, "--for", "vllm", *more)
-
-    return made
+    vllm = ("--for", "vllm")
+    return lambda out, *more, model=tiny_folder: arguments(options, model, out, *vllm, *more)
 
 
 @pytest.fixture(scope="session")
-def usual(options, tiny_folder):
-    """The same options in Python."""
-    return options | {"model": str(tiny_folder), "product": "vllm"}
+def planned(asked, options):
+    """Return a function that checks the same options in Python."""
+    return lambda **more: asked(**options, product="vllm", **more)
 
 
 @pytest.fixture(scope="session")
@@ -47,25 +43,21 @@ def compressed(place, words):
 def test_the_checkpoint_is_what_is_scored(calmix, words, out):
     ended = calmix(*words(out)).ok()
     assert ended.err.count("already done") == len(STAGES) - 1
-    assert f"run: vllm serve {out}/model" in ended.out
     levels = "levels: 4 bits, and a scale for every 32 inputs (128 does not divide all rows)"
-    assert levels in ended.out
-    made = read_card(out)
-    assert made.size == (out / "model" / "model.safetensors").stat().st_size
+    run = f"vllm serve {out}/model"
+    shows(ended.out, f"run: {run}", levels)
+    made, weights = read_card(out), out / "model" / "model.safetensors"
+    assert made.size == weights.stat().st_size
     assert made.title == "llama quantised to 4 bits, groups of 32"
-    scores = json.loads((out / "scores.json").read_text(encoding="utf-8"))
-    opened = open_model(out / "model")
-    assert scores["model"]["sha256"] == opened.fingerprint == made.file["opened"]
-    for page in (out / "card.html", out / "model" / "README.md"):
-        text = page.read_text(encoding="utf-8")
-        assert f"vllm serve {out}/model" in text
-        assert f"{made.bits:.2f} bits per weight: 4 bits in 14 matrices" in text
-    assert "library_name: transformers" in text
-    assert not (out / "Modelfile").exists()
-    assert not (out / "quantised").exists()
+    scored = read(out / "scores.json")["model"]["sha256"]
+    assert scored == open_model(out / "model").fingerprint == made.file["opened"]
+    for text in pages(out):
+        shows(text, run, f"{made.bits:.2f} bits per weight: 4 bits in 14 matrices")
+    assert "library_name: transformers" in pages(out)[1]
+    assert not {"Modelfile", "quantised"} & {path.name for path in out.iterdir()}
     assert calmix("check", out, "--keep-at-least", "0.05").code in (0, 1, 2)
     calmix("doctor", "inspect", out).ok()
-    damage(out / "model" / "model.safetensors")
+    damage(weights)
     for command in (("report", out), words(out), ("doctor", "inspect", out)):
         assert "model.safetensors is damaged or changed" in calmix(*command).line
 
@@ -101,17 +93,12 @@ def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_
     assert "--group has no effect with --for none" in calmix(*other).line
 
 
-def test_whole_bits_are_mixed_for_an_average(usual, tmp_path):
+def test_whole_bits_are_mixed_for_an_average(planned, tmp_path):
     """Few bits are recovered, and the recovered levels are those of the checkpoint."""
     out = tmp_path / "out"
-    for stage in stages(check_request(Compression(**usual, bits=2.4)), out)[:4]:
-        stage.run(Progress())
-    settings = json.loads((out / "model" / "config.json").read_text())["quantization_config"]
-    bits = {
-        name: scheme["weights"]["num_bits"]
-        for scheme in settings["config_groups"].values()
-        for name in scheme["targets"]
-    }
+    build(4, planned(bits=2.4), out)
+    groups = read(out / "model" / "config.json")["quantization_config"]["config_groups"].values()
+    bits = {name: one["weights"]["num_bits"] for one in groups for name in one["targets"]}
     tensors = load_file(out / "model" / "model.safetensors")
     sizes = {name: tensors[f"{name}.weight_shape"].prod().item() for name in bits}
     assert len(bits) == 14
@@ -120,8 +107,7 @@ def test_whole_bits_are_mixed_for_an_average(usual, tmp_path):
     assert len({*bits.values()}) > 1
     for block in range(2):
         for part, fused in (("self_attn", "qkv"), ("mlp", ("gate", "up"))):
-            names = [f"model.layers.{block}.{part}.{one}_proj" for one in fused]
-            assert len({bits[name] for name in names}) == 1
+            assert len({bits[f"model.layers.{block}.{part}.{one}_proj"] for one in fused}) == 1
     for name, width in bits.items():
         columns = int(tensors[f"{name}.weight_shape"][1])
         assert tensors[f"{name}.weight_packed"].shape[1] == -(-width * columns // 32)
@@ -137,19 +123,18 @@ def test_whole_bits_are_mixed_for_an_average(usual, tmp_path):
             assert torch.allclose(loaded(ids).logits, expected, atol=1e-5)
 
 
-def test_sizes_are_met_and_searches_have_whole_bits(calmix, words, usual, tmp_path):
+def test_sizes_are_met_in_whole_bits(calmix, words, planned, options, tiny_folder, tmp_path):
     for bits in (5, 3.4):
-        size = checkpoint_bytes(check_request(Compression(**usual, bits=bits)), bits)
-        assert check_request(Compression(**usual, size=f"{size + 1:.0f}B")).bits == bits
-    walk = begin(Compression(**usual, keep_at_least="code=0.3"), tmp_path / "out")
+        size = checkpoint_bytes(planned(bits=bits), bits)
+        assert planned(size=f"{size + 1:.0f}B").bits == bits
+    searching = {"model": str(tiny_folder), "product": "vllm", "keep_at_least": "code=0.3"}
+    walk = begin(Compression(**options, **searching), tmp_path / "out")
     assert walk.rates == (8, 6, 5, 4, 3, 2)
     costs = json.loads(calmix(*words(tmp_path / "out", "--dry-run", "--json")).ok().out)
-    size = checkpoint_bytes(check_request(Compression(**usual)), 4)
-    assert [one["disk"] for one in costs if one["stage"] == "write the checkpoint"] == [size]
-    few, odd = (
-        [one.command for one in stages(check_request(Compression(**usual, **more)), tmp_path)]
-        for more in ({"bits": 3}, {"asymmetric": True, "group": 32})
-    )
+    (written,) = (one["disk"] for one in costs if one["stage"] == "write the checkpoint")
+    assert written == checkpoint_bytes(planned(), 4)
+    requests = planned(bits=3), planned(asymmetric=True, group=32)
+    few, odd = ([one.command for one in stages(request, tmp_path)] for request in requests)
     assert "--method gptq,group=32 --bits 3" in few[1]
     assert "calmix recover" in few[2]
     assert few[2].endswith(f"-o {tmp_path}/quantised")

@@ -9,6 +9,7 @@ import pytest
 from calmix.errors import InputError, ModelError
 from calmix.evaluation.suites import choose
 from calmix.evaluation.tasks import suite_size
+from calmix.files import write_json
 from calmix.models.blocks import find_blocks
 from calmix.models.empty import EmptyModel
 from calmix.study import estimate
@@ -31,9 +32,8 @@ def test_model_size_from_configuration(tmp_path, kind):
 def test_plan_counts_shared_work_once(tiny_study):
     study = load_study(tiny_study(more="recovery: [none, distill, blocks]\nseeds: [0, 1]\n"))
     actual = estimate.study_cost(study, "cpu")
-    groups = actual["groups"]
-    assert (actual["trials"], actual["sets"], len(groups)) == (36, 6, 6)
-    assert actual["prunes"] == 12
+    counts = [actual[one] for one in ("trials", "sets", "prunes")]
+    assert [*counts, len(actual["groups"])] == [36, 6, 12, 6]
     assert [note[:24] for note in actual["notes"]] == ["the data of suite made h"]
     assert actual["disk"] > 36 * 50_000
 
@@ -47,8 +47,7 @@ def test_remote_code_needs_permission(tiny_study, tiny_folder, tmp_path):
     )
     code = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.Model"}
     config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "own", "auto_map": code}
-    (folder / "config.json").write_text(json.dumps(config))
+    write_json(folder / "config.json", config | {"model_type": "own", "auto_map": code})
     study = load_study(tiny_study((str(tiny_folder), str(folder))))
     assert estimate.study_cost(study, "cpu", trust_remote_code=True)["trials"] == 6
     with pytest.raises(ModelError, match=r"own: it needs .* --trust-remote-code"):
@@ -75,10 +74,9 @@ def test_rounded_head_needs_the_dense_model(tiny_study, monkeypatch):
     monkeypatch.setattr(estimate, "plan_pruning", lambda *_, **how: SimpleNamespace(needed=0))
     plain, rounded = (load_study(tiny_study(more=one)) for one in ("", "embeddings: 4\n"))
     model = EmptyModel(plain.file.models["tiny"].name)
-    needed = [
-        trial_memory(model, planned_trials(study)[0], compared=True) for study in (plain, rounded)
-    ]
-    assert needed[1] - needed[0] == model.bytes > 0
+    trials = (planned_trials(study)[0] for study in (plain, rounded))
+    first, second = (trial_memory(model, trial, compared=True) for trial in trials)
+    assert second - first == model.bytes > 0
 
 
 def test_invalid_configuration_is_refused(tmp_path):
@@ -91,5 +89,4 @@ def test_invalid_configuration_is_refused(tmp_path):
 
 @pytest.mark.real
 def test_item_count():
-    suite = choose("abilities", tasks=["sums", "requests"], limit=50)
-    assert suite_size(suite) == (100, True)
+    assert suite_size(choose("abilities", tasks=["sums", "requests"], limit=50)) == (100, True)

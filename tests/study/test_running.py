@@ -1,7 +1,6 @@
 """Running a study: results, shared work, reruns and errors."""
 
 import errno
-import json
 import os
 import re
 import shutil
@@ -21,6 +20,7 @@ from calmix.calibration.request import calibration_set
 from calmix.errors import InputError
 from calmix.evaluation.evaluate import evaluate, load_scores
 from calmix.evaluation.scores import write_scores
+from calmix.files import write_json
 from calmix.models.opening import open_model
 from calmix.pruning.engine import prune
 from calmix.pruning.patterns import Unstructured
@@ -35,6 +35,7 @@ from calmix.study.spec import load_study
 from calmix.study.store import SILENCE, open_store, read_results
 from calmix.study.trials import planned_trials
 from tests import forks
+from tests.compress.conftest import names, read, refused
 from tests.forks import command, start, stopped, wait
 from tests.study.conftest import outcomes, run, states
 from tests.tiny import load_weights, save_tiny_model
@@ -62,10 +63,9 @@ def leased(store, trial, pid=1, host="elsewhere"):
 
 
 def test_trial_matches_its_steps_by_hand(ran):
-    path, store = ran.path, ran.store
-    assert len(ran.labels) == 6
-    results, study = read_results(store), load_study(path)
-    assert (results.name, results.planned, results.failed) == ("tiny", 6, 0)
+    results, study = read_results(ran.store), load_study(ran.path)
+    counts = (len(ran.labels), results.planned, results.failed)
+    assert (results.name, *counts) == ("tiny", 6, 6, 0)
     # The fifth of six: earlier trials must not affect the model.
     trial = results.trials[4]
     assert (trial.calibration, trial.method, trial.pattern) == ("mix", "sparsegpt", "60%")
@@ -80,12 +80,12 @@ def test_trial_matches_its_steps_by_hand(ran):
     assert trial.sparsity == pytest.approx(0.6, abs=1e-3)
     assert trial.seconds["total"] > 0
     # Shared work is done once: the scores of the dense model are cached.
-    assert sum(bool(call.kwargs.get("cache")) for call in ran.scores) == 1
-    assert (len(ran.scores), len(ran.sets)) == (1 + 6, 3)
-    for folder in (store / "calibration").iterdir():
+    cached = [call for call in ran.scores if call.kwargs.get("cache")]
+    assert (len(cached), len(ran.scores), len(ran.sets)) == (1, 1 + 6, 3)
+    for folder in (ran.store / "calibration").iterdir():
         assert CalibrationSet.open(folder).rows == 6
-    assert not list((store / "locks").iterdir())
-    assert not (store / "pruned").exists()
+    assert not list((ran.store / "locks").iterdir())
+    assert not (ran.store / "pruned").exists()
 
 
 def kill_in_second_trial():
@@ -107,10 +107,10 @@ def test_two_runners_finish_a_killed_study(ran, tmp_path):
     stopped(kill_in_second_trial, *study)
     assert states(store).count("finished") == 1
     (left,) = (store / "pruned").glob("*.unfinished")
-    assert json.loads((left / "work.json").read_text())["kept"]["done"] == 1
-    children = [(start(command(*study), tmp_path / log), tmp_path / log) for log in "ab"]
-    for child, log in children:
-        ended = wait(child, log)
+    assert read(left / "work.json")["kept"]["done"] == 1
+    logs = [tmp_path / name for name in "ab"]
+    children = [start(command(*study), log) for log in logs]
+    for ended in map(wait, children, logs):
         assert ended.code == 0, ended.errors
     assert forks.run(command(*study), tmp_path / "log").code == 0
     assert states(store) == ["pending"] * 2 + ["finished"] * 4
@@ -124,8 +124,7 @@ def test_lock_ends_with_its_process(ran, store, monkeypatch):
     pending = opened_store.index.trials[4].id
     with opened_store.lock(pending):
         assert opened_store.runner(pending) == f"pid {os.getpid()} on {socket.gethostname()}"
-        assert opened_store.state(pending) == "running"
-        assert run(ran.path, store).ran == []
+        assert (opened_store.state(pending), run(ran.path, store).ran) == ("running", [])
     for pid, host, age in ((2**22 + 1, socket.gethostname(), 0), (1, "elsewhere", SILENCE + 1)):
         file = leased(store, pending, pid, host)
         os.utime(file, (time.time() - age,) * 2)
@@ -163,8 +162,7 @@ def test_failing_trial_does_not_stop_others(ran, store, monkeypatch):
     failed = forgotten(store, 1, 2).index.trials[1].id
     seen = run(ran.path, store)
     assert (set(seen.errors.values()), len(seen.ran)) == ({"RuntimeError: out of"}, 2)
-    error = json.loads((store / "trials" / failed / "error.json").read_text())
-    assert "Traceback" in error["traceback"]
+    assert "Traceback" in read(store / "trials" / failed / "error.json")["traceback"]
     alone = [trial.total for trial in read_results(ran.store).trials if trial.id != failed]
     assert [trial.total for trial in read_results(store).trials] == alone
 
@@ -188,10 +186,9 @@ def test_error_does_not_replace_a_result(ran, store, monkeypatch):
         raise RuntimeError("connection lost")
 
     monkeypatch.setattr(bench_module.Bench, "run", late)
-    trial = forgotten(store, 5).index.trials[5].id
+    trial = store / "trials" / forgotten(store, 5).index.trials[5].id
     assert run(ran.path, store).errors == {}
-    names = {file.name for file in (store / "trials" / trial).iterdir()}
-    assert {"result.json", "error.json"} & names == {"result.json"}
+    assert ((trial / "result.json").exists(), (trial / "error.json").exists()) == (True, False)
 
 
 def test_trial_waits_for_a_stale_lock(ran, store, monkeypatch):
@@ -214,14 +211,9 @@ def test_trial_waits_for_a_stale_lock(ran, store, monkeypatch):
 def test_changed_model_gives_no_result(tiny_study, tiny_folder, tmp_path):
     model = tmp_path / "model"
     path = tiny_study((str(tiny_folder), str(shutil.copytree(tiny_folder, model))))
-
-    def change(text):
-        if text.startswith("1/2 "):
-            save_tiny_model(model, seed=5)
-
-    seen = run(path, tmp_path / "store", change, only=["letters"])
-    line = f"the files of {model} have changed: run the study again"
-    assert list(seen.errors.values()) == [line]
+    change = Mock(side_effect=lambda text: text[:4] == "1/2 " and save_tiny_model(model, seed=5))
+    (said,) = run(path, tmp_path / "store", change, only=["letters"]).errors.values()
+    assert said == f"the files of {model} have changed: run the study again"
 
 
 def test_interrupt_leaves_a_consistent_store(ran, store, monkeypatch):
@@ -233,7 +225,7 @@ def test_interrupt_leaves_a_consistent_store(ran, store, monkeypatch):
     assert len(list((store / "trials").iterdir())) == 4
 
 
-def test_changed_study_keeps_old_trials(ran, store):
+def test_changed_study_keeps_old_trials_and_adds_no_declaration(ran, store):
     for old, new, line in (
         ("sparsegpt: [0.6]", "sparsegpt: [0.5]", "3 finished trials (first: 'letters spars"),
         ("/code.jsonl\n", "/sums.jsonl\n", "2 finished trials (first: 'code sparsegpt 60% s"),
@@ -241,25 +233,26 @@ def test_changed_study_keeps_old_trials(ran, store):
         seen = run(ran.write((old, new), name="other.yaml"), store, only=["letters w*"])
         assert seen.notes[0].startswith(f"the study has changed: {line}")
         assert run(ran.path, store).ran == []
+    index = read(store / "store.json")
+    del index["declarations"]  # as of an older version
+    write_json(store / "store.json", index)
+    assert run(ran.path, store).ran == []
+    later = ran.write(more="margin: 5\n", name="later.yaml")
+    refused("what study tiny declared has changed", run, later, store)
 
 
 def test_declaration_is_fixed_by_the_first_result(tiny_study, tmp_path):
     store, line = tmp_path / "store", "  - {name: x, of: {calibration: mix}, over: {calibration: "
     first = f"margin: 5\ncomparisons:\n{line}code}}}}\n"
     path, index = tiny_study(more=first), lambda: open_store(store).index
-
-    def broken(bench, todo, stage, note):
-        return iter([(trial, ("failed", "x")) for trial in todo])
-
+    broken = Mock(side_effect=lambda _, todo, *__: iter([(one, ("failed", "x")) for one in todo]))
     run(tiny_study(more=first.replace("5", "3"), name="early.yaml"), store, execute=broken)
     seen = run(path, store, only=["mix wanda*"])  # nothing had finished
     (declared,) = index().declarations
     values = "study tiny declares 1 comparison by measure primary, margin 5 points (hash {})"
     assert values.format(declared.hash[:12]) in run(path, tmp_path / "new", execute=broken).notes
-    assert seen.ran == ["mix wanda 2:4 seed 0"]
-    assert (declared.study, declared.intact) == ("tiny", True)
-    trial = json.loads(next(store.glob("trials/*/result.json")).read_text(encoding="utf-8"))
-    assert declared.since <= trial["run"]["finished"]
+    assert (seen.ran, declared.study, declared.intact) == (["mix wanda 2:4 seed 0"], "tiny", True)
+    assert declared.since <= read(next(store.glob("trials/*/result.json")))["run"]["finished"]
     for old, new, what in (
         ("margin: 5", "margin: 3", "margin: 5.0, now 3.0"),
         (first, "", "margin: 5.0, now None"),
@@ -271,8 +264,7 @@ def test_declaration_is_fixed_by_the_first_result(tiny_study, tmp_path):
         with pytest.raises(InputError, match=re.escape(f"declared has changed ({what}")) as error:
             run(other, store)
         remedy = f": name {other} anew, with amends: {{study: tiny, reason: ...}}"
-        assert str(error.value).endswith(remedy)
-        assert index().declarations == (declared,)
+        assert (str(error.value).endswith(remedy), index().declarations) == (True, (declared,))
     # What no comparison is about may change.
     run(tiny_study(("letters:", "others:"), more=first, name="more.yaml"), store, execute=broken)
     assert index().declarations == (declared,)
@@ -282,22 +274,11 @@ def test_declaration_is_fixed_by_the_first_result(tiny_study, tmp_path):
         with pytest.raises(InputError, match="what study tiny declared has changed"):
             run(tiny_study(("name: tiny", f"name: {name}"), more=text, name="a.yaml"), store)
     text = first.replace("margin: 5\ncomparisons:", amends % "tiny")
-    more = tiny_study(("name: tiny", "name: more"), more=text, name="a.yaml")
-    run(more, store, execute=broken)
+    run(tiny_study(("name: tiny", "name: more"), more=text, name="a.yaml"), store, execute=broken)
     before, now = index().declarations
     assert (before, now.study, now.amends.reason) == (declared, "more", "three points matter")
-    with pytest.raises(InputError, match="what study more declared has changed"):
-        run(path, store)
+    refused("what study more declared has changed", run, path, store)
     assert read_results(store).declarations == (before, now)
-
-
-def test_declaration_cannot_be_added_later(ran, store):
-    index = json.loads((store / "store.json").read_text(encoding="utf-8"))
-    del index["declarations"]  # as of an older version
-    (store / "store.json").write_text(json.dumps(index), encoding="utf-8")
-    assert run(ran.path, store).ran == []
-    with pytest.raises(InputError, match="what study tiny declared has changed"):
-        run(ran.write(more="margin: 5\n", name="later.yaml"), store)
 
 
 def test_renamed_sets_and_copied_trials(ran, store, tmp_path, monkeypatch):
@@ -314,37 +295,30 @@ def test_renamed_sets_and_copied_trials(ran, store, tmp_path, monkeypatch):
     assert not any("scoring the dense model" in text for text in seen.shown)
     results = read_results(second)
     assert set(results.dense) == {trial.model for trial in results.trials} == {"small"}
-    sets = ["letters"] * 2 + ["python"] * 2 + ["code"] * 2
-    assert [trial.calibration for trial in results.trials] == sets
+    sets = " ".join(trial.calibration for trial in results.trials)
+    assert sets == "letters letters python python code code"
     assert {trial.id: trial.total for trial in results.trials} == before
     # The same in one store, even if another set has the old name now.
     assert run(other, store).ran == seen.ran
 
 
-def test_invalid_stores(ran, tmp_path):
+def test_invalid_stores(ran, store, tmp_path):
     (tmp_path / "file").write_text("x")
-    with pytest.raises(InputError, match="is a file"):
-        run(ran.path, tmp_path / "file")
-    with pytest.raises(InputError, match="not empty and is not a study"):
-        run(ran.path, tmp_path)
-    with pytest.raises(InputError, match="there is no study store"):
-        read_results(tmp_path / "none")
-    for text, says in (
-        ('{"kind": "study store", "format": 99}', "has format 99, but this calmix reads format 2"),
-        ('{"kind": "other"}', "of another kind"),
-        ("{", "damaged"),
+    refused("is a file", run, ran.path, tmp_path / "file")
+    refused("there is no study store", read_results, tmp_path / "none")
+    supported = "but this calmix reads format 2"
+    for name, text, says in (
+        ("file", "x", "not empty and is not a study"),
+        ("store.json", '{"kind": "study store", "format": 99}', f"has format 99, {supported}"),
+        ("store.json", '{"kind": "other"}', "of another kind"),
+        ("store.json", "{", "damaged"),
     ):
-        (tmp_path / "store.json").write_text(text)
-        with pytest.raises(InputError, match=says):
-            run(ran.path, tmp_path)
-
-
-def test_trials_with_two_prompt_forms_are_refused(store):
-    forms = ("chat template", "worked examples")
+        (tmp_path / name).write_text(text)
+        refused(says, run, ran.path, tmp_path)
+    forms = ("chat template", "worked examples")  # of two trials
     for file, form in zip(sorted(store.glob("trials/*/scores.json")), forms, strict=False):
-        write_scores(file, json.loads(file.read_text()) | {"form": form})
-    with pytest.raises(InputError, match="the template has changed: run the study in another"):
-        read_results(store)
+        write_scores(file, read(file) | {"form": form})
+    refused("the template has changed: run the study in another", read_results, store)
 
 
 def test_only_and_skip_patterns(ran):
@@ -353,10 +327,11 @@ def test_only_and_skip_patterns(ran):
     labels = ["letters sparsegpt 60% seed 0", "mix wanda 2:4 seed 0"]
     assert [trial.label for trial in chosen] == labels
     assert chosen_trials(trials, ["tiny"], []) == trials  # the model
-    with pytest.raises(InputError, match=r"no trial matches 'letter': did you mean letters"):
-        chosen_trials(trials, ["letter"], [])
-    with pytest.raises(InputError, match="leave no trial"):
-        chosen_trials(trials, ["mix"], ["m*"])
+    for only, skip, said in (
+        (["letter"], [], r"no trial matches 'letter': did you mean letters"),
+        (["mix"], ["m*"], "leave no trial"),
+    ):
+        refused(said, chosen_trials, trials, only, skip)
 
 
 def test_duplicate_trials_are_refused(tiny_study, tmp_path):
@@ -367,12 +342,9 @@ def test_duplicate_trials_are_refused(tiny_study, tmp_path):
 
 def test_recovery_matches_its_steps(tiny_study, tmp_path):
     """Of levels, from kept checkpoints whose scores are those of the trials."""
-    path = tiny_study(
-        ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits], magnitude: 0.5}"),
-        ("rows: 6", "rows: 16"),
-        more="embeddings: 4\nrecovery: [none, 'distill,epochs=1,lr=0.03']\n"
-        "keep_checkpoints: true\n",
-    )
+    methods = ('{sparsegpt: [0.6], wanda: ["2:4"]}', "{ecq: [3 bits], magnitude: 0.5}")
+    more = "embeddings: 4\nrecovery: [none, 'distill,epochs=1,lr=0.03']\nkeep_checkpoints: true\n"
+    path = tiny_study(methods, ("rows: 6", "rows: 16"), more=more)
     seen = run(path, tmp_path / "store", only=["mix*", "magnitude*"])
     plain, last = "ecq + embeddings 4", "ecq + embeddings 4 + distill,epochs=1,lr=0.03"
     labels = [f"mix {recipe} 3 bits seed 0" for recipe in (plain, last)]
@@ -383,16 +355,14 @@ def test_recovery_matches_its_steps(tiny_study, tmp_path):
     assert trial.method == last
     assert trial.seconds["recover"] > 0
     _, plain, last = folders = [store.trial(entries[label].id) for label in seen.ran]
-    names = {"checkpoint"}
-    names |= {f"{part}.json" for part in ("pruning", "recovery", "request", "result", "scores")}
-    assert {path.name for path in last.iterdir()} == names
+    files = "checkpoint pruning.json recovery.json request.json result.json scores.json"
+    assert names(last) == files
     # Trials that differ only in recovery share one pruning run, timings included.
     assert (plain / "pruning.json").read_bytes() == (last / "pruning.json").read_bytes()
     for folder in folders:
         checkpoint = folder / "checkpoint"
         again = evaluate(str(checkpoint), study.suite, baselines=False)
-        stored = load_scores(folder / "scores.json")
-        assert again.tasks == stored.tasks
+        assert again.tasks == load_scores(folder / "scores.json").tasks
         grids, weights = read_grids(checkpoint), load_weights(checkpoint)
         for name, grid in grids.items():
             levels = grid.values(grid.levels(weights[name])).to(weights[name].dtype)
@@ -401,11 +371,11 @@ def test_recovery_matches_its_steps(tiny_study, tmp_path):
     request = recover_request(calibration=str(drawn), epochs=1, lr=0.03)
     model = study.file.models["tiny"].name
     report = recover(str(plain / "checkpoint"), model, request, tmp_path / "recovered")
-    data = json.loads((last / "recovery.json").read_text(encoding="utf-8"))
+    data = read(last / "recovery.json")
     assert (data["before"], data["after"]) == (report.before, report.after)
     assert report.after < report.before
-    inside = [name for name in grids if ".layers." in name]
-    assert data["quantised"] == sum(weights[name].numel() for name in inside) > 0
+    inside = [weights[name].numel() for name in grids if ".layers." in name]
+    assert data["quantised"] == sum(inside) > 0
     assert len(grids) > len(inside)
     recovered = load_weights(tmp_path / "recovered")
     assert all(torch.equal(recovered[name], weight) for name, weight in weights.items())
