@@ -30,7 +30,7 @@ from calmix.evaluation.quantities import (
     without_unit,
 )
 
-VERSION = 4  # raised when verdicts change; part of the hash of suites with generated answers
+VERSION = 5  # raised when verdicts change; part of the hash of suites with generated answers
 LANGUAGES = {  # common words that identify a language
     "en": "the a an is are and of to in it on with that was has this for",
     "fr": "le la les un une est et de des du dans sur il elle qui avec pour au c'est ciel",
@@ -398,13 +398,16 @@ def _json(text: str, value: str) -> bool:
 
 
 def _any(text: str, value: str) -> bool:
-    return any(re.search(rf"\b{re.escape(one)}", text.lower()) for one in value.lower().split("|"))
+    begin = r"(?:\b|(?!\w))"  # of a word, if the value begins with one
+    known = map(re.escape, value.lower().split("|"))
+    return any(re.search(begin + one, text.lower()) for one in known)
 
 
 def _among(text: str, value: str) -> bool:
     lines = _items(text)
     named = lines if len(lines) > 1 else _items(text, comma=True)
-    known = re.compile(rf"\b(?:{value.replace('y|', '(?:y|ies)|')})(?:s|es)?\b")
+    one = rf"(?:{value.replace('y|', '(?:y|ies)|')})(?:s|es)?"
+    known = re.compile(rf"(?<!\w){one}(?!\w)", re.IGNORECASE)
     return 2 * sum(bool(known.search(one)) for one in named) > len(named)
 
 

@@ -151,6 +151,9 @@ def test_requests():
         ("Sorry, no dog.", {"contains": "dog", "without": "sorry|I cannot"}, False),
         ("dog dog dog dog dog dog", {"contains": "dog"}, False),
         ("The sum is 17.", {"contains": "7|seven"}, False),
+        ("it costs $5 now", {"contains": "$5"}, True),
+        ("it costs $5 now", {"without": "$5"}, False),
+        ("a .env file (5)", {"contains": "(5)", "without": "gitignore|.git"}, True),
         ("The sky is blue.", french, False),
         ('Here is one sentence:\n"Le ciel est bleu."', {**french, "contains": "ciel"}, True),
         ("red, red, red", {"commas": "3"}, False),
@@ -159,6 +162,7 @@ def test_requests():
         ("Berries, plums", {"commas": 2, **among}, True),
         ("A, B", {"commas": 2, **among}, False),
         ("- a red plum\n- fig\n- stone", {"lines": 3, **among}, True),
+        ("Paris, C++", {"among": r"Paris|C\+\+"}, True),
     ):
         assert checks.as_requested(answer, request) is ok, answer
 
