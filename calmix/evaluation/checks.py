@@ -14,6 +14,7 @@ import textwrap
 import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any
 
@@ -29,6 +30,7 @@ from calmix.evaluation.quantities import (
     unit_of,
     without_unit,
 )
+from calmix.files import parse_json
 
 VERSION = 5  # raised when verdicts change; part of the hash of suites with generated answers
 LANGUAGES = {  # common words that identify a language
@@ -385,16 +387,22 @@ def _items(text: str, comma: bool = False) -> list[str]:
     return list(dict.fromkeys(filter(None, named)))  # without duplicates
 
 
+def json_value(text: str) -> Any:
+    """Return the value of a JSON text; None if it is not valid."""
+    with suppress(ValueError):
+        return parse_json(text)
+
+
 def _json(text: str, value: str) -> bool:
-    match = re.search(r"\{.*\}", text, re.DOTALL)
-    try:
-        stated, wanted = (
-            json.dumps(json.loads(one), sort_keys=True).lower()
-            for one in (match[0] if match else "", value)
-        )
-    except (ValueError, RecursionError):
-        return False
-    return stated == wanted
+    match = re.search(r"\[.*\]" if value[:1] == "[" else r"\{.*\}", text, re.DOTALL)
+    stated = json_value(match[0]) if match else None
+    return stated is not None and same_json(stated, json.loads(value))
+
+
+def same_json(one: Any, other: Any) -> bool:
+    """Whether two JSON values are the same, texts and names without regard to case."""
+    first, second = (json.dumps(value, sort_keys=True).lower() for value in (one, other))
+    return first == second
 
 
 def _any(text: str, value: str) -> bool:

@@ -241,7 +241,10 @@ def _misspelt(key: str) -> str:
 def _parsed(value: Any) -> Any:
     """Return a value that a CSV file holds as JSON."""
     if isinstance(value, str) and value.strip()[:1] in ("[", "{"):
-        return parse_json(value)
+        try:
+            return parse_json(value)
+        except ValueError as error:
+            raise ValueError(f"'{value[:40]}' is not valid JSON: {error}") from None
     return value
 
 
@@ -281,8 +284,7 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
         case "contains":
             return "request", {"contains": "|".join(some)}
         case "json":
-            value = _parsed(answer)
-            return "request", {"json": json.dumps(value)}
+            return "request", {"json": _rule("json", answer)}
         case "tool":
             value = _parsed(answer)
             if not isinstance(value, dict) or not valid_call(value, tools):
@@ -297,7 +299,9 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
 
 def _rule(key: str, value: Any) -> Any:
     """Return the value of a rule as `checks.as_requested` takes it."""
-    if key == "json" and not isinstance(value, str):
+    if key == "json":
+        if not isinstance(value := _parsed(value), dict | list):
+            raise ValueError(f"'json' needs a JSON object or list, not '{value}'")
         return json.dumps(value)
     if key in checks.COUNTED_RULES and not re.fullmatch(r"\d+", str(value)):
         raise ValueError(f"the rule '{key}' needs a whole number, not '{value}'")
@@ -368,13 +372,7 @@ def is_json(text: str) -> bool:
     """Whether a text is a JSON object or list, perhaps in a code block."""
     block = re.search(r"```(?:json)?\s*\n(.*?)```", text, re.DOTALL)
     text = (block[1] if block else text).strip()
-    if text[:1] not in ("{", "["):
-        return False
-    try:
-        parse_json(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
+    return text[:1] in ("{", "[") and checks.json_value(text) is not None
 
 
 def syntax(code: str, mode: str = "exec") -> Any:
@@ -396,10 +394,7 @@ def tool_calls(text: str) -> list[Any]:
         parts = [bare]
     calls: list[Any] = []
     for part in parts:
-        try:
-            value = parse_json(part.strip())
-        except (ValueError, RecursionError):
-            value = None
+        value = checks.json_value(part.strip())
         calls += value if isinstance(value, list) else [value]
     return calls
 
@@ -420,10 +415,7 @@ def valid_call(call: Any, tools: Sequence[Mapping[str, Any]]) -> bool:
 def arguments(call: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return the arguments of a call; None if they are not a JSON object."""
     value = call.get("arguments", call.get("parameters", {}))
-    try:
-        value = parse_json(value) if isinstance(value, str) else value
-    except (ValueError, RecursionError):
-        return None
+    value = checks.json_value(value) if isinstance(value, str) else value
     return value if isinstance(value, dict) else None
 
 
@@ -443,4 +435,4 @@ def same_call(answer: str, right: Mapping[str, Any]) -> bool:
         return False
     values, wanted = arguments(calls[0]) or {}, arguments(right) or {}
     stated = {name: values.get(name) for name in wanted}
-    return json.dumps(stated, sort_keys=True).lower() == json.dumps(wanted, sort_keys=True).lower()
+    return checks.same_json(stated, wanted)
