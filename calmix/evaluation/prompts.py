@@ -259,6 +259,8 @@ def _tool(value: Any) -> dict[str, Any]:
 def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:
     """Return the check of a row's answer and what is right, as `Ask` has them."""
     answer, check = row.get("answer"), _parsed(row.get("check"))
+    if isinstance(check, dict):  # Parquet has None for what a row lacks
+        check = {key: value for key, value in check.items() if value is not None} or None
     if isinstance(check, dict):
         if unknown := [key for key in check if key not in checks.REQUESTED]:
             raise ValueError(
@@ -305,12 +307,19 @@ def _rule(key: str, value: Any) -> Any:
         return json.dumps(value)
     if key in checks.COUNTED_RULES and not re.fullmatch(r"\d+", str(value)):
         raise ValueError(f"the rule '{key}' needs a whole number, not '{value}'")
-    if key == "language" and value not in checks.LANGUAGES:
+    if key == "language" and str(value) not in checks.LANGUAGES:
         raise ValueError(f"unknown language '{value}': {nearest(str(value), checks.LANGUAGES)}")
-    if isinstance(value, bool):
+    if key == "case":
+        if value is not True:
+            raise ValueError(f"the rule 'case' (capitals only) is true or left out, not '{value}'")
         return value
-    parts = [str(one) for one in value] if isinstance(value, list) else str(value).split("|")
-    return "|".join(map(re.escape, parts) if key == "among" else parts)
+    several = key not in ("same", "begins")
+    parts = value.split("|") if several and isinstance(value, str) else value
+    parts = parts if several and isinstance(parts, list) else [parts]
+    if not parts or not all(type(one) in (str, int, float) and str(one).strip() for one in parts):
+        more = " or a list of texts, none of them empty" if several else ""
+        raise ValueError(f"the rule '{key}' needs a text{more}, not '{value}'")
+    return "|".join(re.escape(str(one)) if key == "among" else str(one) for one in parts)
 
 
 # What can be seen of an answer

@@ -54,6 +54,7 @@ def test_rows_are_read_in_every_form(tmp_path):
     assert (four.question, four.check, four.tokens) == ("Three?", "", 256)
     assert (five.tools, five.right) == (tuple(TOOLS), CALL)
     assert six.right == {"lines": "3", "contains": "a|b"}
+    assert seven.check == ""
     assert "prompts repeated, and asked once: 1" in notes[0]
     table, lines = tmp_path / "mine.csv", tmp_path / "mine.txt"
     tools = json.dumps([WEATHER]).replace('"', '""')
@@ -79,6 +80,11 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path):
         ({"prompt": "x", "check": {"line": 3}}, "unknown rule 'line': did you mean lines?"),
         ({"prompt": "x", "check": {"words": "abc"}}, "'words' needs a whole number, not 'abc'"),
         ({"prompt": "x", "check": {"language": "ja"}}, "unknown language 'ja': "),
+        ({"prompt": "x", "check": {"contains": True}}, "'contains' needs a text or a list of texts"),
+        ({"prompt": "x", "check": {"contains": "a|"}}, "none of them empty, not 'a|'"),
+        ({"prompt": "x", "check": {"same": ["a"]}}, "the rule 'same' needs a text, not '['a']'"),
+        ({"prompt": "x", "check": {"case": False}}, "'case' (capitals only) is true or left out"),
+        ({"prompt": "x", "check": {"language": ["en"]}}, "unknown language '['en']': "),
         ({"prompt": "x", "check": "number", "answer": "y"}, "must be a number, not 'y'"),
         ({"prompt": "x", "tools": [{"title": "y"}]}, "a tool must be"),
         ({"prompt": "x", "tools": TOOLS, "check": "tool", "answer": {}}, "must be a valid call"),
