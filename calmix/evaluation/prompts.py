@@ -267,7 +267,7 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
                 f"unknown rule '{unknown[0]}': {nearest(unknown[0], checks.REQUESTED)}"
             )
         return "request", {key: _rule(key, value) for key, value in check.items()}
-    if check is not None and check not in CHECK_KINDS:
+    if check is not None and str(check) not in CHECK_KINDS:
         raise ValueError(f"unknown check '{check}': {nearest(str(check), CHECK_KINDS)}")
     if answer is None:
         if check is not None:
@@ -276,6 +276,8 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
     if isinstance(answer, int | float) and not isinstance(answer, bool) and check is None:
         check = "number"
     some = [str(one) for one in answer] if isinstance(answer, list) else [str(answer)]
+    if not some and check != "json":
+        raise ValueError("'answer' is an empty list: name a right answer, or leave it out")
     match check or "text":
         case "number":
             if all(one.value is None for one in readings(some[0])):
@@ -284,7 +286,7 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
         case "result":
             return "result", f"\\boxed{{{some[0]}}}"
         case "contains":
-            return "request", {"contains": "|".join(some)}
+            return "request", {"contains": _rule("contains", some)}
         case "json":
             return "request", {"json": _rule("json", answer)}
         case "tool":
