@@ -253,7 +253,21 @@ def _tool(value: Any) -> dict[str, Any]:
     function = mapping.get("function", mapping)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a tool must be {'type': 'function', 'function': {'name': ...}}")
+    if not _is_schema(function.get("parameters") or {}):
+        raise ValueError(
+            f"the 'parameters' of tool {function['name']} must be a JSON schema: "
+            "{'type': 'object', 'properties': {...}, 'required': [...]}"
+        )
     return {"type": "function", "function": function}
+
+
+def _is_schema(value: Any) -> bool:
+    """Whether `valid_call` can read a value as the schema of a call's arguments."""
+    if not isinstance(value, dict) or not isinstance(fields := value.get("properties") or {}, dict):
+        return False
+    names = value.get("required") or []
+    lists = [names, *(one.get("enum") or [] for one in fields.values() if isinstance(one, dict))]
+    return all(isinstance(one, list) for one in lists) and all(isinstance(n, str) for n in names)
 
 
 def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tuple[str, Any]:

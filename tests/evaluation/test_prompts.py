@@ -83,7 +83,10 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path):
         ({"prompt": "x", "check": {"line": 3}}, "unknown rule 'line': did you mean lines?"),
         ({"prompt": "x", "check": {"words": "abc"}}, "'words' needs a whole number, not 'abc'"),
         ({"prompt": "x", "check": {"language": "ja"}}, "unknown language 'ja': "),
-        ({"prompt": "x", "check": {"contains": True}}, "'contains' needs a text or a list of texts"),
+        (
+            {"prompt": "x", "check": {"contains": True}},
+            "'contains' needs a text or a list of texts",
+        ),
         ({"prompt": "x", "check": {"contains": "a|"}}, "none of them empty, not 'a|'"),
         ({"prompt": "x", "check": {"same": ["a"]}}, "the rule 'same' needs a text, not '['a']'"),
         ({"prompt": "x", "check": {"case": False}}, "'case' (capitals only) is true or left out"),
@@ -91,6 +94,13 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path):
         ({"prompt": "x", "check": "number", "answer": "y"}, "must be a number, not 'y'"),
         ({"prompt": "x", "tools": [{"title": "y"}]}, "a tool must be"),
         ({"prompt": "x", "tools": TOOLS, "check": "tool", "answer": {}}, "must be a valid call"),
+        *(
+            (
+                {"prompt": "x", "tools": [WEATHER | {"parameters": one}]},
+                "tool weather must be a JSON",
+            )
+            for one in NO_SCHEMAS
+        ),
         ({"prompt": "\ud800"}, "unpaired surrogate"),
     ):
         path = written(tmp_path / "mine.jsonl", {"prompt": "first"}, row)
