@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from calmix.evaluation.likelihood import Progress
-from calmix.evaluation.prompts import loops
+from calmix.evaluation.prompts import before_stops, loops
 from calmix.evaluation.scorer import attention_window, not_finite, prefix_cache
 from calmix.evaluation.tasks import shared_start
 from calmix.machine import tokens_at_once
@@ -117,9 +117,7 @@ def answers(
     start = len(decode(before))
     for row in rows:
         text = decode([*before, *row.written])[start:]
-        for stop in row.until:
-            text = text.partition(stop)[0]
-        texts.append((text, row.ended))
+        texts.append((before_stops(text, row.until), row.ended))
     return texts
 
 

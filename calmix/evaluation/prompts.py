@@ -370,6 +370,13 @@ def body(answer: str) -> str:
     return answer.rpartition(THOUGHT)[2]
 
 
+def before_stops(text: str, stops: Sequence[str]) -> str:
+    """Return the text before the first of the stops in it."""
+    for stop in stops:
+        text = text.partition(stop)[0]
+    return text
+
+
 def loops(row: Sequence[Any], size: int = LOOP_CHARACTERS, most: int = LONGEST_PERIOD) -> bool:
     """Whether a text or row ends in a part of at most `most` characters that is repeated four times
     or more, over at least `size` characters."""

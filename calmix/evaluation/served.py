@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from calmix.errors import InputError, PassingError, nearest
 from calmix.evaluation.journal import Journal
-from calmix.evaluation.prompts import THOUGHT, Ask
+from calmix.evaluation.prompts import THOUGHT, Ask, before_stops
 from calmix.files import sha256_json
 from calmix.options import ServerOptions
 
@@ -40,6 +40,7 @@ HINTS = {
     400: ": it refuses the request: a prompt may be longer than its context",
     422: ": it refuses the request",
 }
+MOST_STOPS = 4  # stop texts that OpenAI's API takes; at the others an answer is cut here
 ENDED = ("stop", "tool_calls", "function_call", "eos")  # reasons of an answer that ended by itself
 
 
@@ -94,7 +95,9 @@ class Served:
             waiting.reverse()
         pool = ThreadPoolExecutor(self.how.concurrency)
         try:
-            jobs = {pool.submit(self._answer, *bodies[at]): at for at in waiting}
+            jobs = {
+                pool.submit(self._answer, *bodies[at], questions[at].until): at for at in waiting
+            }
             for job in as_completed(jobs):
                 at, done = jobs[job], done + 1
                 texts[at] = answer = [job.result()]
@@ -113,7 +116,7 @@ class Served:
         """Return the path and the content of a request."""
         common = {"model": self.model, "max_tokens": one.tokens, "temperature": 0, "seed": 0}
         if one.messages is None or not self.chat:
-            stop = {"stop": [*one.until][:4]} if one.until else {}
+            stop = {"stop": [*one.until][:MOST_STOPS]} if one.until else {}
             return "/completions", {"prompt": one.plain, **stop, **common}
         body = {"messages": [*one.messages], **common}
         if one.tools:
@@ -121,7 +124,7 @@ class Served:
         switch = {"chat_template_kwargs": {"enable_thinking": one.thinking}}
         return "/chat/completions", body | switch
 
-    def _answer(self, path: str, body: dict[str, Any]) -> tuple[str, bool]:
+    def _answer(self, path: str, body: dict[str, Any], until: Sequence[str]) -> tuple[str, bool]:
         value = self.request("POST", path, body)
         try:
             (choice,) = value["choices"][:1]
@@ -133,7 +136,8 @@ class Served:
                 "OpenAI-compatible server?"
             ) from error
         self.tokens += int(usage.get("completion_tokens") or 0)
-        return text, reason in ENDED
+        answer = before_stops(text, until if "prompt" in body else ())
+        return answer, reason in ENDED or answer != text
 
     def request(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         """Send a request, again where that can help, and return the JSON of the answer."""

@@ -11,7 +11,7 @@ import pytest
 
 from calmix.errors import InputError, PassingError
 from calmix.evaluation import served
-from calmix.evaluation.evaluate import evaluate
+from calmix.evaluation.evaluate import evaluate, suite_asks
 from calmix.evaluation.journal import Journal, journal_beside
 from calmix.evaluation.served import KEY, connect
 from calmix.evaluation.suites import choose, prompt_suite
@@ -227,6 +227,19 @@ def test_items_of_a_suite_are_asked_as_text_where_they_have_no_chat():
         scores = evaluate(connect(f"{address}#tiny", ServerOptions()), suite)
     assert {body["path"] for body in fake.bodies} == {"/v1/completions", "/v1/chat/completions"}
     assert (scores.model, scores.form) == (f"{address}#tiny", "chat template")
+
+
+def test_answers_end_at_every_stop_also_beyond_those_that_a_server_takes():
+    suite = choose("abilities", tasks=["humaneval"], limit=1)
+    plain = {"choices": [{"text": "    return 1\nassert f()", "finish_reason": "length"}]}
+    fake = Fake((200, plain))
+    with running(fake) as address:
+        one = connect(address, ServerOptions())
+        one.chat = False
+        (item,) = suite_asks(suite)["humaneval"]
+        how = {"rearranged": False, "journal": Journal(None), "progress": None}
+        assert one.answers([item], **how) == [("    return 1", True)]
+    assert len(fake.bodies[0]["stop"]) == 4
 
 
 def test_a_journal_serves_the_same_requests_alone(mine, tmp_path):
