@@ -144,6 +144,8 @@ def test_requests():
         ('Here it is:\n{"a": "Red"}', {"json": '{"a": "red"}'}, True),
         ('{"a": 1', {"json": '{"a": 1}'}, False),
         ("[" * 5000, {"json": "{}"}, False),
+        ("The list: [1, {}]", {"json": "[1, {}]"}, True),
+        ("[1, {}]", {"json": "{}"}, True),
         ('"The train leaves at nine."', {"same": "The train leaves at nine."}, True),
         ("HELLO WORLD!", {"same": "HELLO WORLD", "case": True}, True),
         ("1,2,3,4,5", {"same": "1, 2, 3, 4, 5"}, True),

@@ -28,6 +28,13 @@ ARGUMENTS = {"city": {"type": "string"}, "days": {"type": "integer"}}
 WEATHER = {"name": "weather", "parameters": {"properties": ARGUMENTS, "required": ["city"]}}
 TOOLS = [{"type": "function", "function": WEATHER}]
 CALL = {"name": "weather", "arguments": {"city": "Rome"}}
+NO_SCHEMAS = (
+    [WEATHER],
+    {"required": True},
+    {"required": [["city"]]},
+    {"properties": ["city"]},
+    {"properties": {"city": {"enum": "Rome"}}},
+)
 CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
 
 
@@ -40,13 +47,17 @@ def test_rows_are_read_in_every_form(tmp_path):
     said = ("system", "Be brief."), ("user", "Hello"), ("assistant", "left out: it is the answer")
     chat = [{"role": role, "content": content} for role, content in said]
     rows = [
-        *({"prompt": "One?", "answer": "1"}, {"messages": chat, "max_tokens": 9, "thinking": True}),
-        *({"question": "Two?", "answer": 2}, "Three?", {"prompt": "One?", "answer": "again"}),
+        {"prompt": "One?", "answer": "1"},
+        {"messages": chat, "max_tokens": 9, "thinking": True},
+        {"question": "Two?", "answer": 2},
+        "Three?",
+        {"prompt": "One?", "answer": "again"},
         {"prompt": "Four?", "answer": CALL, "check": "tool", "tools": [WEATHER]},
-        {"prompt": "Five?", "check": {"lines": 3, "contains": ["a", "b"]}},
+        {"prompt": "Five?", "check": {"lines": 3, "contains": ["a", "b"], "same": None}},
+        {"prompt": "Six?", "check": {"same": None}},
     ]
     path, notes = written(tmp_path / "mine.jsonl", *rows), []
-    one, two, three, four, five, six = read_prompts(path, notes.append)
+    one, two, three, four, five, six, seven = read_prompts(path, notes.append)
     assert (one.question, one.check, one.right) == ("One?", "text", ["1"])
     assert [turn["role"] for turn in two.messages] == ["system", "user"]
     assert (two.plain, two.tokens, two.thinking) == ("Be brief.\n\nHello", 9, True)
@@ -102,6 +113,8 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path):
             for one in NO_SCHEMAS
         ),
         ({"prompt": "\ud800"}, "unpaired surrogate"),
+        ({"prompt": "x", "check": {"json": "{bad"}}, "line 2: '{bad' is not valid JSON: "),
+        ({"prompt": "x", "check": "json", "answer": 5}, "'json' needs a JSON object or list"),
     ):
         path = written(tmp_path / "mine.jsonl", {"prompt": "first"}, row)
         refuses(re.escape(says), read_prompts, path)
