@@ -122,7 +122,12 @@ def bits(nats, sizes, name="text", dimension="code", baseline=3.0):
     """Made-up likelihoods of single answers; `baseline` is in nats per byte."""
     items = tuple(map(str, range(len(nats))))
     return TaskScores(
-        *(name, dimension, "bits_per_byte", "bits", 0.0, items),
+        name,
+        dimension,
+        "bits_per_byte",
+        "bits",
+        0.0,
+        items,
         gold=(0,) * len(items),
         loglikelihoods=tuple((-float(value),) for value in nats),
         bytes=tuple((int(size),) for size in sizes),

@@ -196,9 +196,12 @@ def test_program_extraction():
     indented = "1. Code:\n   ``` python\n   def f(x):\n       return x\n   ```\nIt returns x."
     imports, helper = "from typing import List\n\n\n", "def g():\n    return 1\n\n\n"
     for answer, given, wanted in (
-        *((block, head, imports + code), (block, helper + head, helper + imports + code)),
-        *((indented, head, imports + code), (other, head, head + other)),
-        *((body, head, head + body), (f"```python\n{body}", head, head + body)),
+        (block, head, imports + code),
+        (block, helper + head, helper + imports + code),
+        (indented, head, imports + code),
+        (other, head, head + other),
+        (body, head, head + body),
+        (f"```python\n{body}", head, head + body),
         # A fence that nothing opens ends the program too.
         (f"{code}```\nDone.", "", code),
         (f"{body}```\n\nDone.", head, head + body),

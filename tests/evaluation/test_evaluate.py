@@ -93,7 +93,8 @@ def test_score_files(suite, tiny, tmp_path):
         *(({"tasks": [one]}, "task quiz has parts of different lengths") for one in short),
         *(({"tasks": [one]}, "is damaged") for one in (*map(asdict, broken), {"name": "a"})),
         *(({"suite": one}, "does not name its suite") for one in ({}, {"name": "a", "hash": "b"})),
-        *(({"kind": "other"}, "is not a file of scores"), ({"format": 1}, "in format 1, not 2")),
+        ({"kind": "other"}, "is not a file of scores"),
+        ({"format": 1}, "in format 1, not 2"),
     ):
         path.write_text(json.dumps(told | change), encoding="utf-8")
         refuses(says, load_scores, path)

@@ -240,7 +240,8 @@ def test_answers_are_compared_in_pairs(example):
     assert [row["fault"] for row in fault_rows(found)] == ["empty", "unfinished", "broken JSON"]
     assert not lacks(
         " ".join(answer_lines(found, example[1].distance)),
-        *("Identical answers: 1 of 3, 33.3 [", "(the dense model's own repeat: 66.7 %)"),
+        "Identical answers: 1 of 3, 33.3 [",
+        "(the dense model's own repeat: 66.7 %)",
         "KL on the dense model's answers: 0.500 nats per token [0.400, 0.600]",
         "Answers without a fault: 2 of 3 (dense model: 3), 1 lost, 0 gained",
     )

@@ -162,7 +162,8 @@ def test_what_a_server_serves_is_known_before_anything_is_asked():
     for models, name, says in (
         ({"data": [{"id": "a"}, {"id": "b"}]}, None, r"name one with --model \(a, b\)"),
         (MODELS, "tony", "serves no model 'tony': did you mean tiny"),
-        *(({"data": []}, None, "lists no model"), ([1], None, "lists no model")),
+        ({"data": []}, None, "lists no model"),
+        ([1], None, "lists no model"),
     ):
         with running(Fake(models=(200, models))) as address:
             refuses(says, connect, address, ServerOptions(model_name=name))

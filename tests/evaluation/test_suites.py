@@ -56,8 +56,11 @@ def test_selections_and_their_hashes():
     assert suite.hash == suite.model_copy(update={"description": "other words"}).hash
     assert suite.hash != suite.model_copy(update={"version": 4}).hash
     for limit, how in (
-        *((2, {"quick": True}), (10, {"quick": True, "whole": ["general"]})),
-        *((10, {"limit": 99}), (3, {"limit": 3}), (1, {"quick": True, "limit": 1})),
+        (2, {"quick": True}),
+        (10, {"quick": True, "whole": ["general"]}),
+        (10, {"limit": 99}),
+        (3, {"limit": 3}),
+        (1, {"quick": True, "limit": 1}),
     ):
         assert choose(suite, **how).tasks["sciq"].limit == limit
     assert choose(suite, limit=3).tasks["mbpp"].limit == 3
@@ -117,7 +120,8 @@ def test_template_suite_is_valid(folder):
     (item,) = load_items(suite.tasks["my_choices"])
     assert ([answer for _, answer in item.requests], item.gold) == ([" a stone", " an apple"], 1)
     for name, text, other in (
-        *(("my_answers", "Downwards", "left"), ("my_numbers", "That is 42 pens.", "75")),
+        ("my_answers", "Downwards", "left"),
+        ("my_numbers", "That is 42 pens.", "75"),
         ("my_programs", "    return 2 * x", "def double(x):\n    return 3 * x"),
     ):
         first, *_ = load_items(suite.tasks[name])
