@@ -668,15 +668,15 @@ class Run:
         sums, and rows held out to their store."""
         start, rows = number * self.report.rows_at_once, self._batches[number].rows
         apart = [row - start for row in self._unfitted if start <= row < start + rows]
+        by_row = [one.reshape(rows, -1, one.shape[-1]) for one in inputs]  # some layers take 2-d
         if apart:
-            by_row = [one.reshape(rows, -1, one.shape[-1]) for one in inputs]
             held_out.add(*(one[apart] for one in by_row))
             fitted = [row for row in range(rows) if row not in apart]
-            inputs = tuple(one[fitted] for one in by_row)
-        if inputs[0].numel():
-            statistic.add(inputs[0])
+            by_row = [one[fitted] for one in by_row]
+        if by_row[0].numel():
+            statistic.add(by_row[0])
             if cross is not None:
-                cross.add(inputs[1], inputs[0])
+                cross.add(by_row[1], by_row[0])
 
     def _weighted(self, outputs: Mapping[str, int], number: int, inputs: Tensor) -> Tensor:
         """Return the inputs of a micro-batch, each token times the square root of its weight;

@@ -76,7 +76,8 @@ class Statistic(ABC):
 
 
 class Gram(Statistic):
-    """Running sum of x x^T in float32; only the upper triangle is computed.
+    """Running sum of x x^T in float32; only the upper triangle is computed. Inputs are (...,
+    tokens, columns): without a dimension of rows, all tokens are of one.
 
     Attributes:
         squares: estimate of the sum over rows of ||G_r||^2, G_r the Gram matrix of a row's tokens.

@@ -139,6 +139,15 @@ def test_reported_errors_are_exact(name, massive):
         assert relative_error(weight, made, gram) == pytest.approx(float(exact), rel=1e-4)
 
 
+def test_shrinkage_does_not_depend_on_micro_batches():
+    """OPT makes one row of all before its feed-forward layers."""
+    for_each = []
+    for micro in (2 * 32, 8 * 32):
+        report = prune(tiny_model("opt"), tiny_ids(8), pattern=HALF, micro_tokens=micro)
+        for_each.append([layer.shrinkage for layer in report.layers])
+    assert for_each[0] == pytest.approx(for_each[1], rel=1e-3)
+
+
 def test_reports_count_masked_weights():
     model = tiny_model("llama")
     for layer in find_blocks(model).prunables(0):
