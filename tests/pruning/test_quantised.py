@@ -178,6 +178,7 @@ def test_bits_instead_of_sparsity():
     ("gptq", None, None, "method gptq needs --bits, such as 4"),
     ("gptq", 0.5, None, "method gptq takes --bits, not 0.5: for sparsity"),
     ("ecq", 0.5, 3, "method ecq takes --bits alone"),
+    ("gptq,bits=4", "3.4 bits mixed", None, "method gptq takes --bits alone"),
     ("ecq", None, 9, "method ecq: bits 9: must be less than or equal to"),
     ("ecq", None, 0.01, "0.01 bits per weight is not between 0.1 and 8"),
     ("sparsegpt", "3 bits", None, "takes a sparsity, not 3 bits alone"),

@@ -30,7 +30,7 @@ class Gptq(Quantiser):
 
     def aim(self, pattern: Pattern | None) -> tuple[Method, Pattern]:
         """Fractional bits are an average: the layers of each input get whole ones."""
-        if isinstance(pattern, Mixed):
+        if isinstance(pattern, Mixed) and not self.bits:
             return self, pattern
         method, target = super().aim(pattern)
         bits = self.rate(target).bits
