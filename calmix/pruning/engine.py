@@ -66,7 +66,15 @@ from calmix.pruning.imatrix import importance
 from calmix.pruning.methods import Method, get_method
 from calmix.pruning.methods.base import Quantiser
 from calmix.pruning.methods.ggml import Typed
-from calmix.pruning.patterns import Blocks, Mixed, Pattern, Rate, Recipe, as_pattern
+from calmix.pruning.patterns import (
+    Blocks,
+    Mixed,
+    Pattern,
+    Rate,
+    Recipe,
+    as_pattern,
+    check_embeddings,
+)
 from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
 from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid
@@ -145,8 +153,10 @@ def prune(
     blocks, what = find_blocks(model).select(only, skip), "by layer"
     if isinstance(pattern, Mapping):
         pattern = {name: as_pattern(one) for name, one in pattern.items()}
+        check_embeddings(embeddings, *pattern.values())
     else:
         chosen, pattern = chosen.aim(None if pattern is None else as_pattern(pattern))
+        check_embeddings(embeddings, pattern)
         what = str(pattern)
         if isinstance(pattern, Recipe):
             pattern = pattern.types(model, blocks)

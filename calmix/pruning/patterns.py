@@ -185,6 +185,13 @@ def as_pattern(value: Pattern | str | float) -> Pattern:
         ) from None
 
 
+def check_embeddings(bits: float | None, *patterns: Pattern) -> None:
+    """Refuse bits of embeddings and output head beside types of GGML or bits chosen by matrix."""
+    typed = next((one for one in patterns if isinstance(one, Blocks | Mixed | Recipe)), None)
+    if bits is not None and typed is not None:
+        raise InputError(f"--embeddings has no effect with {typed}: leave it out")
+
+
 def clear(weight: Tensor, mask: Tensor) -> Tensor:
     """Set finite weights to +0.0 in place where a mask (bool, or 1.0 and 0.0) is set.
 

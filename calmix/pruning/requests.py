@@ -160,7 +160,7 @@ def prune_request(
     """Check the options of `calmix.options.Pruning` and of the method, and fill in the method's
     defaults."""
     from calmix.pruning.methods import get_method
-    from calmix.pruning.patterns import Blocks, Mixed, Recipe, Unstructured, as_pattern
+    from calmix.pruning.patterns import Unstructured, as_pattern, check_embeddings
 
     present = _given(options)
     own = {name: present.pop(name) for name in list(present) if name not in PRUNE}
@@ -182,8 +182,7 @@ def prune_request(
         where = f"with method {solver.name}: leave it out, or choose another method"
         unread = CALIBRATED - SCORED if drops else CALIBRATED  # by methods without data
         _check_unused(set() if solver.needs else present.keys() & unread, where)
-        if isinstance(target, Blocks | Mixed | Recipe) and "embeddings" in present:
-            raise InputError(f"--embeddings has no effect with {target}: leave it out")
+        check_embeddings(request.embeddings, target)
         share = target.sparsity if isinstance(target, Unstructured) else None
         chosen = {
             "method": solver.name,

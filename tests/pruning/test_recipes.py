@@ -95,6 +95,9 @@ def test_head_and_embeddings_are_solved_in_their_types(tied):
     for name, weight in outer_layers(model).items():
         assert torch.equal(report.grids[f"{name}.weight"].values(), weight)
     assert {layer.type for layer in report.layers} == {"Q4_0"}
-    wrong = dict.fromkeys([*(one.name for one in report.layers), "lm_haed"], Blocks("Q8_0"))
+    chosen = dict.fromkeys((one.name for one in report.layers), Blocks("Q8_0"))
     says = "the pattern names 'lm_haed', which is not a layer"
-    refused(says, prune, model, ids, method="ggml", pattern=wrong)
+    refused(says, prune, model, ids, method="ggml", pattern=chosen | {"lm_haed": Blocks("Q8_0")})
+    for pattern in ("Q4_0", chosen):
+        says = "--embeddings has no effect with Q"
+        refused(says, prune, model, ids, method="ggml", pattern=pattern, embeddings=5)
