@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -704,6 +704,7 @@ class Run:
         own: dict[int, Statistic] = defaultdict(kind)
         every: dict[int, Statistic] = defaultdict(kind)
         held_out: dict[int, HeldOut] = defaultdict(HeldOut)
+        seen = Counter[int]()  # tokens of each expert so far
         length = report.tokens // report.rows
         # One in `spacing` tokens stands for all, so that each expert sees as many of them as are
         # routed to it on average. A `spacing` coprime to the row length favours no position.
@@ -719,7 +720,9 @@ class Run:
 
         def add_own(expert: int, inputs: Tensor) -> None:
             if self._unfitted:  # rows cannot be told apart here
-                judging = torch.arange(len(inputs), device=inputs.device) % SHARE == SHARE - 1
+                numbers = torch.arange(len(inputs), device=inputs.device) + seen[expert]
+                judging = numbers % SHARE == SHARE - 1
+                seen[expert] += len(inputs)
                 held_out[expert].add(inputs[judging])
                 inputs = inputs[~judging]
             add(own, expert, inputs)

@@ -8,7 +8,14 @@ from calmix.models.blocks import find_blocks
 from calmix.pruning import engine
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.gram import Cross, Gram, inverse_factor, relative_error
-from calmix.pruning.held_out import MOVE_SHARE, HeldOut, checked, held_out_rows
+from calmix.pruning.held_out import (
+    JUDGING_TOKENS,
+    MOVE_SHARE,
+    SHARE,
+    HeldOut,
+    checked,
+    held_out_rows,
+)
 from calmix.pruning.methods import get_method
 from calmix.pruning.patterns import Rate, as_pattern
 from tests.pruning.test_engine import check_equal
@@ -78,11 +85,13 @@ def test_every_row_is_fitted(rows, statistics):
 
 
 def test_experts_and_head_are_judged_too():
-    """Experts on tokens held out, the head on rows."""
-    report = prune(tiny_model("mixtral"), tiny_ids(rows=96), method="sparsegpt", pattern=0.5)
+    """Experts on tokens held out, however few of them are in a micro-batch; the head on rows."""
+    how = {"method": "sparsegpt", "pattern": 0.5, "micro_tokens": 32}
+    report = prune(tiny_model("mixtral"), tiny_ids(rows=96), **how)
     experts = [layer for layer in report.layers if layer.tokens is not None]
-    assert any(layer.held_out for layer in experts)
-    assert all(layer.error != layer.fitted_error for layer in experts if layer.held_out)
+    enough = [layer for layer in experts if layer.held_out]
+    assert enough == [layer for layer in experts if layer.tokens // SHARE >= JUDGING_TOKENS]
+    assert all(layer.error != layer.fitted_error for layer in enough)
     head = prune(tiny_model("llama"), tiny_ids(rows=ROWS), bits=4, embeddings=3).outer[0]
     assert head.held_out
     assert 0 < head.error < 0.2
