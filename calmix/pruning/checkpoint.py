@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,10 +138,7 @@ def planned(
 
 
 class _Pruning:
-    """A call of `prune_checkpoint`.
-
-    `identity` is the request: all that determines the output's bytes, except the text drawn.
-    """
+    """A call of `prune_checkpoint`."""
 
     def __init__(self, name: str, output: Path, request: PruneRequest, run: How) -> None:
         self.run, self.began = run, time.perf_counter()
@@ -158,9 +156,13 @@ class _Pruning:
             check_mixed(request.target, source.model, source.blocks, self.method)
         check_run(self.engine())
         self.tokenizer = open_tokenizer(source.name, trust_remote_code=source.trust_remote_code)
-        file = self.method.importance_file
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """The request: all that determines the output's bytes, except the text drawn."""
+        source, request, file = self.source, self.request, self.method.importance_file
         dense_targets = self.method.has_dense_targets(request.statistics)
-        self.identity: dict[str, Any] = {
+        return {
             "model": source.files.sha256,  # reads the whole model
             "tokenizer": self.tokenizer.identity,
             "dtype": dtype_name(source.dtype),
