@@ -143,11 +143,6 @@ def main() -> None:
         )
     print()
     for method in options.methods:
-        parts = {
-            key: statistics.median(run[key] for run in times[f"{method} sequential"])
-            for key in ("prepare", "forward", "statistics", "solve")
-        }
-        print(f"{method}: " + ", ".join(f"{k} {v:.1f} s" for k, v in parts.items()))
         fastest = [statistics.median(v) for k, v in rivals.items() if k.startswith(method)]
         if fastest:
             ratio = medians[f"{method} sequential"] / min(fastest)

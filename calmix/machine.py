@@ -7,10 +7,8 @@ import ctypes
 import gc
 import math
 import os
-import time
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
@@ -54,40 +52,6 @@ def cores() -> int:
         if len(quota) == 2 and all(map(str.isdecimal, quota)):
             most = min(most, math.ceil(int(quota[0]) / int(quota[1])))
     return max(1, most)
-
-
-class Laps:
-    """Seconds by activity, from the host's clock or from events in a device's queue."""
-
-    def __init__(self, device: torch.device) -> None:
-        there = device.type in ("cuda", "xpu") and torch.accelerator.is_available()
-        self._device = device if there else None
-        self._laps: list[tuple[str, Any, Any]] = []
-
-    @contextlib.contextmanager
-    def lap(self, activity: str) -> Iterator[None]:
-        """Add the time the body takes to an activity."""
-        began = self._mark()
-        yield
-        self._laps.append((activity, began, self._mark()))
-
-    def _mark(self) -> Any:
-        """Return the time, or an event in the device's current queue."""
-        if self._device is None:
-            return time.perf_counter()
-        event = torch.Event(self._device, enable_timing=True)
-        event.record(torch.accelerator.current_stream(self._device))
-        return event
-
-    def read(self, seconds: MutableMapping[str, float]) -> None:
-        """Add the measured times to `seconds`, and start again."""
-        for activity, began, ended in self._laps:
-            if self._device is None:
-                seconds[activity] += ended - began
-                continue
-            ended.synchronize()
-            seconds[activity] += began.elapsed_time(ended) / 1000
-        self._laps.clear()
 
 
 def tokens_at_once(device: torch.device) -> int:

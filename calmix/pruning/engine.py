@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.errors import InputError, ModelError, PassingError, SolverError, nearest
-from calmix.machine import Laps, tokens_at_once
+from calmix.machine import tokens_at_once
 from calmix.memory import EXPERT_BYTES, ROUNDED_AT_ONCE, out_of_memory
 from calmix.models.blocks import DecoderBlocks, Prunable, evaluating, find_blocks, outer_layers
 from calmix.models.opening import OpenModel
@@ -386,7 +386,6 @@ class Run:
             self.propagation if self.needs_ids else None,
             0,
             self.method.options,
-            seconds=dict.fromkeys(("prepare", "statistics", "solve", "forward"), 0.0),
         )
 
     @cached_property
@@ -409,7 +408,7 @@ class Run:
 
     def record(self, ids: Tensor | None, micro_tokens: int | None = None) -> None:
         """Compute the states entering the first block, and keep the blocks' other arguments."""
-        began, ids = time.perf_counter(), check_ids(ids, self.method.name)
+        ids = check_ids(ids, self.method.name)
         device, (rows, length) = self._device(0), ids.shape
         self.report.tokens, self.report.rows = ids.numel(), rows
         at_once = max(1, (micro_tokens or tokens_at_once(device)) // length)
@@ -429,15 +428,12 @@ class Run:
                 if self.has_dense_targets and self._unfitted:
                     self.states[len(parts) + number] = self.states[number].clone()
                     self._dense_batches.append(copy(batch))
-        self.report.seconds["prepare"] += time.perf_counter() - began
 
     def block(self, index: int) -> None:
         """Prune one block, whose weights are in memory, and advance the states to the next."""
-        seconds, device = self.report.seconds, self._device(index)
-        began, before, self._laps = time.perf_counter(), sum(seconds.values()), Laps(device)
         self._index = index
         self.report.dense += self.blocks.dense(index)
-        with _at_work(device):
+        with _at_work(self._device(index)):
             if self.needs_ids:
                 hidden, batch = self._few
                 with torch.inference_mode(False):
@@ -454,9 +450,6 @@ class Run:
                         squares = Squares(layer.shape[1], layer.view().device)
                         squares.sum.copy_(self.importance[layer.name])
                     self._prune([layer], squares)
-        self._laps.read(seconds)
-        rest = "forward" if self.needs_ids else "solve"
-        seconds[rest] += time.perf_counter() - began - (sum(seconds.values()) - before)
 
     @property
     def has_dense_targets(self) -> bool:
@@ -511,7 +504,6 @@ class Run:
         """
         if not (patterns := self.outer):
             return
-        began = time.perf_counter()
         weights = outer_layers(self.model)
         head = next(iter(weights))
         with _at_work(weights[head].device):
@@ -549,7 +541,6 @@ class Run:
                         held_out=error is not None,
                     )
                 )
-        self.report.seconds["solve"] += time.perf_counter() - began
 
     def _head_gram(self, name: str, head: Tensor, held_out: HeldOut | None = None) -> Gram | None:
         """Return the statistic of the head's inputs, without the rows held out if these are asked
@@ -651,15 +642,13 @@ class Run:
         held_out, outputs = self._judge(), {layer.name: layer.shape[0] for layer in shared}
 
         def add(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            off = torch.autocast(args[0].device.type, enabled=False)
-            with self._laps.lap("statistics"), off:
+            with torch.autocast(args[0].device.type, enabled=False):
                 some = [args[0], *([] if cross is None else [self.states[self._key(at, number)]])]
                 weighted = [self._weighted(outputs, number, one) for one in some]
                 self._add(statistic, held_out, number, *weighted, cross=cross)
 
         yield add
-        with self._laps.lap("solve"):
-            self._prune(shared, statistic, held_out, cross=cross)
+        self._prune(shared, statistic, held_out, cross=cross)
 
     def _judge(self) -> HeldOut:
         """Return an empty store of a layer's inputs on the rows held out."""
@@ -715,8 +704,7 @@ class Run:
         smoothed = [] if routed.kind == "shared" else experts[: 1 if step.common else None]
 
         def add(sums: dict[int, Statistic], expert: int, inputs: Tensor) -> None:
-            with self._laps.lap("statistics"):
-                sums[expert].add(inputs)
+            sums[expert].add(inputs)
 
         def add_own(expert: int, inputs: Tensor) -> None:
             if self._unfitted:  # rows cannot be told apart here
@@ -749,16 +737,15 @@ class Run:
                 by_source[source] = by_row[own_rows].sum(0).tolist()
             report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), by_source))
         whole: Statistic | None = None
-        with self._laps.lap("solve"):
-            for expert in experts:
-                statistic = own.pop(expert, None) or kind()  # of no tokens if none is routed to it
-                if smoothed:
-                    if whole is None or not step.common:
-                        whole = every.pop(expert, None) or kind()
-                    statistic.merge(whole, SMOOTHING / sampled)
-                tokens = report.experts[-1].tokens[expert]
-                self._prune(step.layers[expert], statistic, held_out.pop(expert, None), tokens)
-                del statistic
+        for expert in experts:
+            statistic = own.pop(expert, None) or kind()  # of no tokens if none is routed to it
+            if smoothed:
+                if whole is None or not step.common:
+                    whole = every.pop(expert, None) or kind()
+                statistic.merge(whole, SMOOTHING / sampled)
+            tokens = report.experts[-1].tokens[expert]
+            self._prune(step.layers[expert], statistic, held_out.pop(expert, None), tokens)
+            del statistic
 
     def _targets(
         self,

@@ -71,7 +71,7 @@ PARTS: dict[str, Any] = {
 
 @dataclass(repr=False)
 class PruneReport(Shown):
-    """What a pruning run did: a report per layer, totals, and seconds by activity.
+    """What a pruning run did: a report per layer, totals, and seconds.
 
     `options` are the method's; `dense`
     lists the matrices of blocks that were left unchanged; `weighted` tells whether tokens were
