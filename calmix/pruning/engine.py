@@ -75,7 +75,7 @@ from calmix.pruning.patterns import (
     as_pattern,
     check_embeddings,
 )
-from calmix.pruning.report import ExpertsReport, LayerReport, PruneReport
+from calmix.pruning.report import LayerReport, PruneReport
 from calmix.pruning.solvers.ggml_types import Encoded
 from calmix.pruning.solvers.grids import Grid
 from calmix.pruning.token_weights import POWER, Weighting, token_weights, weighting
@@ -124,7 +124,7 @@ def prune(
         paused: micro-batches that may hold a block's activations at a time; None for all.
         embeddings: bits per weight of embeddings and output head; None to leave them unchanged.
         only, skip: layer name patterns to prune, and to leave dense.
-        sources: the source of each calibration row, to report which experts it reaches.
+        sources: the source of each calibration row; the rows held out are spread over them.
         progress: called with (blocks done, blocks) after every block; a pass that weighs tokens
             counts as as many blocks.
         **options: of the method, such as `damping=0.1` or `bits=4`.
@@ -719,7 +719,7 @@ class Run:
             nonlocal sampled
             rows, call = self._batches[number].rows, (args, kwargs)
             if number not in routed.counted:
-                routed.counted[number] = routed.counts(rows, call)
+                routed.counted[number] = routed.counts(call)
             before = number * report.rows_at_once * length
             tokens = torch.arange(-before % spacing, rows * length, spacing).to(routed.device)
             routed.collect(step, experts, call, add_own)
@@ -728,14 +728,7 @@ class Run:
                 routed.everything(step, smoothed, tokens, call, partial(add, every))
 
         yield collect
-        if not report.experts or report.experts[-1].name != routed.name:  # once per mixture
-            counts = [routed.counted[number] for number in range(len(self._batches))]
-            by_row = torch.cat(counts).cpu()
-            by_source = {}
-            for source in dict.fromkeys(self.sources):
-                own_rows = torch.tensor([one == source for one in self.sources])
-                by_source[source] = by_row[own_rows].sum(0).tolist()
-            report.experts.append(ExpertsReport(routed.name, by_row.sum(0).tolist(), by_source))
+        counted = torch.stack([*routed.counted.values()]).sum(0).tolist()
         whole: Statistic | None = None
         for expert in experts:
             statistic = own.pop(expert, None) or kind()  # of no tokens if none is routed to it
@@ -743,8 +736,8 @@ class Run:
                 if whole is None or not step.common:
                     whole = every.pop(expert, None) or kind()
                 statistic.merge(whole, SMOOTHING / sampled)
-            tokens = report.experts[-1].tokens[expert]
-            self._prune(step.layers[expert], statistic, held_out.pop(expert, None), tokens)
+            judge = held_out.pop(expert, None)
+            self._prune(step.layers[expert], statistic, judge, counted[expert])
             del statistic
 
     def _targets(

@@ -122,7 +122,7 @@ class Routed:
         name, module: of the module that routes tokens.
         device: of its weights.
         steps: the inputs, in the order in which they can be pruned.
-        counted: number of tokens of each calibration row that reach each expert, by micro-batch.
+        counted: number of tokens that reach each expert, by micro-batch.
         chosen: experts per token.
         kind: how the module is called: `indexed` (hidden states, and the experts of each token),
             `stacked` (the experts' hidden states one after another, zero where not chosen) or
@@ -165,7 +165,7 @@ class Routed:
         self.kind = "stacked" if len(tensors) == 1 else "shared" if index is None else "indexed"
         tokens = hidden.numel() // hidden.shape[-1]
         tokens //= self.mixture.count if self.kind == "stacked" else 1
-        self.chosen = round(int(self.counts(1, call).sum()) / tokens)
+        self.chosen = round(int(self.counts(call).sum()) / tokens)
         for step in self.steps:
             for layer in self.layers:
                 if layer.parameter in step.keys:
@@ -233,19 +233,16 @@ class Routed:
         kwargs = {key: new.get(id(value), value) for key, value in call[1].items()}
         self.collect(step, experts, (args, kwargs), add)
 
-    def counts(self, rows: int, call: Call) -> Tensor:
-        """Return the number of tokens of each row that reach each expert, (rows, experts)."""
+    def counts(self, call: Call) -> Tensor:
+        """Return the number of tokens that reach each expert."""
         (hidden, index, _), count = call_tensors(call), self.mixture.count
         if index is not None:
-            each = index.reshape(rows, -1).long().clamp(max=count)  # some exceed it
-            each += torch.arange(rows, device=each.device)[:, None] * (count + 1)
-            counted = each.new_zeros(rows * (count + 1))  # 1-d: scatter_add_ is deterministic there
-            counted.scatter_add_(0, each.flatten(), torch.ones_like(each).flatten())
-            return counted.view(rows, -1)[:, :count]
+            each = index.flatten().long().clamp(max=count)  # some exceed it
+            counted = each.new_zeros(count + 1)  # 1-d: scatter_add_ is deterministic there
+            return counted.scatter_add_(0, each, torch.ones_like(each))[:count]
         if self.kind == "stacked":
-            used = (hidden.reshape(count, rows, -1, hidden.shape[-1]) != 0).any(-1)
-            return used.sum(-1).T
-        return torch.full((rows, count), hidden.numel() // hidden.shape[-1] // rows)
+            return (hidden.reshape(count, -1, hidden.shape[-1]) != 0).any(-1).sum(-1)
+        return torch.full((count,), hidden.numel() // hidden.shape[-1])
 
 
 def starved(layers: Iterable[Any], rows: int) -> str | None:

@@ -1,4 +1,4 @@
-"""The report of a pruning run: layers, experts and totals."""
+"""The report of a pruning run: layers and totals."""
 
 from __future__ import annotations
 
@@ -43,15 +43,6 @@ class LayerReport:
 
 
 @dataclass(frozen=True)
-class ExpertsReport:
-    """Calibration tokens that reach each expert of a mixture, in all and by source."""
-
-    name: str
-    tokens: list[int]
-    sources: dict[str, list[int]]
-
-
-@dataclass(frozen=True)
 class Dropped:
     """The scores of a mixture's experts, and the indices of those kept."""
 
@@ -64,7 +55,6 @@ PARTS: dict[str, Any] = {
     "layers": LayerReport,
     "outer": LayerReport,
     "dense": Dense,
-    "experts": ExpertsReport,
     "dropped": Dropped,
 }
 
@@ -91,7 +81,6 @@ class PruneReport(Shown):
     rows_at_once: int = 0
     layers: list[LayerReport] = field(default_factory=list)
     dense: list[Dense] = field(default_factory=list)
-    experts: list[ExpertsReport] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     outer: list[LayerReport] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
