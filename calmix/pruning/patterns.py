@@ -210,7 +210,8 @@ def smallest(score: Tensor, count: int) -> Tensor:
     if count == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     if score.device.type != "cpu":
-        return _smallest_in_parallel(score, count)
+        lowest = score.argsort(dim=1, stable=True)[:, :count]
+        return torch.zeros_like(score, dtype=torch.bool).scatter_(1, lowest, True)
     # NumPy selects with SIMD instructions: about ten times faster than kthvalue.
     ordered = np.partition(score.numpy(), count - 1, axis=1)
     bound = torch.from_numpy(ordered[:, count - 1 : count].copy())
@@ -221,24 +222,3 @@ def smallest(score: Tensor, count: int) -> Tensor:
         tied = (score[group] == bound[group]).nonzero().flatten()
         marked[group, tied[len(tied) - int(extra[group]) :]] = False
     return marked
-
-
-def _smallest_in_parallel(score: Tensor, count: int) -> Tensor:
-    """Do the same on an accelerator in parallel, without synchronising with the host.
-
-    `kthvalue` uses one multiprocessor per row, so the bound is found by bisection on its bits
-    instead. Floats order like the integers of the same bits, once those of negative floats are
-    flipped; the bound is the largest value with fewer than `count` entries below it.
-    """
-    bits = score.float().view(torch.int32)
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    low = torch.full_like(ordered[:, :1], -(2**31))
-    for bit in range(31, -1, -1):
-        # The first step goes from the least integer to 0: the sum would overflow.
-        higher = torch.zeros_like(low) if bit == 31 else low + (1 << bit)
-        low = torch.where((ordered < higher).sum(1, keepdim=True) < count, higher, low)
-    # By value: 0.0 and -0.0 are equal.
-    bound = (low ^ ((low >> 31) & 0x7FFFFFFF)).view(torch.float32).to(score.dtype)
-    below, tied = score < bound, score == bound
-    left = count - below.sum(1, keepdim=True)
-    return below | (tied & (tied.cumsum(1, dtype=torch.int32) <= left))
