@@ -15,7 +15,7 @@ from calmix.cli.verbs import group, verb
 from calmix.errors import CalmixError, InputError
 from calmix.evaluation import suites
 from calmix.evaluation.answers import Answers, compare_answers
-from calmix.evaluation.choosing import MARGIN, Candidate, Choice, choose_smallest
+from calmix.evaluation.choosing import MARGIN, Candidate, Choice, choose_smallest, comparable
 from calmix.evaluation.journal import journal_beside
 from calmix.evaluation.measures import BITS, PRIMARY, RIGHT_OR_WRONG
 from calmix.evaluation.prompts import calibration_hash, read_prompts
@@ -370,8 +370,9 @@ def compare(
         line(words.wrapped(ceiling))
     line("")
     _print_comparisons(comparisons)
-    if measure is None and len(candidates) == len(comparisons):
-        _print_choice(candidates, choose_smallest(candidates, "the dense model", margin))
+    shared = comparable(candidates) if len(candidates) == len(comparisons) else []
+    if measure is None and shared:
+        _print_choice(shared, choose_smallest(shared, "the dense model", margin))
 
 
 def _print_choice(candidates: Sequence[Candidate], choice: Choice) -> None:
@@ -439,7 +440,12 @@ def _compare_models(
             else:
                 size, bits = size_of(name)
             candidates.append(Candidate(called, (dense, scores), size, bits, speed))
-    choice = choose_smallest(candidates, called_first, margin)
+    if not (shared := comparable(candidates)):
+        raise InputError(
+            "no task has answers of all these models: leave out those whose chat template has no "
+            "tools"
+        )
+    choice = choose_smallest(shared, called_first, margin)
     result = {
         "dense": first,
         "choice": asdict(choice),
@@ -456,10 +462,10 @@ def _compare_models(
     if output is not None:
         write_json(output, result)
     if page is not None:
-        table, text = model_rows(candidates, choice), choice_text(candidates, choice)
+        table, text = model_rows(shared, choice), choice_text(shared, choice)
         write_text(page, answers_page({one.name: one.pair for one in candidates}, table, text))
     print_json(result)
-    _print_choice(candidates, choice)
+    _print_choice(shared, choice)
     for path in filter(None, (output, page)):
         note(f"wrote {path}")
 

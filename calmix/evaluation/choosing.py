@@ -20,6 +20,7 @@ from calmix.evaluation.behaviour import (
     repeat_pairs,
 )
 from calmix.evaluation.retention import Estimate
+from calmix.evaluation.scores import CapabilityScores
 
 MARGIN = 0.05  # share of right answers by which a model may be worse
 
@@ -68,8 +69,25 @@ class Choice:
         return [name for name, one in self.behind.items() if (one.high or 0.0) <= self.margin]
 
 
+def comparable(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Return candidates with only the tasks in which all of them, and the dense model, generated
+    answers; none if there is no such task."""
+    tasks = (common_tasks([one.pair], "written") for one in candidates)
+    shared = set[str].intersection(*({before.name for before, _ in some} for some in tasks))
+
+    def part(scores: CapabilityScores) -> CapabilityScores:
+        some, repeat = (
+            tuple(task for task in of if task.name in shared)
+            for of in (scores.tasks, scores.repeat)
+        )
+        return replace(scores, tasks=some, repeat=repeat)
+
+    pairs = ((part(dense), part(small)) for dense, small in (one.pair for one in candidates))
+    return [replace(one, pair=pair) for one, pair in zip(candidates, pairs, strict=True) if shared]
+
+
 def choose_smallest(candidates: Sequence[Candidate], dense: str, margin: float) -> Choice:
-    """Choose among candidates of one dense model, which may be the best itself.
+    """Choose among `comparable` candidates of one dense model, which may be the best itself.
 
     A model is not worse if the upper end of the 95 % interval of its deficit is at most `margin`.
     """

@@ -77,6 +77,24 @@ def test_the_smallest_that_is_not_worse_by_the_margin():
     assert (again["#MB"], again["#behind best"]) == (None, "–")
 
 
+def test_only_tasks_that_all_models_answered_count():
+    """A model whose chat template has no tools is not asked for calls of them."""
+    tools = replace(task(["x"] * 50, [1] * 50, properties=({},) * 50), name="tools")
+    silent = replace(tools, values=(), answers=(), ended=())
+    able, other = (
+        replace(one, pair=tuple(replace(s, tasks=(*s.tasks, more)) for s, more in parts))
+        for one, parts in (
+            (Q5, zip(Q5.pair, (tools, tools), strict=True)),
+            (Q2, zip(Q2.pair, (tools, silent), strict=True)),
+        )
+    )
+    shared = choosing.comparable([able, other])
+    assert choose_smallest(shared, "dense", 0.05) == choose_smallest([Q5, Q2], "dense", 0.05)
+    assert [one.counted.asked for one in shared] == [200, 200]
+    none = replace(other, pair=tuple(replace(s, tasks=s.tasks[1:]) for s in other.pair))
+    assert choosing.comparable([able, none]) == []
+
+
 def test_names_are_the_shortest_ends_of_paths_that_differ():
     given = ["/m/dense", "out/a.gguf", "b.gguf"]
     assert choosing.short_names(given) == ["dense", "a.gguf", "b.gguf"]
