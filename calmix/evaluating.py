@@ -32,7 +32,7 @@ from calmix.options import ModelOptions
 from calmix.progress import Progress
 
 # Options of a comparison, explained in `evaluate_against`, and of how models are opened.
-OPTIONS = "allow_code_execution", "repeat", "cache", "batch_tokens", "distance"
+OPTIONS = "allow_code_execution", "repeat", "cache", "distance"
 OPENING = tuple(ModelOptions.model_fields)
 
 
@@ -111,7 +111,6 @@ def evaluate_against(
     allow_code_execution: bool = False,
     repeat: bool = False,
     cache: bool = True,
-    batch_tokens: int | None = None,
     journal: Journal | None = None,
     bar: Progress,
     **opening: Any,
@@ -126,7 +125,7 @@ def evaluate_against(
             model's own answers.
         repeat: generate the dense model's answers twice; without one, the model's own.
         cache: whether results of the dense model may come from the cache.
-        allow_code_execution, batch_tokens, journal: as for `calmix.evaluate`.
+        allow_code_execution, journal: as for `calmix.evaluate`.
         **opening: as for `open_model`.
 
     Raises:
@@ -164,7 +163,6 @@ def evaluate_against(
         return score_alone(
             opened,
             suite,
-            batch_tokens=batch_tokens,
             allow_code_execution=allow_code_execution,
             baselines=first,
             repeat=repeat and first,

@@ -29,7 +29,7 @@ from calmix.evaluation.likelihood import Progress
 from calmix.evaluation.measures import TaskScores, rounded
 from calmix.evaluation.prompts import THOUGHT, Ask, body, properties, same_call
 from calmix.evaluation.sandbox import check_sandbox, failure
-from calmix.evaluation.scorer import BATCH_TOKENS, Scorer
+from calmix.evaluation.scorer import Scorer
 from calmix.evaluation.scores import CapabilityScores, describe, load_scores
 from calmix.evaluation.served import Served
 from calmix.evaluation.suites import Suite, TaskSpec, choose, runnable
@@ -69,7 +69,6 @@ def evaluate(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    batch_tokens: int | None = None,
     allow_code_execution: bool = False,
     baselines: bool = True,
     repeat: bool = False,
@@ -86,7 +85,6 @@ def evaluate(
         dimensions, tasks: score only these; all if none are named.
         quick, limit: score the suite's quick slice; at most this many items per task.
         dtype, device, trust_remote_code: how to open a model given by name.
-        batch_tokens: tokens per forward pass; affects speed and memory, not scores.
         allow_code_execution: run code the model writes, in a limited subprocess. Without it,
             tasks that ask for programs are left out.
         baselines: also compute the baselines without task knowledge (`TaskScores.baselines`), which
@@ -108,8 +106,7 @@ def evaluate(
     chosen, skipped = runnable(chosen, allow_code_execution)
     if isinstance(model, (str, Path)):
         model = open_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    how: dict[str, Any] = {"size": batch_tokens or BATCH_TOKENS, "cache": cache}
-    how |= {"skipped": skipped, "journal": journal or Journal(None)}
+    how: dict[str, Any] = {"cache": cache, "skipped": skipped, "journal": journal or Journal(None)}
     repeat = repeat and chosen.asks
     first, second = progress, progress
     if repeat and progress is not None:
@@ -133,7 +130,6 @@ def _scored(
     model: OpenModel | Served,
     chosen: Suite,
     *,
-    size: int,
     cache: bool,
     skipped: Sequence[str],
     journal: Journal,
@@ -151,7 +147,7 @@ def _scored(
     if cache and baselines and isinstance(model, OpenModel):
         # Items of a user's rows are named after their file.
         stems = sorted((name, Path(t.file).stem) for name, t in chosen.tasks.items() if t.file)
-        about = *form_of(model, chosen), chosen.hash, size, SCORER, BASELINES, *stems
+        about = *form_of(model, chosen), chosen.hash, SCORER, BASELINES, *stems
         about += ("rearranged",) * rearranged
         cached = model.cached("scores", *about).with_suffix(".json")
         with suppress(InputError):  # missing or damaged
@@ -194,7 +190,7 @@ def _scored(
             [one for _, one in questions], rearranged=rearranged, journal=journal, progress=progress
         )
     else:
-        scorer = Scorer(model, batch_tokens=size, progress=progress)
+        scorer = Scorer(model, progress=progress)
         scorer.total += ANSWER * len(questions)
         # All likelihood requests at once, so that common prefixes run only once.
         likely = iter(scorer.loglikelihood(requests))

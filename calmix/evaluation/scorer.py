@@ -31,13 +31,13 @@ from torch.nn.utils.rnn import pad_sequence
 from calmix.errors import ModelError
 from calmix.evaluation import likelihood
 from calmix.evaluation.likelihood import Progress, close, decoder_and_head, log_sums
+from calmix.machine import tokens_at_once
 from calmix.memory import halving
 from calmix.models.caches import cache_argument, repeated_cache
 from calmix.models.loading import quiet_transformers, to_continue
 from calmix.models.opening import OpenModel
 from calmix.precision import dtype_name
 
-BATCH_TOKENS = 2048
 ROW_TOKENS = 256
 MAX_LENGTH = 2048  # if a model does not state its context
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -82,21 +82,14 @@ PackedRun = tuple[
 class Scorer:
     """Scores requests with an open model.
 
-    `batch_tokens`, the tokens per forward pass, affects speed and memory but not scores. `progress`
-    is called with the requests done and in total. `truncated` counts, by task, the requests whose
-    context was truncated on the left to fit the model.
+    `progress` is called with the requests done and in total. `truncated` counts, by task, the
+    requests whose context was truncated on the left to fit the model.
     """
 
-    def __init__(
-        self,
-        opened: OpenModel,
-        *,
-        batch_tokens: int = BATCH_TOKENS,
-        progress: Progress | None = None,
-    ) -> None:
+    def __init__(self, opened: OpenModel, *, progress: Progress | None = None) -> None:
         self.opened, self.model, self.tokenizer = opened, opened.model, opened.tokenizer
-        self.batch_tokens = batch_tokens
         self.device = next(self.model.parameters()).device
+        self.batch_tokens = tokens_at_once(self.device)
         self.max_length = opened.context or MAX_LENGTH
         self.truncated: Counter[str] = Counter()
         self.progress, self.done, self.total = progress, 0, 0

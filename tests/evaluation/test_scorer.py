@@ -25,7 +25,8 @@ def small_rows(monkeypatch):
 @pytest.mark.parametrize("kind", quick(["gemma2", "bloom", "opt"], ARCHITECTURES))
 def test_scores_match_the_plain_model_on_architectures(kind):
     calls, model, requests = [], opened(kind), quiz()
-    scorer = Scorer(model, batch_tokens=200, progress=lambda *of: calls.append(of))
+    scorer = Scorer(model, progress=lambda *of: calls.append(of))
+    scorer.batch_tokens = 200
     found = scorer.loglikelihood(requests)
     assert found == pytest.approx(reference(model, requests), rel=2e-4)
     assert scorer.loglikelihood(requests[::-1]) == found[::-1]
