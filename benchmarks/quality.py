@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import math
 import os
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import torch
 from common import commit, data_file, machine, run_rival
 
 from calmix.calibration.build import build
-from calmix.evaluation.likelihood import perplexity
-from calmix.models.opening import open_model
+from calmix.evaluation.likelihood import row_nll
+from calmix.models.loading import to_continue
+from calmix.models.opening import OpenModel, open_model
 from calmix.pruning.engine import prune
 from calmix.pruning.patterns import Unstructured
 from calmix.sources.local import LocalFile
 from calmix.sources.mixes import parse_mix
 
+WINDOW = 2048  # tokens
 MODEL = "builtin:smollm2-135m"
 
 
@@ -50,12 +54,12 @@ def main() -> None:
     print(f"{datetime.date.today()}, commit {commit()}, {machine()}")
     print(
         f"{MODEL}, calibration {drawn.rows} x {drawn.length} windows of C4 (seed 0), "
-        "perplexity of WikiText-2 raw test at context 2048\n"
+        f"perplexity of WikiText-2 raw test at context {WINDOW}\n"
     )
     print("| engine | method | sparsity | perplexity | seconds to prune |")
     print("|---|---|---|---|---|", flush=True)
     if "dense" in options.engines:
-        print(f"| dense | | | {perplexity(dense, text)['perplexity']:.2f} | |", flush=True)
+        print(f"| dense | | | {perplexity(dense, text):.2f} | |", flush=True)
     for sparsity in options.sparsities:
         for method in options.methods if "calmix" in options.engines else ():
             opened = open_model(MODEL)
@@ -65,7 +69,7 @@ def main() -> None:
                 method=method,
                 pattern=Unstructured(sparsity),
             )
-            value = perplexity(opened, text)["perplexity"]
+            value = perplexity(opened, text)
             row("calmix", method, sparsity, value, report.seconds["total"])
         for method in options.rival_methods if "rival" in options.engines else ():
             if not options.rival:
@@ -80,8 +84,16 @@ def main() -> None:
                     dtype="bfloat16",
                     output=folder,
                 )
-                value = perplexity(open_model(folder), text)["perplexity"]
+                value = perplexity(open_model(folder), text)
             row(f"llm-compressor {told['version']}", method, sparsity, value, told["seconds"])
+
+
+def perplexity(opened: OpenModel, text: str) -> float:
+    """Return the perplexity of a text in windows that do not overlap, as the SparseGPT and Wanda
+    papers measure it; a last partial window is left out."""
+    ids = torch.tensor(to_continue(opened.tokenizer, [text])[0], dtype=torch.int64)
+    windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
+    return math.exp(row_nll(opened.model, windows).double().mean())
 
 
 def row(engine: str, method: str, sparsity: float, value: float, seconds: float) -> None:

@@ -15,10 +15,9 @@ import sys
 
 import numpy as np
 from scipy.stats import t
-from text_metrics import compared, of_ids
+from text_metrics import compared, of_ids, perplexity_of_rows
 
 from calmix.calibration.request import calibration_set
-from calmix.evaluation.likelihood import perplexity_of_rows
 from calmix.models.opening import open_model
 from calmix.sources.registry import offline_sources
 

@@ -31,14 +31,15 @@ import pandas as pd
 import yaml
 from numpy.typing import NDArray
 from scipy.stats import rankdata
+from torch import Tensor
 
 from calmix import words
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.selfgen.ngrams import Ids, ngram_keys
-from calmix.evaluation.likelihood import perplexity_of_rows
+from calmix.evaluation.likelihood import row_nll
 from calmix.evaluation.measures import ALPHA, Array
 from calmix.files import read_object
-from calmix.models.opening import open_model
+from calmix.models.opening import OpenModel, open_model
 from calmix.study.bootstrap import ROUNDING, corrected
 from calmix.study.cells import Cells, shared, tables
 from calmix.study.results import Trial
@@ -237,6 +238,15 @@ def correlate(
     return tested
 
 
+def perplexity_of_rows(opened: OpenModel, ids: Tensor) -> dict[str, float]:
+    """Return perplexity and bits per UTF-8 byte of rows of token ids, shape (rows, length), whose
+    first tokens are context only."""
+    nll, predicted = float(row_nll(opened.model, ids).double().sum()), ids[:, 1:]
+    texts = opened.tokenizer.batch_decode(predicted.tolist(), skip_special_tokens=False)
+    size = sum(len(text.encode()) for text in texts)
+    return {METRIC: math.exp(nll / predicted.numel()), "bits_per_byte": nll / math.log(2) / size}
+
+
 def information_of(store: Store, *, perplexity: bool = False) -> dict[str, dict[str, float]]:
     """Return the metrics of the text of every finished trial of a store, by the trial's id.
 
@@ -270,8 +280,7 @@ def information_of(store: Store, *, perplexity: bool = False) -> dict[str, dict[
             entry = models[label] if isinstance(models, dict) else label
             opened = open_model(entry if isinstance(entry, str) else entry["name"])
             for name, drawn in sets.items():
-                measured = perplexity_of_rows(opened, drawn.ids)
-                own[name] |= {key: measured[key] for key in (METRIC, "bits_per_byte")}
+                own[name] |= perplexity_of_rows(opened, drawn.ids)
         for one in entries:
             if one.set in own:
                 metrics[one.id] |= own[one.set]

@@ -1,4 +1,4 @@
-"""The prune and perplexity verbs: their output, that it loads, and errors of one line."""
+"""The prune verb: its output, that it loads, and errors of one line."""
 
 import json
 import shutil
@@ -8,9 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from calmix.evaluation.likelihood import perplexity
 from calmix.models.blocks import find_blocks
-from calmix.models.opening import open_model
 from tests.tiny import save_tiny_model
 
 SMALL = ("--rows", 6, "--length", 32, "--leakage", "off")
@@ -104,10 +102,3 @@ def test_prune_dry_run(calmix, tmp_path, text_file, more, monkeypatch):
     assert 0.9 * stored < one["disk"] < stored
     assert "cannot hold one block" in calmix(*command, "--max-memory", "1MiB").line
     assert sorted(tmp_path.iterdir()) == before
-
-
-def test_perplexity_command(calmix, tiny_folder, text_file):
-    command = ("evaluate", "perplexity", tiny_folder, "--text", text_file, "--length", 64, "--json")
-    opened, text = open_model(str(tiny_folder)), text_file.read_text(encoding="utf-8")
-    actual = perplexity(opened, text, length=64)
-    assert json.loads(calmix(*command).out).items() >= actual.items()

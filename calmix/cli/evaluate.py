@@ -32,7 +32,6 @@ from calmix.manifest import lineage, read_if_there, record_file
 from calmix.models.hub import is_served
 from calmix.options import (
     MEASURE,
-    MODEL,
     RUN_CODE,
     SERVED,
     Measure,
@@ -648,30 +647,6 @@ def _print_answers(answers: Answers, scores: CapabilityScores) -> None:
     line("")
     rows = _unmarked(fault_rows(answers))
     print_table(rows, title="faults that a program can see", least=["repeat %", "p", "of"])
-
-
-@verb("perplexity", of=evaluate)
-def perplexity(
-    opening: ModelOptions,
-    model: str = option(..., MODEL, argument=True, names="model"),
-    text: Path = option(..., "A .txt, .jsonl or .parquet file."),
-    length: int = option(2048, "Tokens per window.", ge=2),
-    separator: str = advanced("", "Text between the documents of the file."),
-) -> None:
-    """Measure perplexity and bits per byte of a text in non-overlapping windows."""
-    from calmix.evaluation.likelihood import perplexity as measure
-    from calmix.models.opening import check_models, open_model
-
-    whole = separator.join(document.text for document in local_file(str(text)).read())
-    check_models(model, **opening.opening())
-    opened = open_model(model, **opening.opening())
-    with Progress() as bar:
-        measured = measure(opened, whole, length=length, tick=bar.of("scoring windows"))
-    print_json({"model": model, "text": str(text)} | measured)
-    line(
-        f"perplexity {measured['perplexity']:.3f}, {measured['bits_per_byte']:.4f} bits per byte "
-        f"(lower is better; context {measured['length']}, {measured['windows']} windows)"
-    )
 
 
 @verb("suites", of=evaluate)

@@ -1,4 +1,4 @@
-"""Logits and likelihoods of full rows of tokens: used for scores, distance and perplexity.
+"""Logits and likelihoods of full rows of tokens: used for scores and distance.
 
 The blocks run in micro-batches that fit the CPU cache and the output head in slices, so that the
 logits of a whole batch are never in memory. Softmax works on still smaller slices in float32:
@@ -7,7 +7,6 @@ outside the cache it takes longer than the matrix product.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -18,12 +17,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from calmix.errors import InputError, ModelError, first_line
+from calmix.errors import ModelError, first_line
 from calmix.machine import tokens_at_once, values_at_once
 from calmix.memory import halving
 from calmix.models.blocks import decoder_of
-from calmix.models.loading import check_length, to_continue
-from calmix.models.opening import OpenModel
 from calmix.precision import dtype_name
 
 HEAD_TOKENS = 512  # whose logits are in memory at once
@@ -153,7 +150,7 @@ def hidden_states(decoder: Any, ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 @torch.inference_mode()
-def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor:
+def row_nll(model: Any, ids: Tensor) -> Tensor:
     """Return -log p(ids[j + 1] | ids[: j + 1]) in nats, float32 of shape (rows, length - 1).
 
     `ids` are int64 token ids without padding, shape (rows, length).
@@ -167,47 +164,4 @@ def row_nll(model: Any, ids: Tensor, progress: Progress | None = None) -> Tensor
             logits = head(hidden)
             right = logits.gather(1, target[:, None])[:, 0].float()
             parts.append(log_sums(logits) - right)
-        if progress is not None:
-            progress(rows.stop, len(ids))
     return torch.cat(parts).view(len(ids), -1).cpu()
-
-
-def perplexity(
-    opened: OpenModel, text: str, *, length: int = 2048, tick: Progress | None = None
-) -> dict[str, Any]:
-    """Score a text in non-overlapping windows, as the SparseGPT and Wanda papers do.
-
-    The text is tokenised once (starting with the tokenizer's begin token, if any) and cut into
-    windows; the first token of each window is context only, and a last partial window is left out.
-
-    Raises:
-        InputError: `length` exceeds the model's context or the text.
-    """
-    check_length(length, opened.context)
-    ids = torch.tensor(to_continue(opened.tokenizer, [text])[0], dtype=torch.int64)
-    windows = len(ids) // length
-    if not windows:
-        raise InputError(f"the text has {len(ids)} tokens, fewer than one window of {length}")
-    return perplexity_of_rows(opened, ids[: windows * length].view(windows, length), tick)
-
-
-def perplexity_of_rows(
-    opened: OpenModel, ids: Tensor, tick: Progress | None = None
-) -> dict[str, Any]:
-    """Score full rows of token ids, shape (rows, length).
-
-    Returns the `perplexity` and what it should be quoted with: `bits_per_byte`, the same likelihood
-    per UTF-8 byte of the scored text, the `length` of a window in tokens, and how many `windows`
-    and predicted `tokens` there are.
-    """
-    nll = float(row_nll(opened.model, ids, tick).double().sum())
-    predicted = ids[:, 1:]
-    texts = opened.tokenizer.batch_decode(predicted.tolist(), skip_special_tokens=False)
-    size, tokens = sum(len(text.encode()) for text in texts), predicted.numel()
-    return {
-        "perplexity": math.exp(nll / tokens),
-        "bits_per_byte": nll / (math.log(2) * size),
-        "length": ids.shape[1],
-        "windows": len(ids),
-        "tokens": tokens,
-    }

@@ -37,7 +37,6 @@ VERBS = {
     "calibrate show": "{text}",
     "evaluate run": "{model} --against {other} --suite {suite} -o {out}.json",
     "evaluate rescore": "{scores}",
-    "evaluate perplexity": "{model} --text {text}",
     "evaluate suites": "",
     "evaluate suite": "{suite}",
     "compare": "{scores}",

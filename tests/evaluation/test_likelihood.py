@@ -1,4 +1,4 @@
-"""Logits in two steps, perplexity, and distance against whole logits, through the disk."""
+"""Logits in two steps, and distance against whole logits, through the disk."""
 
 import math
 from dataclasses import replace
@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from calmix.errors import ModelError
 from calmix.evaluation import distance as module
 from calmix.evaluation.distance import distance, head_hash, reference
-from calmix.evaluation.likelihood import behind, decoder_and_head, perplexity, row_nll
+from calmix.evaluation.likelihood import behind, decoder_and_head, row_nll
 from calmix.models.opening import open_model
 from calmix.recovery.distill import student_loss
 from calmix.recovery.training import trained_parameters
@@ -73,19 +73,6 @@ def test_unusual_inputs_or_logits_are_refused():
     ):
         model.forward = lambda forward=forward, **kwargs: forward(**kwargs)
         refuses(says, row_nll, model, tiny_ids(), error=ModelError)
-
-
-def test_perplexity_uses_whole_windows():
-    model, calls = opened(), list[tuple[int, int]]()
-    text = "the river runs " * 5
-    found = perplexity(model, text, length=32, tick=lambda *of: calls.append(of))
-    assert ([*found.values()][2:], calls[-1]) == ([32, 2, 62], (2, 2))
-    windows = [model.tokenizer(text)["input_ids"][at : at + 32] for at in (0, 32)]
-    nll = float(row_nll(model.model, torch.tensor(windows)).sum())
-    assert found["perplexity"] == pytest.approx(math.exp(nll / 62))
-    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / 62)  # a byte is a token here
-    for length, says in ((300, "beyond the model's context"), (80, "one window")):
-        refuses(says, perplexity, model, text, length=length)
 
 
 def pair(kind="llama"):

@@ -7,11 +7,14 @@ from collections import Counter
 import numpy as np
 import pytest
 import text_metrics as metrics
+import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 from text_metrics import least_p, orders, permutation_p, unit_ranks
 
+from calmix.evaluation.likelihood import row_nll
+from tests.evaluation.helpers import opened
 from tests.test_properties import SEEDS, grams, token_rows
 
 pytestmark = pytest.mark.long
@@ -33,6 +36,14 @@ def test_metrics_match_plain_counts(ids, other, n):
     assert values[f"variety_{n}"] == len(distinct) / ids.size
     assert values["entropy"] == pytest.approx(-sum(p * math.log2(p) for p in share), abs=1e-12)
     assert (values["tokens"], values["volume"]) == (ids.size, ids.size * values["entropy"])
+
+
+def test_perplexity_is_per_token_and_bits_per_byte():
+    model = opened()
+    ids = torch.tensor(model.tokenizer("the river runs " * 5)["input_ids"])[:64].view(2, 32)
+    nll = float(row_nll(model.model, ids).sum())
+    wanted = {"perplexity": math.exp(nll / 62), "bits_per_byte": nll / math.log(2) / 62}
+    assert metrics.perplexity_of_rows(model, ids) == pytest.approx(wanted)  # a byte is a token
 
 
 @given(left=token_rows(), right=token_rows())
