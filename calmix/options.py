@@ -346,6 +346,7 @@ class Target(DeviceOptions):
         None, "Your own prompts: half calibrate, half test.", metavar="FILE"
     )
     allow_code_execution: bool = RUN_CODE
+    anyway: bool = advanced(False, "Compress below 2 bits or above 70 % zeros too.")
 
 
 class Compression(Target):
@@ -355,7 +356,6 @@ class Compression(Target):
     keep: Weights | None = weights_option(
         "Weights of dimensions besides chats: code=2,general=1.", shown=None
     )
-    anyway: bool = advanced(False, "Compress below 2 bits or above 70 % zeros too.")
     within: Annotated[float, BeforeValidator(parse_duration)] | None = advanced(
         None, "Time limit of --keep-at-least, e.g. 2h.", metavar="TIME"
     )

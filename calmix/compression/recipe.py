@@ -24,14 +24,14 @@ MACHINE = {*DeviceOptions.model_fields, "model", "max_memory"}  # decide no resu
 
 def recipe_text(request: Mapping[str, Any]) -> str:
     """Return the recipe of a finished run's request: all that decided the result but the model."""
-    values = {}
+    values, without = {}, set(MACHINE)
+    if request["bits"] is not None:
+        without |= SEARCH_OPTIONS if request["size"] is None else {"bits"}
     for key, name in RECIPE_KEYS.items():
-        if name not in Target.model_fields or name in MACHINE:
-            continue
-        if request["bits"] is not None and name in SEARCH_OPTIONS:
+        if name not in Target.model_fields or name in without:
             continue
         value = request.get(name)
-        if value is not None and value != Compression.model_fields[name].default:
+        if value not in (None, "", Compression.model_fields[name].default):
             values[key] = value if isinstance(value, int | float) else str(value)
     head = f"# calmix compress {request['model']} --recipe {RECIPE} -o OUT\n"
     if {"prompts", "like", "imatrix"} & {*values}:

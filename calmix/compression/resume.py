@@ -19,7 +19,8 @@ from calmix.manifest import read_sealed
 def state_of(request: CompressRequest, out: Path) -> dict[str, Any]:
     """Return the record in OUT of a search or of a finished model, {} if there is none; InputError
     if OUT is of another request."""
-    saved, but = dict[str, Any](), {"max_memory"}  # which decides nothing that is kept
+    # Those decide nothing that is kept.
+    saved, but = dict[str, Any](), {"max_memory", "anyway"}
     if (out / SEARCH).exists():
         saved = read_sealed(out / SEARCH, "")
         if request.keep_at_least is None:

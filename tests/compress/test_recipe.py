@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 
+from calmix.compression.plan import check_request
 from calmix.compression.recipe import recipe_text, with_recipe
 from calmix.options import Compression, checked
 from tests.compress.conftest import shows
+from tests.pruning.test_imatrix import save_gguf, vectors
+from tests.tiny import tiny_gguf, tiny_model
 
 RECIPES, MODEL = sorted(Path("recipes").glob("*.yaml")), "builtin:smollm2-135m"
 
@@ -37,6 +40,32 @@ def test_recipe_of_a_run_gives_its_options(tmp_path):
     file.write_text(recipe_text(record | {"keep_at_least": "code=0.9"}))
     again = with_recipe(options(), file).model_dump(exclude_unset=True)
     assert again == {"model": MODEL, **given}
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"sparsity": 0.6, "effort": "best", "calibration": "text.txt", "seed": 3},
+        {"sparsity": 0.8, "anyway": True},
+        {"pattern": "2:4", "bits": 4},
+        {"bits": 1.7, "anyway": True, "no_corpus": True},
+        {"size": "0.2", "product": "storage", "keep": {"code": 2, "general": 1}},
+        {"size": "0.6", "product": "vllm", "asymmetric": True},
+        {"size": "0.25", "product": "gguf", "model": "tiny.gguf"},
+        {"model": "tiny.gguf", "product": "gguf", "licence": "permissive"},
+        {"type": "Q4_0", "product": "gguf", "model": "tiny.gguf", "imatrix": "imatrix.gguf"},
+    ],
+    ids=str,
+)
+def test_the_recipe_of_a_run_repeats_its_request(values, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.txt").write_text("one two three\n")
+    tiny_gguf(tmp_path / "tiny.gguf")
+    save_gguf(tmp_path / "imatrix.gguf", vectors(tiny_model("llama")))
+    run = asked(**values)
+    (tmp_path / "recipe.yaml").write_text(recipe_text(run.model_dump(mode="json")))
+    again = with_recipe(Compression(model=run.model), tmp_path / "recipe.yaml")
+    assert check_request(again) == run
 
 
 def test_wrong_recipes_name_the_file(tmp_path, calmix):
