@@ -28,11 +28,13 @@ from pydantic import BaseModel, Field, ValidationError
 from calmix.errors import DiskError, InputError, disk_errors
 from calmix.evaluation.scores import CapabilityScores, load_scores
 from calmix.files import (
+    alone,
     atomic_folder,
     check_apart,
     check_links,
     check_readable,
     check_writable,
+    hidden,
     read_object,
     write_json,
 )
@@ -133,9 +135,10 @@ class Store:
             path.parent.mkdir(parents=True, exist_ok=True)
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > SILENCE:  # its holder is gone,
-                    (probe := path.with_name("now")).touch()  # unless this clock is ahead
-                    if probe.stat().st_mtime - path.stat().st_mtime > SILENCE:
-                        path.unlink()
+                    # unless this clock is ahead, or another runner has the trial by now.
+                    with alone(path), hidden(path, Path.touch) as probe:
+                        if probe.stat().st_mtime - path.stat().st_mtime > SILENCE:
+                            path.unlink()
         return SoftFileLease(
             path, lease_duration=SILENCE, heartbeat_interval=BEAT, poll_interval=0.5
         )

@@ -129,7 +129,7 @@ def test_lock_ends_with_its_process(ran, store, monkeypatch):
         file = leased(store, pending, pid, host)
         os.utime(file, (time.time() - age,) * 2)
         assert opened_store.state(pending) == "pending"
-        assert not file.exists()
+        assert not list((store / "locks").iterdir())
     file, now = leased(store, pending), time.time()
     with monkeypatch.context() as patch:  # as on a machine whose clock is ahead
         patch.setattr("calmix.study.store.time.time", lambda: now + 2 * SILENCE)
@@ -138,6 +138,31 @@ def test_lock_ends_with_its_process(ran, store, monkeypatch):
     refused = Mock(side_effect=PermissionError(errno.EACCES, "refused"))
     monkeypatch.setattr(Path, "unlink", refused)  # as in another user's store
     assert opened_store.state(pending) == "pending"
+
+
+def test_the_slower_of_two_runners_leaves_the_lock_of_the_faster(ran, store, monkeypatch):
+    opened_store, taken, ended = forgotten(store, 4), threading.Event(), threading.Event()
+    pending = opened_store.index.trials[4].id
+    os.utime(file := leased(store, pending), (time.time() - SILENCE - 1,) * 2)
+
+    def faster():
+        with opened_store.lock(pending):
+            taken.set()
+            ended.wait(9)
+
+    def slow(path, **how):
+        if path == file and not runner.ident:
+            runner.start()
+            taken.wait(0.3)
+        unlink(path, **how)
+
+    runner, unlink = threading.Thread(target=faster), Path.unlink
+    monkeypatch.setattr(Path, "unlink", slow)
+    opened_store.lock(pending)
+    assert taken.wait(9)
+    assert file.exists()
+    ended.set()
+    runner.join()
 
 
 def test_result_of_another_process_counts_once(tiny_study, tmp_path):
