@@ -48,11 +48,11 @@ def summarise(analysis: Analysis) -> dict[str, Any]:
 
 def _opening(analysis: Analysis) -> Iterator[str]:
     """Say what was declared and when, and all that differs from it."""
-    declared = Declaration()
-    if not analysis.declarations or not analysis.comparisons:
+    last = analysis.declarations[-1] if analysis.declarations else None
+    declared = Declaration() if last is None else last.declaration
+    if last is None or not analysis.comparisons:
         yield f"Study {analysis.study} {declared}."
     else:
-        last, declared = analysis.declarations[-1], analysis.declarations[-1].declaration
         yield f"Study {last.study} {declared}, declared {_date(last)}."
         if not last.intact:
             yield f"The declaration was changed: its hash was {last.hash[:12]}."
@@ -68,9 +68,9 @@ def _opening(analysis: Analysis) -> Iterator[str]:
             if keys:
                 names = ["{1} {2} {3} seed {6} ({0})".format(*key) for key in keys]
                 yield f"{what}: {_first(names)}."
-        if declared.exclude:
-            left_out = [f"{task} ({reason})" for task, reason in declared.exclude.items()]
-            yield f"Left out, as declared: {words.listed(left_out)}."
+    if declared.exclude:
+        left_out = [f"{task} ({reason})" for task, reason in declared.exclude.items()]
+        yield f"Left out, as declared: {words.listed(left_out)}."
     if analysis.settings.without:
         yield f"Left out afterwards, not declared: {words.listed(analysis.settings.without)}."
 
