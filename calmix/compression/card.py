@@ -410,7 +410,8 @@ class Card:
     @property
     def source_types(self) -> str:
         """A warning that the dense model was decoded from a GGUF file; empty if it was not."""
-        if not self.request["model"].startswith("builtin:") and self.request["model"][-5:] != GGUF:
+        name = self.request["model"]  # Ollama's files have no suffix
+        if not name.startswith("builtin:") and name[-5:] != GGUF and not user_path(name).is_file():
             return ""
         return (
             "The dense model was decoded from a GGUF file: types of its bits (4 to 6 for builtin "

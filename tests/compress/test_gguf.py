@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -80,6 +81,14 @@ def test_an_interrupt_after_any_stage_resumes_to_the_same_file(calmix, words, co
     assert inspected["facts"]["model.gguf"] == "GGUF file"
     assert "left to do" not in inspected["facts"]
     assert len(inspected["layers"]) == 14
+
+
+def test_a_card_says_that_the_model_was_a_gguf_file(compressed, file, tmp_path):
+    blob = shutil.copy(file, tmp_path / "sha256-2a")  # as Ollama stores it
+    card = read_card(compressed)
+    for model, decoded in ((file, True), (blob, True), ("builtin:a", True), (tmp_path, False)):
+        made = replace(card, request={**card.request, "model": str(model)})
+        assert ("decoded from a GGUF file" in made.source_types) == decoded
 
 
 def test_a_file_that_was_changed_or_moved(calmix, words, out):
