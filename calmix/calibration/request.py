@@ -305,7 +305,8 @@ def _saved(path: Path, settings: dict[str, Any]) -> CalibrationSet:
         for name, source in (part.get(kind) or {}).items()
     }
     seeds = filter(None, ((part.get("settings") or {}).get("seeds") for part in parts))
-    for name in [*licences, *(name for one in seeds for name in MIXES.get(one, [one]))]:
+    names = [*licences, *(name for one in seeds for name in MIXES.get(one, [one]))]
+    for name in names if licence else ():
         refuse(name, licences.get(name) or get_source(name).licence, licence)
     if isinstance(guard := has.get("leakage"), dict):
         has["leakage"] = guard["suite"]

@@ -7,7 +7,7 @@ import torch
 
 from calmix.calibration.dataset import CalibrationSet
 from calmix.calibration.request import parse_calibration
-from calmix.errors import InputError
+from calmix.errors import CalmixError
 from calmix.evaluation.suites import BUILTIN, load_suite, provenance
 from calmix.sources.licences import use_of
 from calmix.sources.registry import offline_sources
@@ -51,12 +51,20 @@ def test_group_drops_forbidden_licences_and_rescales():
     assert list(parse_calibration("offline").mix) == list(offline_sources())
 
 
-def test_licence_check_covers_seed_texts(tmp_path):
-    written = {"chat": {"settings": {}}, "sgs": {"settings": {"seeds": "mix-clean"}}}
+@pytest.mark.parametrize(
+    ("seeds", "says"),
+    [
+        ("mix-clean", "source encyclopedia is share-alike"),
+        ("mine.txt", "there is no file mine.txt"),
+    ],
+)
+def test_licence_check_covers_seed_texts(tmp_path, seeds, says):
+    """Which are not read without it, so that a file of them may be gone."""
+    written = {"chat": {"settings": {}}, "sgs": {"settings": {"seeds": seeds}}}
     drawn_set = CalibrationSet(torch.zeros(1, 2, dtype=torch.int64), ("sgs",), {"written": written})
     folder = drawn_set.save(tmp_path / "set")
     assert parse_calibration(str(folder)).saved is not None
-    with pytest.raises(InputError, match="source encyclopedia is share-alike"):
+    with pytest.raises(CalmixError, match=says):
         parse_calibration(str(folder), licence="permissive")
 
 
