@@ -440,7 +440,8 @@ def check_options(options: Compression) -> Checked:
     mix = MIXES["mix-default" if options.licence is None else "mix-permissive"]
     text = "self-written" if options.no_corpus else mix_text(mix) if named is None else named
     if options.keep is not None:
-        text = mix_text(weighed(text, options.keep))
+        own = {} if named is None or not splits(options) else {"prompts": options.prompts}
+        text = mix_text(weighed(text, options.keep, **own))
     if splits(options) and named is None:
         text = _beside("prompts", text)
     draw: dict[str, Any] = {
@@ -660,12 +661,13 @@ def check_weights(weights: Mapping[str, float], dimensions: tuple[str, ...]) -> 
     return {name: weights.get(name, 0.0) / total for name in dimensions}
 
 
-def weighed(text: str, keep: Mapping[str, float]) -> dict[str, float]:
-    """Return a mix's weights scaled so that each dimension has its share of `keep`.
+def weighed(text: str, keep: Mapping[str, float], **draw: Any) -> dict[str, float]:
+    """Return a mix's weights scaled so that each dimension has its share of `keep`; `draw` is how
+    the mix is drawn.
 
     Within a dimension the sources keep their proportions; an unnamed dimension gets nothing.
     """
-    parsed = parse_calibration(text)
+    parsed = parse_calibration(text, **draw)
     if parsed.generator is not None or user_path(text).suffix.lower() in (".yaml", ".yml"):
         raise InputError(f"--keep needs a mix of sources, and {text} is not one: leave it out")
     dimensions = {name: get_source(name, parsed.own).dimension for name in parsed.sources}

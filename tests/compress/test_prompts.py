@@ -12,6 +12,7 @@ from calmix.compression.run_stages import stages
 from calmix.compression.stages import Draw
 from calmix.evaluation.prompts import halves, read_prompts
 from calmix.evaluation.scores import load_scores
+from calmix.sources.mixes import parse_mix
 from tests.compress.conftest import pages, read
 from tests.tiny import save_tiny_model, tiny_tokenizer
 
@@ -104,3 +105,9 @@ def test_prompts_of_calibration_text(calmix, chatting, mine, tmp_path):
     ):
         draw = ("calibrate", "--model", chatting, "-o", tmp_path / "set", text, *more)
         assert said in calmix(*draw).line
+
+
+def test_prompts_in_a_weighed_mix(asked, mine):
+    text, keep = "prompts:0.5,stories:0.5", {"prompts": 1, "commonsense": 3}
+    request = asked(calibration=text, prompts=mine, keep=keep, sparsity=0.5)
+    assert parse_mix(request.calibration) == {"prompts": 0.25, "stories": 0.75}
