@@ -36,6 +36,7 @@ from calmix.options import (
     Compression,
     DeviceOptions,
     Target,
+    flags,
     parse_share,
 )
 from calmix.pruning.allocation import check_bits, file_weights, planned_bytes
@@ -599,7 +600,8 @@ def _check_idle(options: Compression, saved: bool) -> None:
     ):
         for name in idle if holds else ():
             if getattr(options, name) not in (None, False):
-                raise InputError(f"--{name} has no effect {where}: leave it out")
+                flag = flags(Compression, name)[0]
+                raise InputError(f"{flag} has no effect {where}: leave it out")
 
 
 def _check_bits(options: Compression, bits: float | None) -> None:

@@ -210,8 +210,11 @@ def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp
     save_gguf(matrix, vectors(open_model(file).model))
     words = ("compress", file, "-o", out, "--suite", options["suite"], "--effort", "quick")
     words += ("--imatrix", matrix, "--type", "Q4_0")
-    for more in ("--bits=4", "--calibration=stories", "--size=1MB", "--for=vllm", "--no-corpus"):
-        assert "has no effect with" in calmix(*words, *more.split("=")).line
+    idle = ("--bits=4", "--calibration=stories", "--size=1MB", "--no-corpus", "--keep-at-least=0.9")
+    for more in idle:
+        line = calmix(*words, *more.split("=")).line
+        assert f"{more.split('=')[0]} has no effect with --imatrix: leave it out" in line
+    assert "--type has no effect with --for vllm" in calmix(*words, "--for", "vllm").line
     other = save_gguf(tmp_path / "other.gguf", {"blk.0.attn_q.weight": np.ones(32, np.float32)})
     assert "is of another model" in calmix(*words, "--imatrix", other).line
     assert not out.exists()
