@@ -9,6 +9,7 @@ import hashlib
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,8 @@ from calmix.manifest import (
     record_file,
 )
 from calmix.models.folder import PACK
-from calmix.options import NONE, option_words
+from calmix.options import NONE, ModelOptions, option_words
+from calmix.pruning.methods import get_method
 from calmix.pruning.report import LayerReport
 from calmix.pruning.work import RECORD, SET, SUFFIX
 from calmix.pruning.work import read_record as read_work
@@ -182,11 +184,12 @@ def _command(record: Mapping[str, Any]) -> str:
     if recovered:
         options = {"against": record["against"]["name"], **options}
     else:
-        own = [f"{key}={value}" for key, value in options.pop("options").items()]
-        method = options.pop("method")
-        options |= {} if method == NONE else {"method": ",".join([method, *own])}
+        own, method = options.pop("options"), options.pop("method")
+        options["method"] = None if method == NONE else method
+        with suppress(InputError):  # another package's, which is not installed
+            options["method"] = options["method"] and get_method(method, **own).text
         options |= {key: tuple(options[key]) for key in ("only", "skip")}
-    options |= {"dtype": record["dtype"], "device": record["device"]}
+    options |= {key: record.get(key) for key in ModelOptions.model_fields}
     return shlex.join(["calmix", "recover" if recovered else "prune", name, *option_words(options)])
 
 

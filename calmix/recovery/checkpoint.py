@@ -210,6 +210,7 @@ def _finish(job: RecoveryRun, identity: dict[str, Any], report: RecoveryReport) 
             files=file_hashes(folder, without=(MANIFEST, RUN)),
             dtype=identity["dtype"],
             device=identity["device"],
+            trust_remote_code=job.opening["trust_remote_code"],
             stored_dtype=dtype_name(weight_dtype(pruned.places)),
             calibration=job.calibration.manifest,
             recovery=done,

@@ -7,7 +7,9 @@ import shutil
 import pytest
 
 from calmix.files import sha256_file, write_json
+from calmix.inspecting import _command
 from calmix.manifest import sealed
+from calmix.pruning.requests import prune_request
 from tests.tiny import hashes, quick
 
 # By name: the kind, and a file that is checked by its bytes, or None.
@@ -64,6 +66,21 @@ def test_printed_command_reproduces_the_checkpoint(calmix, made, tmp_path, monke
     calmix(*again, "-o", tmp_path / "again").ok()
     (tmp_path / "again" / "README.md").write_text("a card", encoding="utf-8")
     assert hashes(tmp_path / "again") == {**hashes(tmp_path / "again"), **hashes(made / name)}
+
+
+def test_printed_command_has_options_that_differ_from_their_defaults(made):
+    recovered = json.loads((made / "recovered" / "calmix.json").read_text(encoding="utf-8"))
+    assert recovered["trust_remote_code"] is False
+    for method, words in (
+        ("llama,type=Q3_K_M", "--method llama"),
+        ("llama,type=Q3_K_M,flat=true", "--method llama,flat=True"),
+    ):
+        request = prune_request(method=method, calibration="stories").record()
+        record = {"model": {"name": "m"}, "request": request, "trust_remote_code": True}
+        command = _command(record)
+        assert f"{words} " in command
+        assert "--pattern Q3_K_M " in command
+        assert command.endswith("--trust-remote-code")
 
 
 def test_inspect_warns_of_unlisted_files_and_refuses_a_changed_manifest(calmix, made, tmp_path):
