@@ -497,6 +497,8 @@ def check_options(options: Compression) -> Checked:
 
 def check_request(options: Compression) -> CompressRequest:
     """Check a user's options before any work; fetches the model."""
+    for cache in (empty_model, overhead):  # the model may be another than in an earlier call
+        cache.cache_clear()
     text, target, prompts = check_options(options)
     named, trust = options.calibration, options.trust_remote_code
     check_models(options.model, device=options.device, trust_remote_code=trust)

@@ -1,6 +1,7 @@
 """From a model to a checkpoint for vLLM: the checkpoint is what is scored."""
 
 import json
+import shutil
 from importlib.util import find_spec
 
 import pytest
@@ -12,6 +13,7 @@ from calmix.compression.card import read_card
 from calmix.compression.compress import begin
 from calmix.compression.plan import checkpoint_bytes
 from calmix.compression.run_stages import stages
+from calmix.errors import InputError
 from calmix.models.opening import open_model
 from calmix.options import Compression
 from tests.compress.conftest import arguments, build, damage, finish, interrupts, pages, read, shows
@@ -91,6 +93,15 @@ def test_what_no_checkpoint_holds_is_refused_before_any_work(calmix, words, tmp_
     assert "embeddings stay in 16 bits: with them the checkpoint takes" in planned
     other = [word if word != "vllm" else "none" for word in words(out, "--group", 32)]
     assert "--group has no effect with --for none" in calmix(*other).line
+
+
+def test_a_model_that_was_replaced_is_opened_again(planned, tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    assert planned(model=str(folder)).group
+    shutil.rmtree(folder)
+    save_tiny_model(folder, intermediate_size=72)
+    with pytest.raises(InputError, match="do not divide the 72 inputs"):
+        planned(model=str(folder))
 
 
 def test_whole_bits_are_mixed_for_an_average(planned, tmp_path):
