@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from copy import deepcopy
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +30,6 @@ from calmix.calibration.tokenizer import open_tokenizer
 from calmix.errors import DiskError, InputError, ModelError, disk_errors
 from calmix.evaluation.distance import texts_hash
 from calmix.files import (
-    atomic_folder,
     cached_sha256,
     check_free,
     check_output_folder,
@@ -52,13 +50,13 @@ from calmix.manifest import (
     run_record,
 )
 from calmix.memory import Plan, plan_pruning
-from calmix.models.folder import BESIDE_WEIGHTS, save_config, save_tokenizer, weight_files
+from calmix.models.folder import BESIDE_WEIGHTS, save_tokenizer
 from calmix.models.loading import quiet_transformers
-from calmix.models.opening import OpenModel, cached_result, check_ids, check_models, open_model
-from calmix.models.shards import read_file, stored_tensors, write_file, write_index
+from calmix.models.opening import cached_result, check_ids, check_models, open_model
+from calmix.models.shards import write_file
 from calmix.models.streaming import StreamedModel
 from calmix.options import BITS_METHOD, NONE
-from calmix.precision import dtype_name, narrower
+from calmix.precision import dtype_name
 from calmix.pruning.allocation import check_mixed, loss_pass
 from calmix.pruning.engine import (
     BACKWARD,
@@ -400,12 +398,33 @@ class _Pruning:
             if not self.drops_alone:
                 source.save_config(work.checkpoint)
             save_tokenizer(self.tokenizer.tokenizer, source.folder, work.checkpoint)
-            files = _write_beside(
-                work.checkpoint, source, self.identity, report, self.drawn, self.request
-            )
-            work.check(files)
+            self._write_beside(report)
             source.files.check()
         work.complete()
+
+    def _write_beside(self, report: PruneReport) -> None:
+        """Copy the model's other files, and write the manifest and the run record."""
+        source, folder = self.source, self.work.checkpoint
+        others = matching(source.folder, BESIDE_WEIGHTS)
+        copy_files(source.folder, folder, (name for name in others if not (folder / name).exists()))
+        done, files = report.to_dict(), file_hashes(folder, without=(MANIFEST, RUN))
+        self.work.check(files)
+        run = run_record(done.pop("seconds")) | {"batch": report.rows_at_once}
+        manifest = record(
+            "pruned checkpoint",
+            request=self.request.record(),
+            inputs={"model": Input(source.name, self.identity["model"])},
+            files=files,
+            dtype=self.identity["dtype"],
+            stored_dtype=dtype_name(source.stored_dtype),
+            device=self.identity["device"],
+            trust_remote_code=source.trust_remote_code,
+            calibration=None if self.drawn is None else self.drawn.manifest,
+            pruning=done,
+            request_sha256=sha256_json(self.identity),
+        )
+        write_json(folder / MANIFEST, manifest)
+        write_json(folder / RUN, run)
 
 
 def prune_streamed(
@@ -509,75 +528,3 @@ def finished_report(
             run.note(f"{output} was finished by an earlier run")
             return report
     return None
-
-
-def _write_beside(
-    folder: Path,
-    source: OpenModel | StreamedModel,
-    identity: Mapping[str, Any],
-    report: PruneReport,
-    calibration: CalibrationSet | None,
-    request: PruneRequest,
-) -> dict[str, str]:
-    """Copy the model's other files, write the manifest and the run record; return the files'
-    hashes."""
-    others = (
-        name for name in matching(source.folder, BESIDE_WEIGHTS) if not (folder / name).exists()
-    )
-    copy_files(source.folder, folder, others)
-    done, files = report.to_dict(), file_hashes(folder, without=(MANIFEST, RUN))
-    run = run_record(done.pop("seconds")) | {"batch": report.rows_at_once}
-    manifest = record(
-        "pruned checkpoint",
-        request=request.record(),
-        inputs={"model": Input(source.name, identity["model"])},
-        files=files,
-        dtype=identity["dtype"],
-        stored_dtype=dtype_name(source.stored_dtype),
-        device=identity["device"],
-        trust_remote_code=source.trust_remote_code,
-        calibration=None if calibration is None else calibration.manifest,
-        pruning=done,
-        request_sha256=sha256_json(identity),
-    )
-    write_json(folder / MANIFEST, manifest)
-    write_json(folder / RUN, run)
-    return files
-
-
-def write_checkpoint(
-    opened: OpenModel,
-    output: Path,
-    report: PruneReport,
-    calibration: CalibrationSet | None,
-    request: PruneRequest,
-) -> None:
-    """Write a model that was pruned in memory on request, with tokenizer, manifest and run record,
-    to a folder, new or empty, atomically."""
-    check_output_folder(output, overwrite=None)
-    model, device = opened.model, opened.model.device.type
-    check_free(output, sum(p.nbytes for p in model.parameters()), "the checkpoint takes")
-    identity = {
-        "model": opened.fingerprint,
-        "dtype": dtype_name(model.dtype),
-        "device": device,
-        **request.record(),
-        "text": None if calibration is None else calibration.sha256,
-        "versions": deciding_versions(),
-    }
-    with atomic_folder(output) as folder, quiet_transformers():
-        model.save_pretrained(folder)
-        if opened.stored_dtype != model.dtype:
-            types = {name: place.dtype for name, place in stored_tensors(opened.folder).items()}
-            for path in (folder / name for name in weight_files(folder)):
-                tensors = read_file(path).items()
-                write_file(
-                    path, {n: v.to(narrower(types.get(n, v.dtype), v.dtype)) for n, v in tensors}
-                )
-            write_index(folder)
-            save_config(deepcopy(model.config), dtype_name(opened.stored_dtype), folder)
-        save_tokenizer(opened.tokenizer, opened.folder, folder)
-        if report.grids:
-            (folder / SCALES_FOLDER).mkdir()
-            write_file(folder / SCALES_FOLDER / "all", stored(report.grids))
-        _write_beside(folder, opened, identity, report, calibration, request)

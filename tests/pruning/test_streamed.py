@@ -9,20 +9,19 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
-from calmix import CalibrationSet, Unstructured, memory, open_model, prune
+from calmix import Unstructured, memory, open_model, prune
 from calmix.errors import ModelError, SolverError
 from calmix.memory import Plan, out_of_memory, token_bytes
 from calmix.models.blocks import find_blocks, outer_layers
 from calmix.models.shards import weight_bytes
 from calmix.models.streaming import StreamedModel
 from calmix.pruning.allocation import LossPass
-from calmix.pruning.checkpoint import prune_streamed, write_checkpoint
+from calmix.pruning.checkpoint import prune_streamed
 from calmix.pruning.engine import Run, run_through
 from calmix.pruning.expert_pruning import ScorePass
 from calmix.pruning.gram import Gram
 from calmix.pruning.held_out import HeldOut
 from calmix.pruning.methods import get_method
-from calmix.pruning.requests import prune_request
 from calmix.pruning.solvers.grids import read_blocks, read_grids
 from calmix.pruning.work import WorkFolder, read_record
 from tests.forks import stopped
@@ -180,24 +179,6 @@ def test_reasons_to_open_a_model_whole(tmp_path, kind, lacks, says):
     stored.pop(lacks, None)
     where = str(stored_as(folder, stored))
     refused(f"block by block, because .*{says}", StreamedModel, where, error=ModelError)
-
-
-def test_checkpoints_of_models_in_memory(tiny_folder, tmp_path):
-    """Each differs from the others in method, options or calibration set; none replaces files."""
-    opened, text = open_model(str(tiny_folder)), {"calibration": "stories", "sparsity": 0.5}
-    report = prune(opened, method="magnitude", pattern=HALF)
-    sets = [CalibrationSet(torch.full((2, 4), token), ("a", "a"), {}) for token in (1, 2)]
-    trials = [(None, {"method": "magnitude", "sparsity": 0.5}), (sets[1], text), (sets[0], text)]
-    trials += [(sets[0], text | {"damping": 0.1}), (sets[0], text | {"method": "wanda"})]
-    requests = set()
-    for number, (drawn, options) in enumerate(trials):
-        out = tmp_path / str(number)
-        write_checkpoint(opened, out, report, drawn, prune_request(**options))
-        requests.add(json.loads((out / "calmix.json").read_text())["request_sha256"])
-    assert len(requests) == len(trials)
-    before, again = hashes(tmp_path), (opened, out, report, drawn, prune_request(**options))
-    refused("exists and is not empty", write_checkpoint, *again)
-    assert hashes(tmp_path) == before
 
 
 def command_of(model, text, *asked):
@@ -375,21 +356,6 @@ def test_half_model_is_stored_in_its_own_type(calmix, text_file, tmp_path, slow_
     calmix("recover", out, "--against", model, *data, *more).ok()
     _, recovered = stored(tmp_path / "again")
     assert any(not torch.equal(recovered[name], after[name]) for name in after)
-
-
-@pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_pruning_in_memory_matches_the_stored_model(tmp_path, slow_half, kind):
-    opened = open_model(str(save_tiny_model(tmp_path / "model", kind, dtype="float16")))
-    assert (opened.model.dtype, opened.stored_dtype) == (torch.float32, torch.float16)
-    report = prune(opened, tiny_ids(), pattern="2:4")
-    request = prune_request(pattern="2:4", calibration="none.txt")
-    write_checkpoint(opened, tmp_path / "out", report, None, request)
-    stored = load_weights(tmp_path / "out")
-    assert stored.keys() == load_weights(tmp_path / "model").keys()
-    assert {value.dtype for value in stored.values()} == {torch.float16}
-    again = open_model(str(tmp_path / "out"))
-    assert again.stored_dtype == torch.float16
-    assert torch.equal(logits(again.model), logits(opened.model))
 
 
 @pytest.mark.parametrize("kind", quick(("llama", "opt"), EVERY))
