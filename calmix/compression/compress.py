@@ -138,15 +138,15 @@ def begin(options: Compression, out: Path) -> Search:
 def dry(search: Search) -> list[StageCost]:
     """Return the cost of all stages; of a search, the most that there can be. Text from the user's
     own files is drawn, without a leakage check, to see whether it is enough."""
+    parts = [(search.request, stages(search.request, search.out))]
     if search.floors:
-        request, listed = search.at(search.rates[-1]), search.longest()
-    else:
-        request, listed = search.request, stages(search.request, search.out)
-    for one in (stage.request for stage in listed):
+        parts = [(search.at(search.rates[0]), search.opening())]
+        parts += [(search.at(bits), search.building(bits)) for bits in search.path]
+    for one in (stage.request for _, listed in parts for stage in listed):
         if isinstance(one, Draw) and not one.written and one.request.files:
             with Progress() as bar:
                 replace(one, draw={**one.draw, "leakage": "off"}).drawn(bar)
-    return stage_costs(request, listed)
+    return [cost for request, listed in parts for cost in stage_costs(request, listed)]
 
 
 def make(options: Compression, out: Path, *, shown: bool = True) -> tuple[Search, dict[str, float]]:

@@ -581,6 +581,8 @@ def _check_gguf(options: Target, kind: str | None, tokenizer: OpenTokenizer) -> 
 
 def _check_idle(options: Compression, saved: bool) -> None:
     """Refuse options that have no effect."""
+    if "," in str(options.imatrix):  # it becomes an option of the method
+        raise InputError(f"--imatrix {options.imatrix}: rename it without a comma")
     sizes, searches = ("sparsity", "pattern", "bits", "type"), options.keep_at_least is not None
     product = product_of(options)
     if product in ("gguf", "vllm") and is_sparse(options):

@@ -156,11 +156,16 @@ class Search:
 
     def longest(self) -> list[Stage]:
         """Return all stages if no candidate fails: no other search takes more."""
-        listed, left = self.opening(), self.rates
+        return self.opening() + [stage for bits in self.path for stage in self.building(bits)]
+
+    @property
+    def path(self) -> list[float]:
+        """The bits of the candidates that are built if none fails."""
+        path, left = list[float](), self.rates
         while left:
             at = _middle(left)
-            listed, left = listed + self.building(left[at]), left[at + 1 :]
-        return listed
+            path, left = [*path, left[at]], left[at + 1 :]
+        return path
 
     def opening(self) -> list[Stage]:
         """Return the stages before the first candidate: missing sets, scores of the dense model."""

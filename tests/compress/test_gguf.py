@@ -216,6 +216,7 @@ def test_an_importance_matrix_takes_the_place_of_text(calmix, options, file, tmp
         assert f"{more.split('=')[0]} has no effect with --imatrix: leave it out" in line
     assert "--type has no effect with --for vllm" in calmix(*words, "--for", "vllm").line
     other = save_gguf(tmp_path / "other.gguf", {"blk.0.attn_q.weight": np.ones(32, np.float32)})
+    assert "rename it without a comma" in calmix(*words, "--imatrix", f"{matrix},b").line
     assert "is of another model" in calmix(*words, "--imatrix", other).line
     assert not out.exists()
     assert "calibrat" not in calmix(*words, "--dry-run").ok().out
