@@ -91,7 +91,8 @@ def study_cost(
         if memory > available:
             label = f"{first.model} {first.recipe} {first.pattern}"
             notes.append(too_large(label, memory, available))
-    disk = sum(group["trials"] * group["disk"] for group in costs)
+    disk = max(model.disk for model in models.values())  # while a model is scored
+    disk += sum(group["trials"] * group["disk"] for group in costs)
     return {
         "trials": len(trials),
         "prunes": len({trial.pruned for trial in trials}),

@@ -224,7 +224,9 @@ def checkpoint_bytes(study: Study, trials: Iterable[Planned]) -> int:
     """Return the most disk space that checkpoints of the trials need, kept or temporary."""
     size = cache(lambda label: weight_bytes(resolve_model(study.file.models[label].name)))
     permanent = sum(size(t.model) for t in trials) if study.file.keep_checkpoints else 0
-    return permanent + max((2 * size(t.model) for t in trials if t.recovery is not None), default=0)
+    return permanent + max(
+        (size(t.model) * (1 + (t.recovery is not None)) for t in trials), default=0
+    )
 
 
 def _calibration(
