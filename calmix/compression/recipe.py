@@ -18,15 +18,14 @@ RECIPE_KEYS = {  # as on the command line: the flag without dashes
     for name in Compression.model_fields
     if name != "model"
 }
-SEARCH_OPTIONS = {"keep_at_least", "confidence", "seeds"}  # which has found the bits
 MACHINE = {*DeviceOptions.model_fields, "model", "max_memory"}  # decide no result
 
 
 def recipe_text(request: Mapping[str, Any]) -> str:
     """Return the recipe of a finished run's request: all that decided the result but the model."""
     values, without = {}, set(MACHINE)
-    if request["bits"] is not None:
-        without |= SEARCH_OPTIONS if request["size"] is None else {"bits"}
+    if (request["size"], request["keep_at_least"]) != (None, None):  # which have chosen them
+        without.add("bits")
     for key, name in RECIPE_KEYS.items():
         if name not in Target.model_fields or name in without:
             continue

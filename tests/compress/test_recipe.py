@@ -34,12 +34,14 @@ def test_options_beside_a_recipe_come_first(tmp_path):
 
 
 def test_recipe_of_a_run_gives_its_options(tmp_path):
-    given = {"bits": 3.4, "effort": "quick", "seed": 3, "calibration": "chat,c4:0.5"}
-    record = options(**given, max_memory="9GiB").model_dump(mode="json")
+    """Of a search its floors, not the bits that it chose, which are trained in fewer epochs."""
+    given = {"effort": "quick", "seed": 3, "calibration": "chat,c4:0.5"}
+    record = options(**given, max_memory="9GiB", bits=3.4).model_dump(mode="json")
     file = tmp_path / "recipe.yaml"
-    file.write_text(recipe_text(record | {"keep_at_least": "code=0.9"}))
-    again = with_recipe(options(), file).model_dump(exclude_unset=True)
-    assert again == {"model": MODEL, **given}
+    for kept in {"bits": 3.4}, {"keep_at_least": "code=0.9"}:
+        file.write_text(recipe_text(record | kept))
+        again = with_recipe(options(), file).model_dump(exclude_unset=True)
+        assert again == {"model": MODEL, **given, **kept}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +54,7 @@ def test_recipe_of_a_run_gives_its_options(tmp_path):
         {"size": "0.2", "product": "storage", "keep": {"code": 2, "general": 1}},
         {"size": "0.6", "product": "vllm", "asymmetric": True},
         {"size": "0.25", "product": "gguf", "model": "tiny.gguf"},
+        {"keep_at_least": "code=0.5", "seeds": 2, "product": "vllm", "confidence": 0.9},
         {"model": "tiny.gguf", "product": "gguf", "licence": "permissive"},
         {"type": "Q4_0", "product": "gguf", "model": "tiny.gguf", "imatrix": "imatrix.gguf"},
     ],
