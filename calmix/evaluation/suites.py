@@ -27,6 +27,7 @@ from calmix.errors import InputError, nearest
 from calmix.evaluation import checks
 from calmix.evaluation.prompts import halves, read_prompts, syntax
 from calmix.files import parse_json, sha256_file, sha256_json, user_path
+from calmix.sources.documents import TEXT
 from calmix.sources.registry import local_file
 from calmix.yaml_files import packaged, parse_model, read_text
 
@@ -240,8 +241,10 @@ class Suite(BaseModel):
             definitions.append(task.pop("asked"))
             rows = {key: task.pop(key) for key in ("file", "kind")}
             if rows["file"] is not None:
-                file = local_file(rows["file"]).path
-                task |= {"rows": sha256_file(file), "kind": rows["kind"]}
+                reader = local_file(rows["file"])
+                task |= {"rows": sha256_file(reader.path), "kind": rows["kind"]}
+                if reader.template != TEXT:
+                    task["template"] = reader.template
             task |= {"harness": None, "filter": None}  # keeps hashes of older versions
         if any(definitions):  # likewise: older versions had no such tasks
             files = sorted(_ROOT.joinpath("abilities").iterdir(), key=lambda file: file.name)

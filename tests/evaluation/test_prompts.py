@@ -145,6 +145,8 @@ def test_prompts_are_split_by_what_they_ask_whatever_else_is_there(tmp_path):
     suite = prompt_suite(path, test_half=True)
     assert load_items(suite.tasks["mine"]) == test
     assert suite.hash != prompt_suite(path).hash
+    (table := tmp_path / "mine.csv").write_text("a,b\nA?,B?\n", "utf-8")
+    assert prompt_suite(f"{table}@a").hash != prompt_suite(f"{table}@b").hash
     one = written(path, {"prompt": "x"})
     refuses("1 prompts cannot be split", prompt_suite, one, test_half=True)
 
