@@ -32,7 +32,7 @@ from calmix.evaluation.quantities import (
 )
 from calmix.files import parse_json
 
-VERSION = 5  # raised when verdicts change; part of the hash of suites with generated answers
+VERSION = 6  # raised when verdicts change; part of the hash of suites with generated answers
 LANGUAGES = {  # common words that identify a language
     "en": "the a an is are and of to in it on with that was has this for",
     "fr": "le la les un une est et de des du dans sur il elle qui avec pour au c'est ciel",

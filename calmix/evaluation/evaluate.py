@@ -162,8 +162,9 @@ def _scored(
     start, specs, done = time.perf_counter(), chosen.tasks, list[TaskScores]()
     items = suite_asks(chosen)
     with_tools = isinstance(model, Served) or takes_tools(model.tokenizer)
+    with_switch = isinstance(model, Served) or can_think(model.tokenizer)
     questions = [
-        (name, item)
+        (name, item if with_switch else replace(item, thinking=False))
         for name, of_task in items.items()
         if specs[name].writes
         and (with_tools or not any(one.tools and not one.own for one in of_task))

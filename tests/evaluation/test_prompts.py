@@ -327,6 +327,8 @@ def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
     small, mine = chats[1], written(tmp_path / "mine.jsonl", {"prompt": "Say x.", "max_tokens": 4})
     run = ("evaluate", small, "--prompts", mine)
     assert f"the chat template of {small} has no switch" in calmix(*run, "--thinking").line
+    row = prompt_suite(written(tmp_path / "row.jsonl", {"prompt": "Say x.", "thinking": True}))
+    assert "thought" not in evaluate(str(small), row).tasks[0].properties[0]
     tiny_tokenizer(CHAT + "{% if enable_thinking %}<think>{% endif %}").save_pretrained(small)
     assert "--thinking asks for it" in calmix(*run).ok().err
     scores = json.loads(calmix(*run, "--thinking", "--json").ok().out)["scores"]
