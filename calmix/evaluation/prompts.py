@@ -9,7 +9,7 @@ A row has a `prompt` or the `messages` of a chat, up to a turn of the user, and 
     thinking    whether the chat template is to let the model think first
 
 The dense model's answer to a prompt sets what is expected of others: its language, JSON, code, a
-call of a tool. A prompt that asks for JSON expects it of the dense model too.
+call of a tool. If the prompt names JSON, an answer that only begins as JSON sets it too.
 """
 
 from __future__ import annotations
@@ -354,7 +354,8 @@ def properties(prompt: Ask, answer: str, ended: bool, dense: str | None = None) 
     spoken = language(known) or language(question)
     if spoken:
         traits["language"] = language(text) in ("", spoken)
-    if re.search(r"\bjson\b", question, re.IGNORECASE) or is_json(known):
+    begun = known.lstrip().startswith(("{", "[", "```json")) and "json" in question.lower()
+    if begun or is_json(known):
         traits["json"] = is_json(text)
     blocks = PYTHON_BLOCK.findall(text)
     if blocks or PYTHON_BLOCK.search(known):

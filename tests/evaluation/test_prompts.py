@@ -170,7 +170,8 @@ def test_faults_that_need_no_right_answer():
     assert faulty("Oui.", dense=english) == []  # too short to tell
     assert faulty('{"a": 1', dense='{"a": 1}') == ["json"]
     assert faulty('```json\n{"a": 2}\n```', dense='{"a": 1}') == []
-    assert faulty("Sure: a is 1", prompt="Return JSON.") == ["json"]
+    assert faulty('{"a": 1', prompt="Return JSON.") == ["json"]
+    assert faulty("It is a format.", prompt="What is JSON?") == faulty("[Verse 1]\nOh") == []
     assert faulty(code.replace("return x", "return (x"), dense=code) == ["code"]
     assert faulty("I cannot.", dense=code) == ["code"]
     assert faulty("<think>\nhm", thinking=True, ended=False) == ["end", "thought"]
