@@ -459,6 +459,8 @@ def is_right(item: Ask, answer: str, ended: bool = True) -> bool:
         return False
     if item.check == "text":
         return checks.short_match(answer, item.right, item.question)
+    if item.check in ("number", "result") and isinstance(item.right, list):
+        return any(JUDGES[item.check](answer, one) for one in item.right)
     if item.check != "program":
         return JUDGES[item.check](answer, item.right)
     doc, entry = item.doc, item.doc.get("entry_point", "")

@@ -294,11 +294,12 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
         raise ValueError("'answer' is an empty list: name a right answer, or leave it out")
     match check or "text":
         case "number":
-            if all(one.value is None for one in readings(some[0])):
-                raise ValueError(f"'answer' must be a number, not '{some[0]}'")
-            return "number", some[0]
+            for text in some:
+                if all(one.value is None for one in readings(text)):
+                    raise ValueError(f"'answer' must be a number, not '{text}'")
+            return "number", some
         case "result":
-            return "result", f"\\boxed{{{some[0]}}}"
+            return "result", [f"\\boxed{{{one}}}" for one in some]
         case "contains":
             return "request", {"contains": _rule("contains", some)}
         case "json":

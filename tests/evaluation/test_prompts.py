@@ -61,7 +61,7 @@ def test_rows_are_read_in_every_form(tmp_path):
     assert (one.question, one.check, one.right) == ("One?", "text", ["1"])
     assert [turn["role"] for turn in two.messages] == ["system", "user"]
     assert (two.plain, two.tokens, two.thinking) == ("Be brief.\n\nHello", 9, True)
-    assert (three.check, three.right) == ("number", "2")
+    assert (three.check, three.right) == ("number", ["2"])
     assert (four.question, four.check, four.tokens) == ("Three?", "", 256)
     assert (five.tools, five.right) == (tuple(TOOLS), CALL)
     assert six.right == {"lines": "3", "contains": "a|b"}
@@ -102,7 +102,7 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path):
         ({"prompt": "x", "check": {"same": ["a"]}}, "the rule 'same' needs a text, not '['a']'"),
         ({"prompt": "x", "check": {"case": False}}, "'case' (capitals only) is true or left out"),
         ({"prompt": "x", "check": {"language": ["en"]}}, "unknown language '['en']': "),
-        ({"prompt": "x", "check": "number", "answer": "y"}, "must be a number, not 'y'"),
+        ({"prompt": "x", "check": "number", "answer": [3, "y"]}, "must be a number, not 'y'"),
         ({"prompt": "x", "tools": [{"title": "y"}]}, "a tool must be"),
         ({"prompt": "x", "tools": TOOLS, "check": "tool", "answer": {}}, "must be a valid call"),
         *(
@@ -149,6 +149,13 @@ def test_prompts_are_split_by_what_they_ask_whatever_else_is_there(tmp_path):
     assert prompt_suite(f"{table}@a").hash != prompt_suite(f"{table}@b").hash
     one = written(path, {"prompt": "x"})
     refuses("1 prompts cannot be split", prompt_suite, one, test_half=True)
+
+
+@pytest.mark.parametrize("check", ["text", "number", "result", "contains"])
+def test_any_right_answer_of_a_list_is_right(check):
+    one = prompts.parse_prompt({"prompt": "How many?", "answer": [3, 4], "check": check})
+    right = [is_right(one, f"It is {n}.") for n in (3, 4, 5)]
+    assert right == [True, True, False]
 
 
 def faulty(answer, ended=True, dense=None, **more):
