@@ -280,6 +280,11 @@ def _expected(row: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> tup
             raise ValueError(
                 f"unknown rule '{unknown[0]}': {nearest(unknown[0], checks.REQUESTED)}"
             )
+        if answer is not None:
+            raise ValueError(
+                "'answer' has no effect beside rules: leave it out, or make it the rule "
+                '{"contains": ...}'
+            )
         return "request", {key: _rule(key, value) for key, value in check.items()}
     if check is not None and str(check) not in CHECK_KINDS:
         raise ValueError(f"unknown check '{check}': {nearest(str(check), CHECK_KINDS)}")

@@ -92,6 +92,7 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path):
         ({"prompt": "x", "check": "contains", "answer": ["y", ""]}, "none of them empty"),
         ({"prompt": "x", "check": "text"}, "the check 'text' needs an 'answer'"),
         ({"prompt": "x", "check": {"line": 3}}, "unknown rule 'line': did you mean lines?"),
+        ({"prompt": "x", "answer": "y", "check": {"lines": 3}}, "no effect beside rules: leave"),
         ({"prompt": "x", "check": {"words": "abc"}}, "'words' needs a whole number, not 'abc'"),
         ({"prompt": "x", "check": {"language": "ja"}}, "unknown language 'ja': "),
         (
