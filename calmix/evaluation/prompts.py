@@ -218,8 +218,8 @@ def parse_prompt(row: dict[str, Any]) -> Ask:
         json.dumps(messages, ensure_ascii=False).encode()
     except UnicodeEncodeError:
         raise ValueError("invalid Unicode: unpaired surrogate") from None
-    tokens = row.get("max_tokens", ANSWER_TOKENS)
-    tokens = int(tokens) if str(tokens).isdigit() else 0
+    most = str(row.get("max_tokens", ANSWER_TOKENS)).removesuffix(".0")  # tables have 64.0
+    tokens = int(most) if re.fullmatch(r"\d{1,9}", most) else 0
     if not 1 <= tokens <= MOST_TOKENS:
         raise ValueError(f"'max_tokens' must be a whole number from 1 to {MOST_TOKENS}")
     tools = _parsed(row.get("tools", []))

@@ -48,7 +48,7 @@ def test_rows_are_read_in_every_form(tmp_path):
     chat = [{"role": role, "content": content} for role, content in said]
     rows = [
         {"prompt": "One?", "answer": "1"},
-        {"messages": chat, "max_tokens": 9, "thinking": True},
+        {"messages": chat, "max_tokens": 9.0, "thinking": True},
         {"question": "Two?", "answer": 2},
         "Three?",
         {"prompt": "One?", "answer": "again"},
@@ -85,7 +85,10 @@ def test_a_row_that_cannot_be_asked_is_named(tmp_path):
         ({"messages": [{"content": "x"}]}, "message 0 of 'messages' has no role"),
         ({"prompt": ["x"]}, "'prompt' must be a text"),
         ({"prompt": "x", "answr": 2}, "unknown field 'answr': did you mean answer?"),
-        ({"prompt": "x", "max_tokens": 0}, "'max_tokens' must be a whole number"),
+        *(
+            ({"prompt": "x", "max_tokens": most}, "'max_tokens' must be a whole number")
+            for most in (0, 64.5, "\u00b2", "9" * 5000)
+        ),
         ({"prompt": "x", "check": "contain", "answer": "y"}, "did you mean contains?"),
         ({"prompt": "x", "check": ["text"], "answer": "y"}, "unknown check '['text']': "),
         ({"prompt": "x", "check": "number", "answer": []}, "'answer' is an empty list"),
