@@ -437,7 +437,7 @@ def runnable(suite: Suite, allowed: bool, *, whole: bool = False) -> tuple[Suite
     if skipped and (whole or len(skipped) == len(suite.tasks)):
         raise InputError(
             f"task {', '.join(skipped)} runs code the model writes: pass --allow-code-execution "
-            "(allow_code_execution=True) to run it in a limited subprocess, or leave it out "
-            "with --task"
+            "(allow_code_execution=True) to run it in a limited subprocess, or name a suite "
+            "without it"
         )
     return choose(suite, without=skipped), skipped
