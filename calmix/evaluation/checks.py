@@ -374,6 +374,11 @@ def _plain(text: str) -> str:
     return text.strip("\"'`*_.! \n")
 
 
+def _is(text: str, value: str) -> bool:
+    stated, *known = ((_plain(one) or one).lower() for one in (text, *value.split("|")))
+    return stated in known
+
+
 def _copied(text: str, value: str) -> bool:
     stated, wanted = (re.sub(r"\s+|(?<=,)(?=\S)", " ", _plain(one)) for one in (text, value))
     return stated.lower() == wanted.lower()
@@ -437,7 +442,7 @@ def _sentences(text: str) -> int:
 
 REQUESTED = {
     "words": lambda text, value: len(_plain(text).split()) == int(value),
-    "is": lambda text, value: _plain(text).lower() in value.lower().split("|"),
+    "is": _is,
     "same": _copied,
     "case": lambda text, value: _plain(text) == _plain(text).upper(),
     "lines": lambda text, value: len(_items(text)) == int(value),

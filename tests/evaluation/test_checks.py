@@ -138,6 +138,8 @@ def test_requests():
     for answer, request, ok in (  # what a request asks for
         ("**Paris**", {"words": 1, "is": "Paris"}, True),
         ("dogs", {"words": 1, "is": "dog|dogs"}, True),
+        ("Paris.", {"is": "Rome|Paris."}, True),
+        ("!", {"is": "."}, False),
         ("1. apple\n2. pear\n3. plum", {"lines": "3", "each_words": 4}, True),
         ("apple, pear", {"lines": 1, "commas": "2", "each_words": 4}, True),
         ('```json\n{"a": 1}\n```', {"json": '{"a": 1}'}, True),
