@@ -227,6 +227,8 @@ def _thoughtful(suite: suites.Suite, thinking: bool) -> suites.Suite:
             f"--thinking has no effect: no task of suite {suite.name} is asked as a chat; try "
             "--suite abilities or --prompts"
         )
+    if others := [name for name in suite.tasks if name not in chats]:
+        note(f"--thinking leaves out tasks that are not asked as chats: {', '.join(others)}")
     return suites.choose(suite, tasks=chats).model_copy(update={"thinking": True})
 
 

@@ -358,6 +358,8 @@ def test_models_with_a_switch_are_asked_in_both_modes(chats, calmix, tmp_path):
     assert not is_right(thought, "Hm. Yes, it is.", ended=False)
     alone = ("evaluate", small, "--suite", "abilities", "--task", "sums", "--thinking")
     assert "no task of suite abilities is asked as a chat" in calmix(*alone).line
+    ended = calmix(alone[0], chats[0], *alone[2:], "--task", "stopping")
+    assert "leaves out tasks that are not asked as chats: sums" in ended.err
 
 
 def test_the_command_compares_prints_and_gates(chats, calmix, tmp_path):
